@@ -1,0 +1,94 @@
+"""The configuration: its options are frozen, what is wrong is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tinyonn.config import Config, known_keys, load_config, parse_config
+from tinyonn.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+# A new option is a decision: it belongs here, in docs/ and in the design of what it does to a run's bits.
+OPTIONS = [
+    "data.max_tokens",
+    "data.messages",
+    "data.name",
+    "data.path",
+    "data.samples",
+    "data.seed",
+    "data.slice",
+    "data.slices",
+    "data.split",
+    "data.text",
+    "model.checkpointing",
+    "model.device",
+    "model.dtype",
+    "model.path",
+    "model.quantization",
+    "model.revision",
+    "record.calibration",
+    "record.max_live",
+    "record.seed",
+    "record.segment",
+    "record.threads",
+    "record.windows",
+    "record.workers",
+    "storage.root",
+    "track.tensorboard",
+    "track.wandb",
+]
+
+
+def test_options_are_frozen() -> None:
+    assert known_keys() == OPTIONS
+
+
+def test_no_file_and_an_empty_file_give_the_defaults(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("# nothing\n")
+    assert load_config(None) == load_config(empty) == Config()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    assert load_config(path) != Config()
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(InputError, match=r"unknown key 'data\.max_token', did you mean 'data\.max_tokens'"):
+        parse_config({"data": {"max_token": 128}})
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"record": {"workers": 0}}, "record.workers = 0"),
+        ({"record": {"segment": "some"}}, "record.segment = 'some'"),
+        ({"model": {"quantization": "int8"}}, "model.quantization = 'int8'"),
+        ({"data": {"slices": 17}}, "data.slices = 17"),
+        ({"data": {"max_tokens": "many"}}, "data.max_tokens = 'many'"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_key_and_value(tree: dict[str, object], key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_config(tree, "my.yaml")
+    assert str(caught.value).startswith(f"my.yaml: {key}")
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b\n", "\tmodel: x", "just text"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml: "):
+        load_config(path)
+
+
+def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00model")
+    for wrong in (path, tmp_path / "nowhere.yaml"):
+        with pytest.raises(InputError, match="not a readable YAML file"):
+            load_config(wrong)

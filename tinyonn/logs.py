@@ -1,0 +1,82 @@
+"""Logs: everything into a rotating file of the run, the short of it onto the console (stderr)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TextIO
+
+from tinyonn.errors import InputError
+
+FILE_BYTES = 5_000_000
+FILES = 4
+FORMAT = "%(asctime)s %(levelname)-7s %(process)d %(name)s: %(message)s"
+
+
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to whatever ``sys.stderr`` is at the moment, so that a live progress bar stays in one piece."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """``StreamHandler`` sets it once; what counts is looked up at each message."""
+
+
+def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
+    """Send the messages of ``logging.getLogger("tinyonn")`` and below to a file and to the console.
+
+    A second call takes the place of the first. The file holds all from DEBUG upwards and is rotated at 5 MB
+    (three old ones are kept); the console shows the messages alone, from INFO upwards.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's ``logs`` folder; made when missing.
+    name : str
+        Stage or actor; the file is ``<name>.log``.
+    console : bool
+        False for actors, whose driver speaks for them.
+
+    Returns
+    -------
+    Path
+        The log file.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written to.
+    """
+    path = Path(folder) / f"{name}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES - 1, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: no log can be written there ({error.strerror}); choose another storage.root"
+        ) from None
+    close_logging()
+    file.setFormatter(logging.Formatter(FORMAT))
+    ours = logging.getLogger("tinyonn")
+    ours.setLevel(logging.DEBUG)
+    ours.propagate = False
+    ours.addHandler(file)
+    if console:
+        handler = _Console()
+        handler.setLevel(logging.INFO)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+    return path
+
+
+def close_logging() -> None:
+    """Close what `setup_logging` opened."""
+    logger = logging.getLogger("tinyonn")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,296 @@
+"""Load the dense model that is recorded: any ``transformers`` causal LM, in NF4 or unquantized, frozen.
+
+Forward and backward give what the recorder needs without a gradient on any weight: the output of every
+embedding is made to require one, so that a hook on each module's output sees ``G``. (The
+``enable_input_require_grads`` of ``transformers`` does so for token embeddings alone, not GPT-2's positions.)
+
+With checkpointing (non-reentrant) a layer's modules run twice, in the forward pass and again in the backward
+pass, where Torch may stop before the layer's last module; ``G`` arrives on the outputs of the first run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tinyonn.base.parameters import list_uses
+from tinyonn.base.source import (
+    config_folder,
+    context_length,
+    fingerprint_model,
+    model_folder,
+    read_model_config,
+    resolve_model,
+)
+from tinyonn.config import ModelConfig
+from tinyonn.errors import CapacityError, InputError
+
+__all__ = [
+    "DenseModel",
+    "choose_device",
+    "context_length",
+    "fingerprint_model",
+    "load_model",
+    "load_shape",
+    "load_tokenizer",
+    "model_folder",
+    "resolve_model",
+]
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """A loaded model, ready to be recorded.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        In evaluation mode, every parameter frozen, without a key-value cache.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    device : torch.device
+    """
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+
+def choose_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into a device; ``auto`` takes the GPU if there is one.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        why = (
+            "this Torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        )
+        raise InputError(
+            f"model.device = 'cuda' but {why} (torch {torch.__version__}); use model.device: cpu or auto, "
+            "or install a CUDA build of torch and check nvidia-smi"
+        )
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def load_model(config: ModelConfig, device: torch.device | None = None) -> DenseModel:
+    """Load a model and its tokenizer.
+
+    A model with modules that cannot be recorded is refused from its configuration alone, before any weight is
+    read. Weights come from safetensors only and no code of the model's repository is run. With ``nf4`` every
+    linear layer but the head is quantized, once and not twice; biases, norms and embeddings stay as they are.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    device : torch.device, optional
+        Overrides ``config.device``.
+
+    Raises
+    ------
+    InputError
+        No such model, unsupported modules, missing or unreadable weights, no such GPU.
+    CapacityError
+        The weights do not fit on the device.
+    """
+    target = device if device is not None else choose_device(config.device)
+    folder = model_folder(config)
+    list_uses(load_shape(config))
+    tokenizer = load_tokenizer(config)
+    dtype = DTYPES[config.dtype]
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(target)}}
+    if config.quantization == "nf4":
+        options["quantization_config"] = _nf4(dtype)
+    try:
+        with _quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except torch.cuda.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{config.path} in {config.quantization} does not fit on {target}: {str(error).splitlines()[0]}; "
+            "see `tinyonn plan`, use quantization: nf4 or model.device: cpu"
+        ) from None
+    except Exception as error:  # safetensors, transformers and the OS each have their own
+        raise InputError(
+            f"{config.path}: its weights in {folder} cannot be read "
+            f"({type(error).__name__}: {_first_line(error)}); fetch or save the model again"
+        ) from None
+    lost = (
+        sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]) + _misshapen(model)
+    )
+    if lost:  # transformers would fill these with random numbers
+        raise InputError(
+            f"{config.path}: {len(lost)} tensors are missing from its weights or have another shape, "
+            f"{lost[0]} first; save a complete checkpoint that fits its config.json"
+        )
+    return DenseModel(_prepare(model, config), tokenizer, target)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, with its chat template if it has one.
+
+    Raises
+    ------
+    InputError
+        There is none, or it cannot be read.
+    """
+    folder = model_folder(config, weights=False)
+    if not any((folder / name).is_file() for name in VOCABULARIES):  # transformers would make an empty one
+        raise InputError(
+            f"{config.path}: no usable tokenizer in {folder}, none of {', '.join(VOCABULARIES)}; "
+            "save the model's tokenizer beside it with save_pretrained()"
+        )
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{config.path}: no usable tokenizer in {folder} ({type(error).__name__}: {_first_line(error)}); "
+            "save the model's tokenizer beside it with save_pretrained()"
+        ) from None
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def load_shape(config: ModelConfig) -> torch.nn.Module:
+    """Build the model on the meta device from ``config.json`` alone: shapes and modules, no weights.
+
+    With ``nf4`` the same layers are ``Linear4bit`` (with unpacked shapes) as in the loaded model, so that
+    `list_parameters` gives the same list for both.
+
+    Raises
+    ------
+    InputError
+        Not a causal LM that this version of ``transformers`` knows, or already quantized.
+    """
+    folder = config_folder(config)
+    tree = read_model_config(folder)
+    if "quantization_config" in tree:
+        method = tree["quantization_config"].get("quant_method", "unknown")
+        raise InputError(
+            f"{config.path} is quantized already ({method}); give the original model, it is quantized here"
+        )
+    dtype = DTYPES[config.dtype]
+    try:
+        with _quiet(), torch.device("meta"):
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(
+            f"{config.path}: model_type {tree.get('model_type')!r} is not a causal language model that "
+            f"transformers {transformers.__version__} can build ({type(error).__name__}: "
+            f"{_first_line(error)}); choose another model"
+        ) from None
+    model.tie_weights()
+    if config.quantization == "nf4":
+        from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), _nf4(dtype))
+    assert isinstance(model, torch.nn.Module)
+    return model.eval().requires_grad_(False)
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=False,
+    )
+
+
+def _misshapen(model: torch.nn.Module) -> list[str]:
+    """Quantized weights of another shape than their layer's, which nothing else notices."""
+    found = []
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if isinstance(module, torch.nn.Linear) and state is not None:
+            shape = tuple(state.shape)
+            if shape != (module.out_features, module.in_features):
+                found.append(f"{name}.weight {list(shape)}")
+    return found
+
+
+def _prepare(model: Any, config: ModelConfig) -> torch.nn.Module:
+    model.eval()
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # autograd would call the padding token's gradient 0, which it is not
+            module.register_forward_hook(_require_gradient)
+        # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in a forward without gradients, after
+        # which they neither dequantize to their shape nor multiply as they do with gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if config.checkpointing:
+        _checkpoint(model)
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def _checkpoint(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and isinstance(
+            module, GradientCheckpointingLayer
+        ):
+            module.training = True  # layers checkpoint in training only; what is inside stays in evaluation
+
+
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else "no message"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars and warnings: what matters is raised here as an error."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # Ray forks; a forked pool of the tokenizer hangs
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,226 @@
+"""Reading a run: ``tinyonn.open_run("storage/demo")``.
+
+Averages are taken over the segments that are live at the moment of the call, weighted by their samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.errors import InputError, StoreDamagedError
+from tinyonn.store.arrays import bands
+from tinyonn.store.manifest import Manifest, Segment
+from tinyonn.store.reader import Reader
+from tinyonn.store.records import (
+    SHIFTS,
+    STATISTICS,
+    Float64,
+    TensorCalibration,
+    UInt8,
+    UInt16,
+    pack,
+    positions,
+)
+from tinyonn.store.repository import Store
+
+T = TypeVar("T")
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Run:
+    """A recorded run, for reading; also while it is being recorded.
+
+    Attributes
+    ----------
+    store : Store
+        Opened for reading only.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def manifest(self) -> Manifest:
+        """What decides the run's bits."""
+        return self.store.manifest
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """Every recorded tensor, model order."""
+        return list(self.manifest.parameters)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """Live segments."""
+        return self.store.segments()
+
+    @property
+    def samples(self) -> int:
+        """Samples committed, those set aside not counted."""
+        return sum(segment.samples for segment in self.segments)
+
+    @property
+    def set_aside(self) -> list[dict[str, Any]]:
+        """``{"index", "reason"}`` of every sample that was set aside."""
+        return [item for segment in self.segments for item in segment.set_aside]
+
+    @cached_property
+    def calibration(self) -> dict[str, TensorCalibration]:
+        """Bases and codebooks of every tensor.
+
+        Raises
+        ------
+        InputError
+            Before the first segment.
+        """
+        calibration = self.store.calibration
+        if calibration is None:
+            raise InputError(f"{self.store.location}: nothing is recorded yet; run `tinyonn record` first")
+        return calibration
+
+    def mean(self, name: str, slice: str | None = None) -> Float32:
+        """Mean act level, grad level and freq of every weight of a tensor.
+
+        Parameters
+        ----------
+        name : str
+        slice : str, optional
+            Only this slice's segments.
+
+        Returns
+        -------
+        float32 [3, *shape]
+            Act and grad in levels (0..15, half octaves above the tensor's base), freq in 0..1.
+
+        Raises
+        ------
+        InputError
+            No such tensor or slice, or no samples yet.
+        StoreDamagedError
+            Names tensor and chunk.
+        """
+        parameter = self.manifest.parameter(name)
+
+        def compute(reader: Reader) -> Float32:
+            out = np.empty((3, *parameter.shape), dtype=np.float32)
+            for first, last in bands(parameter.shape):
+                out[:, first:last] = self._mean_rows(reader, parameter, slice, first, last)
+            return out
+
+        return self._steadily(compute)
+
+    def records(self, name: str, slice: str | None = None) -> UInt16:
+        """The averaged INT4 codes of a tensor, nearest rounding, score 0.
+
+        Parameters
+        ----------
+        name : str
+        slice : str, optional
+            Only this slice's segments.
+
+        Returns
+        -------
+        uint16 [*shape]
+        """
+        parameter = self.manifest.parameter(name)
+        codebooks = self.calibration[name].codebooks()
+
+        def compute(reader: Reader) -> UInt16:
+            out = np.empty(parameter.shape, dtype=np.uint16)
+            for first, last in bands(parameter.shape):
+                mean = self._mean_rows(reader, parameter, slice, first, last)
+                codes = [((positions(mean[s], codebooks[s]) + 128) >> 8).astype(np.uint8) for s in range(3)]
+                out[first:last] = pack(*codes)
+            return out
+
+        return self._steadily(compute)
+
+    def rows(self, name: str) -> zarr.Array[Any]:
+        """The scored uint16 records of a tensor, all slices merged.
+
+        Raises
+        ------
+        InputError
+            Before `tinyonn score`.
+        """
+        raise self._not_yet("rows", name, "score")
+
+    def affinity(self, name: str) -> UInt8:
+        """The uint8 affinity of every weight of a tensor: dominant slice << 4 | selectivity.
+
+        Raises
+        ------
+        InputError
+            Before `tinyonn score`.
+        """
+        raise self._not_yet("affinity", name, "score")
+
+    def labels(self, name: str) -> UInt8:
+        """The uint8 cell of every weight of a tensor.
+
+        Raises
+        ------
+        InputError
+            Before `tinyonn cluster`.
+        """
+        raise self._not_yet("labels", name, "cluster")
+
+    def _not_yet(self, what: str, name: str, stage: str) -> InputError:
+        self.manifest.parameter(name)
+        return InputError(f"{self.store.location} has no {what} yet; run `tinyonn {stage}` first")
+
+    def _mean_rows(
+        self, reader: Reader, parameter: Parameter, slice: str | None, first: int, last: int
+    ) -> Float64:
+        if slice is not None and slice not in self.manifest.slices:
+            raise InputError(f"no slice {slice!r} in this run; there are {', '.join(self.manifest.slices)}")
+        segments = [s for s in reader.segments if s.samples and slice in (None, s.slice)]
+        if not segments:
+            where = f"slice {slice}" if slice else self.store.location
+            raise InputError(f"{where}: no samples are recorded yet; run `tinyonn record` first")
+        codebooks = self.calibration[parameter.name].codebooks()
+        total = sum(segment.samples for segment in segments)
+        mean = np.zeros((3, last - first, *parameter.shape[1:]))
+        for segment in segments:
+            records = reader.read(segment, parameter.name, first, last)
+            for s, statistic in enumerate(STATISTICS):
+                mean[s] += (codebooks[s] * (segment.samples / total))[(records >> SHIFTS[statistic]) & 15]
+        return mean
+
+    def _steadily(self, compute: Callable[[Reader], T]) -> T:
+        """Compute from one snapshot; once more if the run's owner merged and cleaned it away meanwhile."""
+        reader = self.store.reader()
+        try:
+            return compute(reader)
+        except StoreDamagedError:
+            renewed = self.store.reader()
+            if renewed.segments == reader.segments:
+                raise
+            return compute(renewed)
+
+
+def open_run(location: str | Path) -> Run:
+    """Open a run for reading.
+
+    Parameters
+    ----------
+    location : str or path
+        The run's folder (``storage/demo``), its store, or the ``s3://`` address of either.
+
+    Raises
+    ------
+    InputError
+        Nothing is recorded there.
+    StoreDamagedError
+        The store cannot be read.
+    """
+    text = str(location).rstrip("/")
+    inner = f"{text}/store"
+    return Run(Store.open(inner if Store.exists(inner) else text))

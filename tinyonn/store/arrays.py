@@ -1,0 +1,250 @@
+"""How one tensor's records lie in the store: bands of whole rows, codec, attributes, writing and reading.
+
+Codecs: bytes, bitshuffle + lz4 (see docs/decisions/001-codec.md), crc32c. The array's attributes hold all
+that is needed to read the codes without this package.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+import zarr
+from icechunk import ForkSession
+from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import StorePath
+
+from tinyonn.errors import StoreDamagedError
+from tinyonn.store.faults import translated
+from tinyonn.store.manifest import Segment
+from tinyonn.store.records import SHIFTS, TensorCalibration, UInt16
+
+# A segment is written by one process beside others; a few requests at a time fill a disk or a link.
+# Chunks of zeros are stored like all others: what is absent must be an error, never a zero.
+zarr.config.set({"async.concurrency": 4, "array.write_empty_chunks": True})
+
+MiB = 2**20
+CODECS: list[dict[str, Any]] = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {
+        "name": "blosc",
+        "configuration": {
+            "typesize": 2,
+            "cname": "lz4",
+            "clevel": 1,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        },
+    },
+    {"name": "crc32c"},
+]
+BYTE_CODECS: list[dict[str, Any]] = [
+    {"name": "bytes"},
+    {"name": "zstd", "configuration": {"level": 3, "checksum": False}},
+    CODECS[2],
+]
+
+
+def band_rows(shape: tuple[int, ...], itemsize: int = 2, target: int = 8 * MiB) -> int:
+    """Rows of one chunk: whole rows, about `target` bytes, spread evenly; elements for a 1-D tensor.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The tensor's shape; rows are its first axis.
+    itemsize, target : int
+        Bytes per element and per chunk. Chunks come out between target / 2 and target, smaller only when the
+        whole tensor is, larger only when a single row is.
+    """
+    row = prod(shape[1:]) * itemsize
+    most = max(1, target // row)
+    return ceil(shape[0] / ceil(shape[0] / most))
+
+
+def bands(shape: tuple[int, ...], itemsize: int = 2, target: int = 8 * MiB) -> Iterator[tuple[int, int]]:
+    """Half-open row ranges of the chunks of a tensor, in order."""
+    rows = band_rows(shape, itemsize, target)
+    for first in range(0, shape[0], rows):
+        yield first, min(first + rows, shape[0])
+
+
+def attributes_of(calibration: TensorCalibration) -> dict[str, Any]:
+    """The attributes that make a tensor's records readable without this package.
+
+    A code ``k`` of a field, ``record >> shift & 15``, stands for the mean ``codebook[k]``: for act and grad a
+    mean level, where level ``n`` begins at the float32 with bits ``n + base << 22``; for freq a share.
+    """
+    return {
+        "fields": {
+            "act": _field("act", "mean level", calibration.act) | {"base": calibration.act_base},
+            "grad": _field("grad", "mean level", calibration.grad) | {"base": calibration.grad_base},
+            "freq": _field("freq", "share of samples with act > 2 ** (threshold / 8)", calibration.freq)
+            | {"threshold": calibration.freq_threshold},
+            "score": {"shift": SHIFTS["score"], "bits": 4, "unit": "none until scored"},
+        },
+        "level": "clip((bits(float32 value) >> 22) - base, 0, 15)",
+    }
+
+
+def _field(name: str, unit: str, codebook: tuple[float, ...]) -> dict[str, Any]:
+    return {"shift": SHIFTS[name], "bits": 4, "unit": unit, "codebook": [float(entry) for entry in codebook]}
+
+
+def create_array(
+    store: Any,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunks: tuple[int, ...],
+    attributes: dict[str, Any],
+) -> zarr.Array[Any]:
+    """Create an array in a place known to be empty.
+
+    The metadata are written straight, without the look-ups of ``zarr.create_array``: with hundreds of small
+    tensors those are half the cost of a commit.
+    """
+    metadata: dict[str, Any] = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": 0,
+        "codecs": CODECS if dtype == "uint16" else BYTE_CODECS,
+        "attributes": attributes,
+    }
+    sync(store.set(f"{path}/zarr.json", cpu.Buffer.from_bytes(json.dumps(metadata).encode())))
+    return zarr.Array.from_dict(StorePath(store, path), metadata)
+
+
+def open_array(store: Any, path: str) -> zarr.Array[Any]:
+    """Open an array for reading, in one request.
+
+    Raises
+    ------
+    StoreDamagedError
+        If it is not there.
+    """
+    data = sync(store.get(f"{path}/zarr.json", default_buffer_prototype()))
+    if data is None:
+        raise StoreDamagedError(
+            f"{path} is missing from the store; restore it from a copy, or record into another folder"
+        )
+    return zarr.Array.from_dict(StorePath(store, path), json.loads(data.to_bytes()))
+
+
+class SegmentWriter:
+    """Writes one segment's tensors into a fork; lives where the segment was computed.
+
+    Nothing is visible to anyone before the driver commits the fork.
+
+    Parameters
+    ----------
+    fork : icechunk.ForkSession
+        From `Store.begin`.
+    slice : str
+    first, last : int
+        The segment's half-open range of positions.
+    """
+
+    def __init__(self, fork: ForkSession, slice: str, first: int, last: int) -> None:
+        self.segment = Segment(slice, first, last)
+        self._store = fork.store
+
+    def write(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        calibration: TensorCalibration,
+        bands: Iterable[tuple[int, UInt16]],
+    ) -> None:
+        """Write one tensor.
+
+        Parameters
+        ----------
+        name : str
+            The parameter's name.
+        shape : tuple of int
+            The tensor's own shape.
+        calibration : TensorCalibration
+            Goes into the attributes.
+        bands : iterable of (first row, uint16 array [rows, ...])
+            In order and without gaps, each a whole number of chunks (`band_rows`) except the last.
+
+        Raises
+        ------
+        CapacityError
+            The disk is full.
+        """
+        rows = band_rows(shape)
+        with translated(f"writing {name} of segment {self.segment.name}"):
+            array = create_array(
+                self._store,
+                f"{self.segment.path}/{name}",
+                shape,
+                "uint16",
+                (rows, *shape[1:]),
+                attributes_of(calibration),
+            )
+        done = 0
+        for first, band in bands:
+            last = first + band.shape[0]
+            assert first == done and band.shape[1:] == shape[1:] and band.dtype == np.uint16
+            assert last == shape[0] or last % rows == 0, (
+                f"band {first}-{last} of {name} is not whole chunks of {rows} rows"
+            )
+            with translated(f"writing {name} of segment {self.segment.name}"):
+                array[first:last] = band
+            done = last
+        assert done == shape[0], f"{name}: {done} of {shape[0]} rows were written"
+
+
+def read_rows(array: zarr.Array[Any], first: int, last: int, what: str) -> UInt16:
+    """Read rows of an array.
+
+    Raises
+    ------
+    StoreDamagedError
+        Names `what` and the first damaged chunk.
+    """
+    try:
+        with translated(f"reading {what}"):
+            return np.asarray(array[first:last])
+    except StoreDamagedError as error:
+        raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
+
+
+def read_together(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last: int) -> list[UInt16]:
+    """Read the same rows of several (array, name) at once; errors as in `read_rows`."""
+
+    async def gather() -> list[Any]:
+        rows = (array.async_array.getitem((slice(first, last),)) for array, _ in arrays)
+        return await asyncio.gather(*rows)
+
+    try:
+        with translated(f"reading rows {first}-{last}"):
+            return [np.asarray(part) for part in sync(gather())]
+    except StoreDamagedError:
+        return [read_rows(array, first, last, what) for array, what in arrays]
+
+
+def _locate(array: zarr.Array[Any], first: int, last: int, what: str) -> str | None:
+    """Find the first damaged chunk among rows by reading them one by one."""
+    sizes = array.chunks
+    counts = [ceil(extent / size) for extent, size in zip(array.shape, sizes, strict=True)]
+    places = [range(first // sizes[0], ceil(last / sizes[0])), *(range(count) for count in counts[1:])]
+    for place in product(*places):
+        window = tuple(slice(i * size, (i + 1) * size) for i, size in zip(place, sizes, strict=True))
+        try:
+            with translated(f"reading {what}, chunk {'/'.join(map(str, place))}"):
+                array[window]
+        except StoreDamagedError as error:
+            return str(error)
+    return None

@@ -1,0 +1,73 @@
+"""Turn what Icechunk, Zarr and the disk raise into the project's errors."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import icechunk
+
+from tinyonn.errors import CapacityError, StoreBusyError, StoreDamagedError, StoreError, TinyONNError
+
+FULL = ("no space left on device", "disk quota exceeded", "file too large")
+DENIED = ("permission denied", "read-only file system", "accessdenied", "access denied", "invalidaccesskeyid")
+AWAY = ("nosuchbucket", "dispatch failure", "connection refused", "timed out", "dns error")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that a disk, a quota or a file size limit is exhausted."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error).lower() for text in FULL)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Raise the project's error for whatever the store raises inside; `what` names the action and the place.
+
+    Raises
+    ------
+    CapacityError
+        The disk is full.
+    StoreBusyError
+        Another process committed in between.
+    StoreDamagedError
+        Bytes are missing or fail their checksum.
+    StoreError
+        The store cannot be reached.
+    """
+    try:
+        yield
+    except TinyONNError:
+        raise
+    except icechunk.ConflictError as error:
+        raise StoreBusyError(
+            f"{what}: another process committed to the run meanwhile ({_short(error)}); only one may record"
+        ) from error
+    except (icechunk.IcechunkError, ValueError, RuntimeError, OSError) as error:
+        if is_full(error):
+            raise CapacityError(
+                f"{what}: no space left ({_short(error)}); "
+                "free some or move the run, all that was committed is still readable"
+            ) from error
+        if isinstance(error, PermissionError) or any(text in str(error).lower() for text in DENIED):
+            raise StoreError(
+                f"{what}: not allowed ({_short(error)}); check the permissions of the run's folder or bucket"
+            ) from error
+        if any(text in str(error).lower() for text in AWAY):
+            raise StoreError(
+                f"{what}: the storage cannot be reached ({_short(error)}); check its address and the network"
+            ) from error
+        raise StoreDamagedError(
+            f"{what}: bytes are missing or fail their checksum ({_short(error)}); "
+            "restore the file from a copy, or record into another folder"
+        ) from error
+
+
+def _short(error: BaseException) -> str:
+    """The first cause: Icechunk's messages are a page long and end with it."""
+    lines = [line.strip(" |-`>\u25b6\u00d7x") for line in str(error).splitlines()]
+    causes = [line for line in lines if line]
+    text = causes[-1] if causes and isinstance(error, icechunk.IcechunkError) else " ".join(causes)
+    return f"{type(error).__name__}: {text[:300]}"

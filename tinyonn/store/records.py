@@ -1,0 +1,235 @@
+"""The 16-bit record of one weight, and the codebooks that make its INT4 codes readable.
+
+A record is ``act << 12 | grad << 8 | freq << 4 | score``. A code ``k`` of a statistic stands for the mean
+``codebook[k]``: a mean level in [0, 15] for ``act`` and ``grad``, a share of samples in [0, 1] for ``freq``.
+
+A mean ``v`` between two entries ``c_k <= v <= c_{k+1}`` has the *position* ``256 k + 256 (v - c_k) / (c_{k+1} - c_k)``,
+an 8.8 fixed-point number. Dithering adds a uniform 8-bit number and keeps the integer part, so that the
+expected code is the position: averaging many segments averages the rounding away. The dither of a weight
+is a hash of (seed, segment, tensor, index), so that a segment always rounds the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+STATISTICS = ("act", "grad", "freq")
+SHIFTS = {"act": 12, "grad": 8, "freq": 4, "score": 0}
+CODES = 16
+POSITION_STEPS = 256
+VALUE_STEPS = 4096
+
+UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
+UInt16 = np.ndarray[Any, np.dtype[np.uint16]]
+Float64 = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def unpack(records: UInt16) -> tuple[UInt8, UInt8, UInt8, UInt8]:
+    """Split records into their four INT4 codes.
+
+    Parameters
+    ----------
+    records : uint16 array, any shape
+
+    Returns
+    -------
+    act, grad, freq, score : uint8 arrays of the same shape, values 0..15
+    """
+    values = np.asarray(records, dtype=np.uint16)
+    fields = (((values >> SHIFTS[name]) & 15).astype(np.uint8) for name in ("act", "grad", "freq", "score"))
+    act, grad, freq, score = fields
+    return act, grad, freq, score
+
+
+def pack(act: UInt8, grad: UInt8, freq: UInt8, score: UInt8 | int = 0) -> UInt16:
+    """Put four INT4 codes (uint8, 0..15, same shape) into uint16 records."""
+    fields = (np.asarray(field, dtype=np.uint16) for field in (act, grad, freq, score))
+    a, g, f, s = fields
+    return (a << 12 | g << 8 | f << 4 | s).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class TensorCalibration:
+    """What makes one tensor's codes readable; frozen for the whole run.
+
+    Attributes
+    ----------
+    act_base, grad_base : int
+        Subtracted from ``float32 bits >> 22`` to give the level; level 7 is the calibration's median.
+    freq_threshold : int
+        ``freq`` counts the samples with ``act`` above ``2 ** (freq_threshold / 8)``, the calibrated median.
+    act, grad, freq : tuple of 16 float
+        Codebooks: the mean that each code stands for, strictly increasing.
+    """
+
+    act_base: int
+    grad_base: int
+    freq_threshold: int
+    act: tuple[float, ...]
+    grad: tuple[float, ...]
+    freq: tuple[float, ...]
+
+    def codebooks(self) -> Float64:
+        """Codebooks as float64 [3, 16], in the order of ``STATISTICS``."""
+        return np.array([self.act, self.grad, self.freq], dtype=np.float64)
+
+
+def equal_mass_codebook(values: Float64, counts: Float64, floor_step: float) -> tuple[float, ...]:
+    """Choose 16 entries so that the intervals between neighbours hold equal mass of the calibration's means.
+
+    A value that alone holds more than its share becomes an entry of its own and the rest is shared among
+    the entries that are left, so that ties (a share of exactly 0, say) do not eat up codes.
+
+    Parameters
+    ----------
+    values : float64 [n], increasing
+        Distinct means seen in the calibration.
+    counts : float64 [n]
+        How many weights have each.
+    floor_step : float
+        Smallest distance between entries; entries closer than this are spread upwards.
+
+    Returns
+    -------
+    tuple of 16 float, strictly increasing
+    """
+    total = float(counts.sum())
+    if total <= 0 or values.size == 0:
+        raise ValueError("a codebook needs at least one value")
+    entries = [float(values[0])]
+    remaining, position, seen = total - float(counts[0]), 1, 0.0
+    while len(entries) < CODES - 1 and position < values.size:
+        step = remaining / (CODES - len(entries))
+        seen = 0.0
+        while position < values.size:
+            seen += float(counts[position])
+            position += 1
+            if seen >= step:
+                break
+        entries.append(float(values[position - 1]))
+        remaining -= seen
+    if entries[-1] < float(values[-1]):
+        entries.append(float(values[-1]))
+    while len(entries) < CODES:
+        gaps = np.diff(entries)
+        widest = int(np.argmax(gaps)) if len(gaps) and float(gaps.max()) > 2 * floor_step else -1
+        if widest < 0:
+            entries.append(entries[-1] + floor_step)
+        else:
+            entries.insert(widest + 1, (entries[widest] + entries[widest + 1]) / 2)
+    return tuple(entries[:CODES])
+
+
+def positions(values: Float64, codebook: Float64) -> UInt16:
+    """8.8 fixed-point position of each mean between the codebook's entries, clipped to its ends.
+
+    Parameters
+    ----------
+    values : float64, any shape
+    codebook : float64 [16], strictly increasing
+
+    Returns
+    -------
+    uint16, same shape, 0..3840
+    """
+    steps = np.arange(CODES, dtype=np.float64) * POSITION_STEPS
+    return np.round(np.interp(values, codebook, steps)).astype(np.uint16)
+
+
+def dither_seed(seed: int, segment: str, tensor: str) -> int:
+    """64-bit seed of the dithering of one tensor of one segment (BLAKE2b of the three)."""
+    text = f"{seed}\0{segment}\0{tensor}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def dither_bits(seed: np.uint64, index: np.uint64) -> np.uint64:
+    """64 uniform bits for one weight: the SplitMix64 finaliser (Steele, Lea & Flood, OOPSLA 2014)."""
+    z = seed + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def round_positions(
+    act: UInt16, grad: UInt16, freq: UInt16, seed: np.uint64, offset: np.uint64, out: UInt16
+) -> None:
+    """Dither three flat arrays of positions into records; ``offset`` is the flat index of the first weight."""
+    for i in range(out.size):
+        bits = dither_bits(seed, offset + np.uint64(i))
+        a = (np.uint64(act[i]) + (bits & np.uint64(255))) >> np.uint64(8)
+        g = (np.uint64(grad[i]) + ((bits >> np.uint64(8)) & np.uint64(255))) >> np.uint64(8)
+        f = (np.uint64(freq[i]) + ((bits >> np.uint64(16)) & np.uint64(255))) >> np.uint64(8)
+        out[i] = np.uint16((a << np.uint64(12)) | (g << np.uint64(8)) | (f << np.uint64(4)))
+
+
+def value_tables(codebooks: Float64) -> tuple[UInt16, Float64, Float64]:
+    """Tables that turn an averaged mean into its position without a search.
+
+    Parameters
+    ----------
+    codebooks : float64 [3, 16]
+
+    Returns
+    -------
+    tables : uint16 [3, 4096]
+        Position of ``first + (i + 0.5) / scale``.
+    first, scale : float64 [3]
+        Index of a mean ``v`` is ``(v - first) * scale``.
+    """
+    first = codebooks[:, 0].copy()
+    scale = VALUE_STEPS / (codebooks[:, -1] - first)
+    centres = (np.arange(VALUE_STEPS) + 0.5)[None, :] / scale[:, None] + first[:, None]
+    tables = np.stack([positions(centres[s], codebooks[s]) for s in range(3)])
+    return tables, first, scale
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def average_records(
+    parts: tuple[UInt16, ...],
+    weights: Float64,
+    codebooks: Float64,
+    tables: UInt16,
+    first: Float64,
+    scale: Float64,
+    seed: np.uint64,
+    offset: np.uint64,
+    nearest: bool,
+    out: UInt16,
+) -> None:
+    """Average flat records of several segments into one, weight by weight.
+
+    Parameters
+    ----------
+    parts : tuple of uint16 [n], C-contiguous
+        Records of the same weights, one array per segment, in a fixed order.
+    weights : float64 [len(parts)]
+        Share of samples of each segment; sums to 1.
+    codebooks : float64 [3, 16]
+    tables, first, scale
+        From `value_tables`.
+    seed, offset : uint64
+        Dither seed of the result, flat index of the first weight.
+    nearest : bool
+        Round to the nearest code instead of dithering: for a result that is not averaged again.
+    out : uint16 [n]
+    """
+    for i in range(out.size):
+        bits = dither_bits(seed, offset + np.uint64(i))
+        record = np.uint64(0)
+        for s in range(3):
+            shift = np.uint64(12 - 4 * s)
+            mean = 0.0
+            for p in range(len(parts)):
+                mean += weights[p] * codebooks[s, (np.uint64(parts[p][i]) >> shift) & np.uint64(15)]
+            index = min(max(int((mean - first[s]) * scale[s]), 0), 4095)
+            noise = np.uint64(128) if nearest else (bits >> np.uint64(8 * s)) & np.uint64(255)
+            code = (np.uint64(tables[s, index]) + noise) >> np.uint64(8)
+            record |= code << shift
+        out[i] = np.uint16(record)

@@ -1,0 +1,7 @@
+"""The recorder. Ray reads its environment when it is first imported, so what every part needs is set here."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # whoever joins a cluster needs its token
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -1,0 +1,169 @@
+"""Calibration: the bases of the levels and the codebooks of the INT4 codes, from the first samples of every slice.
+
+Two passes over the same samples. The first counts sizes and puts every tensor's median on level 7; the second records
+levels and gives each statistic a codebook of equal mass on the samples' means. Both are then frozen in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from tinyonn.base.corpus_file import Sample
+from tinyonn.errors import InputError
+from tinyonn.record.activations import (
+    BINS,
+    COLUMN_LOW,
+    STEPS,
+    WEIGHT_LOW,
+    column_tables,
+    frequency_curve,
+    level_curve,
+    weight_bins,
+)
+from tinyonn.record.gradients import CountSink
+from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, MEDIAN_LEVEL, SUM_SAMPLES, base_from_counts
+from tinyonn.record.recorder import Recorder
+from tinyonn.record.sites import EIGHTHS, Bases, Site
+from tinyonn.store.records import TensorCalibration, UInt8, equal_mass_codebook
+
+LOOKED_AT_ROWS = 512  # of a tensor's rows, evenly spread, where all would cost more than they tell
+LEVEL_STEPS = 64  # resolution of mean levels in a codebook
+SHARE_STEPS = 1024
+
+
+def calibrate(
+    recorder: Recorder,
+    samples: Sequence[Sample],
+    windows: Sequence[Sequence[str]],
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, TensorCalibration]:
+    """Calibrate every tensor.
+
+    Parameters
+    ----------
+    recorder : Recorder
+    samples : sequence of Sample
+        Taken from all slices; bad ones are skipped.
+    windows : sequence of sequences of names
+        Tensors that are recorded together.
+
+    Raises
+    ------
+    InputError
+        No sample gave finite values.
+    """
+    result: dict[str, TensorCalibration] = {}
+    bad: dict[int, str] = {}
+    for names in windows:
+        good = [sample for sample in samples if sample.index not in bad]
+        recorder.open_counts(names)
+        bad.update(recorder.record(good, progress))
+        bases = {name: _bases(recorder, recorder.sites[name]) for name in names}
+        good = [sample for sample in good if sample.index not in bad]
+        if not good:
+            raise InputError(
+                f"none of the {len(samples)} calibration samples gives finite values ({next(iter(bad.values()))}); "
+                "check the model's weights, or use model.dtype: float32"
+            )
+        recorder.open(bases, spills=len(good) > SUM_SAMPLES)
+        recorder.record(good, progress)
+        for name in names:
+            result[name] = _codebooks(recorder, recorder.sites[name], bases[name], len(good))
+    return {p.name: result[p.name] for p in recorder.parameters}
+
+
+def _bases(recorder: Recorder, site: Site) -> Bases:
+    assert isinstance(site.sink, CountSink)
+    median = _median_eighth(recorder, site)
+    half_octave = int(np.exp2(np.float32(median / STEPS)).astype(np.float32).view(np.int32)) >> FLOAT32_SHIFT
+    return Bases(max(half_octave - MEDIAN_LEVEL, 0), base_from_counts(site.sink.counts), median)
+
+
+def _median_eighth(recorder: Recorder, site: Site) -> int:
+    """Median of log2 act over weights and samples that are not zero, in 1/8 octaves."""
+    if site.act_counts is not None:
+        counts, low = site.act_counts, -EIGHTHS // 2
+    else:
+        assert site.histograms is not None
+        bins, inputs = _looked_at(recorder, site)
+        by_input = np.zeros((site.inputs, BINS), np.float64)
+        np.add.at(by_input, (inputs, bins), 1.0)
+        pairs = by_input.T @ site.histograms.astype(np.float64)  # [k, b]
+        counts = np.zeros(2 * BINS - 1)
+        np.add.at(counts, np.add.outer(np.arange(1, BINS), np.arange(1, BINS)), pairs[1:, 1:])
+        low = -1 + STEPS * (COLUMN_LOW + WEIGHT_LOW)
+    total = counts.sum()
+    return low + int(np.searchsorted(np.cumsum(counts), total / 2)) if total > 0 else 0
+
+
+def _looked_at(recorder: Recorder, site: Site) -> tuple[UInt8, Any]:
+    """Weight bins of evenly spread rows and the input that each weight meets, both [rows, columns]."""
+    rows, columns = site.matrix_shape
+    chosen = np.arange(0, rows, max(1, rows // LOOKED_AT_ROWS))
+    read = recorder.weights(site.parameter)
+    bins = np.concatenate([weight_bins(read(row, row + 1)) for row in chosen.tolist()])
+    inputs = np.broadcast_to(chosen[:, None] if site.by_row else np.arange(columns)[None, :], bins.shape)
+    return bins, inputs
+
+
+def _codebooks(recorder: Recorder, site: Site, bases: Bases, samples: int) -> TensorCalibration:
+    sums = site.sums(samples)
+    grad = _sum_codebook(sums.grad, samples)
+    if sums.act is not None and sums.freq is not None:
+        act, freq = _sum_codebook(sums.act, samples), _sum_codebook(sums.freq, samples)
+    else:
+        assert sums.histograms is not None
+        bins, inputs = _looked_at(recorder, site)
+        level = column_tables(sums.histograms, level_curve(bases.act))
+        share = column_tables(sums.histograms, frequency_curve(bases.freq_threshold))
+        act = _mean_codebook(level[inputs, bins], LEVEL_STEPS)
+        freq = _mean_codebook(share[inputs, bins], SHARE_STEPS)
+    return TensorCalibration(bases.act, bases.grad, bases.freq_threshold, act, grad, freq)
+
+
+def _sum_codebook(sums: Any, samples: int) -> tuple[float, ...]:
+    counts = np.zeros((LEVELS - 1) * samples + 1, np.int64)
+    _count(sums.reshape(-1), counts)
+    values = np.flatnonzero(counts)
+    return equal_mass_codebook(values / samples, counts[values].astype(np.float64), 1 / 4096)
+
+
+def _mean_codebook(means: Any, steps: int) -> tuple[float, ...]:
+    values, counts = np.unique(np.round(means * steps), return_counts=True)
+    return equal_mass_codebook(values / steps, counts.astype(np.float64), 1 / 4096)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _count(values: Any, counts: Any) -> None:
+    for i in range(values.size):
+        counts[values[i]] += 1
+
+
+def layer_windows(names: Sequence[tuple[str, int | None, int]], windows: int) -> list[list[str]]:
+    """Split tensors into windows of near-equal size that keep a layer together.
+
+    Parameters
+    ----------
+    names : sequence of (name, layer, size)
+        In model order.
+    windows : int
+    """
+    groups: list[tuple[int | None, list[str], int]] = []
+    for name, layer, size in names:
+        if groups and layer is not None and groups[-1][0] == layer:
+            groups[-1][1].append(name)
+            groups[-1] = (layer, groups[-1][1], groups[-1][2] + size)
+        else:
+            groups.append((layer, [name], size))
+    total = sum(group[2] for group in groups)
+    result: list[list[str]] = [[] for _ in range(windows)]
+    seen = 0
+    for _, members, size in groups:
+        result[min(math.floor((seen + size / 2) * windows / total), windows - 1)] += members
+        seen += size
+    return [window for window in result if window]

@@ -1,0 +1,215 @@
+"""Ray: connect to a cluster or start a local one, and keep recorders running on whatever it offers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from tinyonn.config import Config
+from tinyonn.cost import Device
+from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.record.worker import Worker, WorkerFacts
+from tinyonn.store.manifest import Segment
+
+MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between
+LOST = (RayActorError, ObjectLostError)  # a worker is gone, or its machine with the result
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The cluster to use: as given, else ``RAY_ADDRESS`` (set inside a Ray job); None means a local Ray."""
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    return None if target == "local" else target
+
+
+@contextmanager
+def connected(address: str | None, cpus: int) -> Iterator[None]:
+    """Connect to Ray for the duration of a run.
+
+    Parameters
+    ----------
+    address : str or None
+        ``auto`` or ``host:port`` of a cluster; None starts a local Ray with `cpus` logical CPUs. Where this process
+        is connected already, that cluster is used.
+
+    Raises
+    ------
+    InputError
+        The cluster does not answer or refuses the token.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    target, options = address or "local", dict[str, Any]()
+    if address is None:
+        options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 256 << 20}
+        # A token for this Ray alone, so that none is left in the user's home.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        ray.init(address=target, log_to_driver=False, logging_level="ERROR", **options)
+    except (
+        Exception
+    ) as error:  # Ray raises ConnectionError, RuntimeError and its own, depending on what fails
+        raise InputError(
+            f"no Ray cluster answers at {target} ({str(error).splitlines()[0]}); start one as in docs/cluster.md, "
+            "give every machine the same token, or leave the address out to use this machine alone"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def capacity(device: str, threads: int) -> int:
+    """How many workers the cluster can hold now: one per GPU, or one per CPU share."""
+    resources = ray.cluster_resources()
+    return int(resources.get("GPU", 0)) if device == "cuda" else int(resources.get("CPU", 0) // threads)
+
+
+def cluster_device(config: Config) -> Device:
+    """``cuda`` if GPUs are wanted and the cluster has some, else ``cpu``.
+
+    Raises
+    ------
+    InputError
+        A GPU is asked for and no machine of the cluster has one.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.model.device == "cuda" and gpus == 0:
+        raise InputError("model.device = 'cuda' but no machine of the Ray cluster has a GPU; use cpu or auto")
+    return "cuda" if gpus and config.model.device != "cpu" else "cpu"
+
+
+@dataclass
+class Crew:
+    """The workers of a run: starts them, replaces the lost ones, adds some when machines join.
+
+    Parameters
+    ----------
+    config : Config
+    device : str
+        ``cuda`` or ``cpu``.
+    """
+
+    config: Config
+    device: Device
+    workers: dict[int, Any] = field(default_factory=dict)  # actor by number
+    facts: dict[int, WorkerFacts] = field(default_factory=dict)
+    _wanted: int = 1
+    _next: int = 0
+    _losses: int = 0
+
+    def hire(self, count: int) -> list[int]:
+        """Start workers until there are `count`; returns the numbers of the new ones."""
+        new = []
+        self._wanted = count
+        while len(self.workers) < count:
+            self.workers[self._next] = self._start()
+            new.append(self._next)
+            self._next += 1
+        return new
+
+    def _start(self) -> Any:
+        record = self.config.record
+        threads = str(record.threads)
+        options: dict[str, Any] = {
+            "num_cpus": record.threads if self.device == "cpu" else 1,
+            "num_gpus": 1 if self.device == "cuda" else 0,
+            "max_concurrency": 2,  # `use` answers while `record` runs
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        }
+        model = self.config.model.model_copy(update={"device": self.device})
+        return ray.remote(Worker).options(**options).remote(model, record.threads, record.seed)
+
+    def lose(self, number: int, error: BaseException) -> None:
+        """Forget a worker that died.
+
+        Raises
+        ------
+        CapacityError
+            Too many in a row died before anything was committed. A machine that dies takes several with it, so the
+            limit grows with the crew.
+        """
+        ray.kill(self.workers.pop(number))
+        self.facts.pop(number, None)
+        self._losses += 1
+        limit = MAX_LOSSES * max(1, self._wanted)
+        if self._losses >= limit:
+            raise CapacityError(
+                f"{self._losses} workers died in a row without finishing a segment, {limit} may "
+                f"({_first_line(error)}); most often the machine is out of memory: see `tinyonn plan`, use fewer "
+                "record.workers or a smaller data.max_tokens"
+            )
+
+    def dismiss(self) -> None:
+        """Stop all workers; a cluster that others use too has their places back at once."""
+        for worker in self.workers.values():
+            with suppress(Exception):  # the cluster may be gone
+                ray.kill(worker)
+        self.workers.clear()
+        self.facts.clear()
+
+    def succeeded(self) -> None:
+        """A segment was committed: losses are not in a row any more."""
+        self._losses = 0
+
+    def call(self, number: int, method: str, *args: Any) -> Any:
+        """Wait for one call; an error of ours inside the worker comes out as itself."""
+        return outcome(getattr(self.workers[number], method).remote(*args))
+
+    def use(self, timeout: float = 2.0) -> dict[int, Any]:
+        """`Worker.use` of those that answer in time."""
+        asked = {
+            worker.use.remote(): number for number, worker in self.workers.items() if number in self.facts
+        }
+        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout) if asked else ([], [])
+        result = {}
+        for reference in done:
+            try:
+                result[asked[reference]] = ray.get(reference)
+            except LOST:  # noticed and mended by whoever waits for its segment
+                continue
+        return result
+
+
+def outcome(reference: Any) -> Any:
+    """Result of a finished call.
+
+    Raises
+    ------
+    TinyONNError
+        As raised in the worker.
+    one of LOST
+        The worker or its machine is gone.
+    """
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, TinyONNError):
+            raise cause from None
+        raise
+
+
+@dataclass
+class Task:
+    """A segment on its way: recorded and written window by window."""
+
+    segment: Segment
+    worker: int
+    window: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    writing: bool = False
+    fork: Any = None
+    started: float = field(default_factory=time.monotonic)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,366 @@
+"""The recording stage: deal segments to workers, commit what they bring back, merge meanwhile.
+
+Data flow: corpus -> `next_segment` -> `Task` -> worker records -> fork of the store -> worker writes -> commit, here
+and nowhere else. A worker takes its next segment when it has finished one, so a slow one takes fewer; one that is
+lost costs the segment it had in hand. Everything committed stays, and a later call goes on from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.base.load import choose_device, load_shape
+from tinyonn.base.parameters import list_uses
+from tinyonn.config import Config
+from tinyonn.machine import usable_cpus
+from tinyonn.places import local_folder, store_location
+from tinyonn.planning import plan_recording
+from tinyonn.record.calibration import layer_windows
+from tinyonn.record.cluster import (
+    LOST,
+    Crew,
+    Task,
+    capacity,
+    cluster_address,
+    cluster_device,
+    connected,
+    outcome,
+)
+from tinyonn.record.identity import check_same, corpus_of_run, identity_of
+from tinyonn.record.report import Progress, RecordReport
+from tinyonn.store.lock import RunLock
+from tinyonn.store.manifest import Manifest, Segment
+from tinyonn.store.merge import merge_ready, next_segment, ready_merges
+from tinyonn.store.repository import Store
+from tinyonn.track import Tracker
+
+LOG = logging.getLogger(__name__)
+POLL = 1.0  # seconds between looks at progress
+SCALE = 10.0  # seconds between looks for machines that joined
+PATIENCE = 60.0  # seconds without a first worker after which the user is told what is waited for
+
+
+def record(
+    location: str, config: Config, *, address: str | None = None, progress: bool = True
+) -> RecordReport:
+    """Record a corpus through a model into a run, or go on with it.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder, or its ``s3://`` address.
+    config : Config
+    address : str, optional
+        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+    progress : bool
+        Show a progress bar on a terminal, a line now and then elsewhere.
+
+    Raises
+    ------
+    InputError
+        Model, corpus or configuration cannot be used, or are not those that the run was begun with.
+    CapacityError
+        It does not fit.
+    StoreError
+        The store is held by another process, damaged or full.
+    """
+    folder, place = local_folder(location), store_location(location)
+    cluster = cluster_address(address)
+    with RunLock(folder) as lock:
+        if cluster is None and not ray.is_initialized():
+            choose_device(config.model.device)
+        list_uses(
+            load_shape(config.model)
+        )  # a model that cannot be recorded is refused before anything is done
+        store = Store.open(place, read_only=False) if Store.exists(place) else None
+        identity = identity_of(config)
+        stored = None if store is None else store.manifest
+        if stored is not None:
+            check_same(folder, stored, config, identity)
+        corpus = corpus_of_run(folder, config, identity, stored)
+        identity |= {"data": {"corpus": corpus.fingerprint}, "slices": corpus.slices}
+        return _Recording(folder, place, config, corpus, lock, store, progress).run(identity, cluster)
+
+
+class _Recording:
+    """One call of `record`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        location: str,
+        config: Config,
+        corpus: Corpus,
+        lock: RunLock,
+        store: Store | None,
+        progress: bool,
+    ) -> None:
+        self.folder, self.location, self.config, self.corpus = folder, location, config, corpus
+        self.lock = lock
+        self.progress = Progress(sum(corpus.slices.values()), progress)
+        self.tasks: dict[Any, Task] = {}  # by the reference of the call under way
+        self.loading: dict[Any, int] = {}  # worker by the reference of its loading
+        self.idle: list[int] = []
+        self.merging: Future[int] | None = None
+        self.stop = threading.Event()  # ends a merge under way
+        self.started = time.monotonic()
+        self.looked = self.shown = 0.0
+        self.committed = 0
+        self.crew: Crew
+        self.store: Store
+        if store is not None:
+            self.store = store
+
+    def run(self, identity: dict[str, Any], address: str | None) -> RecordReport:
+        if hasattr(self, "store") and self._missing() == 0:
+            LOG.info("all %d samples are recorded: nothing to do", self.progress.total)
+            merge_ready(self.store)
+            return self._report()
+        record = self.config.record
+        wanted = record.workers if isinstance(record.workers, int) else 1
+        self.tracker = Tracker(self.config.track, self.folder, self.folder.name)
+        try:
+            with (
+                connected(address, max(usable_cpus(), record.threads * wanted)),
+                ThreadPoolExecutor(1, "merge") as self.merger,
+            ):
+                device = cluster_device(self.config)
+                self.crew = Crew(self.config, device)
+                room = capacity(device, record.threads)
+                self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
+                try:
+                    self._scale()
+                    self._open_store(identity)
+                    self._loop()
+                except BaseException:
+                    self.stop.set()
+                    raise
+                finally:
+                    self._dismiss()
+                if self.merging is not None:
+                    self.merging.result()
+            merge_ready(self.store)
+        finally:
+            self.progress.close()
+            self.tracker.close()
+        return self._report()
+
+    def _open_store(self, identity: dict[str, Any]) -> None:
+        """With the first worker that is up: commit the manifest and the calibration unless they are there."""
+        while not hasattr(self, "calibration"):
+            self._await_worker()
+            try:
+                self._begin(identity, self.idle[0])
+            except LOST as error:
+                self._lost(self.idle.pop(0), error)
+        for number in self.idle[:]:
+            try:
+                self._prepare(number)
+            except LOST as error:
+                self.idle.remove(number)
+                self._lost(number, error)
+
+    def _await_worker(self) -> None:
+        began = time.monotonic()
+        while not self.idle:
+            self._wait(PATIENCE)
+            if not self.idle and time.monotonic() - began > PATIENCE:
+                began = time.monotonic()
+                self.progress.say(
+                    "still waiting for a worker to start: the cluster may be busy with other work"
+                )
+
+    def _begin(self, identity: dict[str, Any], first: int) -> None:
+        parameters = self.crew.facts[first].parameters
+        if not hasattr(self, "store"):
+            size = self.config.record.segment
+            manifest = Manifest(
+                **identity,
+                segment_size=self.plan.segment_size if size == "auto" else size,
+                parameters=parameters,
+            )
+            self.store = Store.create(self.location, manifest)
+        self.windows = layer_windows([(p.name, p.layer, p.size) for p in parameters], self.plan.windows)
+        calibration = self.store.calibration
+        if calibration is None:
+            samples = self.corpus.calibration(self.config.record.calibration)
+            self.progress.say(f"calibrating on {len(samples)} samples")
+            calibration = self.crew.call(first, "calibrate", samples, self.windows)
+            self.store.commit_calibration(calibration)
+        self.calibration = ray.put(calibration)
+
+    def _prepare(self, number: int) -> None:
+        self.crew.call(number, "prepare", self.calibration, self.windows)
+
+    def _loop(self) -> None:
+        while self._missing():
+            while self.idle and (segment := self._next()) is not None:
+                self._start(Task(segment, self.idle.pop(0)))
+            self._wait(POLL)
+            self._merge()
+            now = time.monotonic()
+            if now - self.looked > SCALE:
+                self.looked = now
+                self._scale()
+            if now - self.shown > POLL:
+                self.shown = now
+                self._show()
+        self._show()
+
+    def _merge(self) -> bool:
+        """Keep the background merge going while there is something to merge; says whether it runs."""
+        if self.merging is not None and self.merging.done():
+            self.merging.result()
+            self.merging = None
+        if self.merging is None and ready_merges(self.store.manifest, self.store.segments()):
+            self.merging = self.merger.submit(merge_ready, self.store, self.stop.is_set)
+        return self.merging is not None
+
+    def _make_room(self, slice: str) -> None:
+        """Wait for merges that are behind, so that a commit keeps to the bound on live segments."""
+        most = self.store.manifest.max_live + max(1, len(self.crew.workers))
+        while len(self.store.segments(slice)) >= most and self._merge():
+            assert self.merging is not None
+            self.merging.result()
+
+    def _scale(self) -> None:
+        """Start as many workers as the plan and the cluster allow, now that some may have joined or died."""
+        wanted = self.config.record.workers
+        room = capacity(self.crew.device, self.config.record.threads)
+        count = (
+            wanted
+            if isinstance(wanted, int)
+            else max(1, min(self.plan.workers_for(room), self.plan.segments))
+        )
+        for number in self.crew.hire(count):
+            self.loading[self.crew.workers[number].load.remote()] = number
+
+    def _next(self) -> Segment | None:
+        in_flight = [task.segment for task in self.tasks.values()]
+        return next_segment(
+            self.store.manifest, self.store.segments(), in_flight, max(1, len(self.crew.workers))
+        )
+
+    def _start(self, task: Task) -> None:
+        """Send a task's next step to its worker."""
+        worker = self.crew.workers[task.worker]
+        if task.writing:
+            if task.fork is None:
+                task.fork = self.store.begin(task.segment)
+            reference = worker.write.remote(task.fork, self._counted(task), task.window)
+        else:
+            segment = task.segment
+            samples = self.corpus.range(segment.slice, segment.first, segment.last)
+            reference = worker.record.remote(samples, task.window, task.bad)
+        self.tasks[reference] = task
+
+    def _drop(self, task: Task) -> None:
+        """Forget a task's fork, unless another worker writes the same segment: the store knows them by name."""
+        task.fork = None
+        if not any(other.fork is not None and other.segment == task.segment for other in self.tasks.values()):
+            self.store.drop(task.segment)
+
+    def _counted(self, task: Task) -> Segment:
+        segment = task.segment
+        set_aside = tuple({"index": index, "reason": reason} for index, reason in sorted(task.bad.items()))
+        good = segment.last - segment.first - len(set_aside)
+        return Segment(segment.slice, segment.first, segment.last, good, set_aside)
+
+    def _wait(self, timeout: float) -> None:
+        """Take one finished call, if there is one in time, and do what comes next."""
+        ready, _ = ray.wait([*self.tasks, *self.loading], num_returns=1, timeout=timeout)
+        for reference in ready:
+            number = self.loading.pop(reference, None)
+            if number is not None:
+                self._loaded(reference, number)
+                continue
+            task = self.tasks.pop(reference)
+            try:
+                result = outcome(reference)
+            except LOST as error:
+                self._drop(task)
+                self._lost(task.worker, error)
+            else:
+                self._advance(task, result)
+
+    def _loaded(self, reference: Any, number: int) -> None:
+        try:
+            self.crew.facts[number] = outcome(reference)
+            if hasattr(self, "calibration"):
+                self._prepare(number)
+        except LOST as error:
+            self._lost(number, error)
+            return
+        self.idle.append(number)
+        facts = self.crew.facts[number]
+        LOG.info("worker %d: %s on %s (process %d)", number, facts.device, facts.host, facts.pid)
+
+    def _lost(self, number: int, error: BaseException) -> None:
+        LOG.warning("worker %d is lost and will be replaced; its segment is recorded again", number)
+        self.crew.lose(number, error)
+        self._scale()
+
+    def _dismiss(self) -> None:
+        """Let all workers go; whoever still records a segment does so a second time, or in vain."""
+        self.crew.dismiss()
+        for task in self.tasks.values():
+            self.store.drop(task.segment)
+        self.tasks.clear()
+
+    def _advance(self, task: Task, result: Any) -> None:
+        """What comes after a step: the next window, another try without the bad samples, or the commit."""
+        if not task.writing:
+            task.bad.update(result)
+            if result and task.window > 0:  # the windows before have these samples in their sums
+                self._drop(task)
+                task.window = 0
+            else:
+                task.writing = True
+            self._start(task)
+            return
+        task.fork, task.writing = result, False
+        if task.window + 1 < len(self.windows):
+            task.window += 1
+            self._start(task)
+            return
+        self._commit(task)
+
+    def _commit(self, task: Task) -> None:
+        segment = self._counted(task)
+        self._make_room(segment.slice)
+        self.lock.check()
+        if self.store.commit(task.fork, segment):
+            self.committed += segment.samples
+            seconds = time.monotonic() - task.started
+            LOG.debug("committed %s: %d samples, %d set aside, %.1f s by worker %d", segment.name, segment.samples,
+                      len(segment.set_aside), seconds, task.worker)  # fmt: skip
+        self.crew.succeeded()
+        self.idle.append(task.worker)
+
+    def _show(self) -> None:
+        uses = self.crew.use(timeout=0.5)
+        self.progress.update(self.store.segments(), uses)
+        rates = {f"samples_per_second/worker_{n}": rate for n, rate in self.progress.rates.items()}
+        self.tracker.log(self.progress.done, {**rates, "live_segments": float(len(self.store.segments()))})
+
+    def _missing(self) -> int:
+        held = sum(segment.last - segment.first for segment in self.store.segments())
+        return sum(self.store.manifest.slices.values()) - held
+
+    def _report(self) -> RecordReport:
+        return RecordReport.of(
+            self.folder,
+            self.store,
+            self.corpus,
+            self.progress,
+            self.committed,
+            time.monotonic() - self.started,
+        )

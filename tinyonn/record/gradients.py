@@ -1,0 +1,149 @@
+"""Weight gradients formed band by band and turned into level sums at once.
+
+``grad_ij = |sum_t G_ti X_tj|``: a band of rows of the product stays in the cache, its levels are added to uint8 sums
+and the band is overwritten by the next, so that no whole weight gradient ever exists. Up to 17 samples fit in a
+uint8; then the sums are spilled into uint16, which saturates and never wraps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from tinyonn.record.levels import (
+    FINITE_HALF_OCTAVES,
+    FLOAT32_SHIFT,
+    HALF_OCTAVES,
+    add_levels_bfloat16,
+    add_levels_float32,
+    levels_torch,
+)
+from tinyonn.store.records import UInt8, UInt16
+
+BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # about an L2 cache; a GPU wants few launches
+PARALLEL_ELEMENTS = 1 << 17
+
+Top = int | torch.Tensor  # largest half octave seen, on the host or still on the device
+
+
+def band_height(columns: int, itemsize: int, device: str = "cpu") -> int:
+    """Rows of a band, a multiple of 64: the same on every machine, because it decides how products are rounded."""
+    return max(64, BAND_BYTES[device] // (columns * itemsize) // 64 * 64)
+
+
+def product_bands(A_TR: torch.Tensor, B_TC: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Bands of ``A.T @ B``.
+
+    Parameters
+    ----------
+    A_TR, B_TC : [T, R], [T, C], same dtype and device
+
+    Yields
+    ------
+    first : int
+        Row of the band.
+    band : [rows, C]
+        Overwritten by the next one.
+    """
+    rows, columns = A_TR.shape[1], B_TC.shape[1]
+    height = min(rows, band_height(columns, B_TC.element_size(), B_TC.device.type))
+    buffer = torch.empty(height, columns, dtype=B_TC.dtype, device=B_TC.device)
+    for first in range(0, rows, height):
+        last = min(first + height, rows)
+        band = buffer[: last - first]
+        torch.mm(A_TR[:, first:last].T, B_TC, out=band)
+        yield first, band
+
+
+class LevelSink:
+    """Adds the levels of gradients to uint8 sums that lie on the gradients' device.
+
+    Parameters
+    ----------
+    sums : uint8 [rows, columns]
+    base : int
+    pool : Executor, optional
+        Takes half of every large band on a second CPU thread.
+    """
+
+    def __init__(self, sums: torch.Tensor, base: int, pool: Executor | None = None) -> None:
+        self.sums, self.base, self.pool = sums, base, pool
+
+    def add(self, band: torch.Tensor, first: int) -> Top:
+        """Add whole rows [first, ...), of shape [rows, columns]; returns the top half octave."""
+        part = self.sums[first : first + band.shape[0]]
+        if band.device.type != "cpu":
+            return _add_on_device(band.reshape(-1), self.base, part.view(-1))
+        host, (bits, kernel) = part.numpy().reshape(-1), _bits(band)
+        return _in_halves(lambda a, b: kernel(bits[a:b], self.base, host[a:b]), bits.size, self.pool)
+
+    def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:
+        """Add distinct rows, float32 [len(rows), columns]."""
+        self.sums[rows] += levels_torch(values, self.base)
+        return _top(values)
+
+
+class CountSink:
+    """Counts half octaves (``bits >> 22``) into int64 [512]: the calibration's first pass."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(HALF_OCTAVES, np.int64)
+
+    def add(self, band: torch.Tensor, first: int) -> Top:
+        """Count a band; see `LevelSink.add`."""
+        half_octaves = _half_octaves(band).reshape(-1)
+        counts = torch.bincount(half_octaves, minlength=HALF_OCTAVES)
+        self.counts += counts.cpu().numpy()
+        return half_octaves.max()
+
+    def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:
+        """Count distinct rows."""
+        return self.add(values, 0)
+
+
+def _half_octaves(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32).abs().view(torch.int32) >> FLOAT32_SHIFT
+
+
+def _top(values: torch.Tensor) -> Top:
+    return _half_octaves(values).max() if values.numel() else 0
+
+
+def _bits(band: torch.Tensor) -> tuple[Any, Any]:
+    if band.dtype == torch.bfloat16:
+        return band.view(torch.int16).numpy().reshape(-1), add_levels_bfloat16
+    return band.view(torch.int32).numpy().reshape(-1), add_levels_float32
+
+
+def _in_halves(kernel: Callable[[int, int], int], size: int, pool: Executor | None) -> int:
+    if pool is None or size < PARALLEL_ELEMENTS:
+        return kernel(0, size)
+    other = pool.submit(kernel, size // 2, size)
+    return max(kernel(0, size // 2), other.result())
+
+
+def _add_on_device(values: torch.Tensor, base: int, sums: torch.Tensor) -> Top:
+    try:
+        from tinyonn.record.triton_levels import add_levels_triton
+    except ImportError:  # Triton is optional: plain Torch gives the same bits, more slowly
+        sums += levels_torch(values, base)
+        return _top(values)
+    return add_levels_triton(values, base, sums)
+
+
+def is_finite(top: Top) -> bool | torch.Tensor:
+    """Whether the largest half octave seen belongs to a finite value; stays where `top` is."""
+    return top < FINITE_HALF_OCTAVES
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def spill(sums: UInt8, total: UInt16) -> None:
+    """Move flat uint8 sums into uint16 sums, saturating, and clear them."""
+    for i in range(sums.size):
+        total[i] = np.uint16(min(np.uint32(total[i]) + np.uint32(sums[i]), np.uint32(65535)))
+        sums[i] = 0

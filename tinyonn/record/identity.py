@@ -1,0 +1,65 @@
+"""What a run must be resumed with: refused where it differs, and what was there is left as it is."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tinyonn.base.corpus import Corpus, prepare_corpus
+from tinyonn.base.load import fingerprint_model, load_tokenizer
+from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.store.manifest import Manifest
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What a run must be resumed with, but for the corpus."""
+    record, model = config.record, config.model
+    return {
+        "model": fingerprint_model(model),
+        "config": {
+            "quantization": model.quantization,
+            "dtype": model.dtype,
+            "threads": record.threads,
+            "calibration": record.calibration,
+        },
+        "seed": record.seed,
+        "max_live": record.max_live,
+    }
+
+
+def check_same(folder: Path, stored: Manifest, config: Config, identity: dict[str, Any]) -> None:
+    """Refuse to go on with something else; what `identity` leaves out is not compared."""
+    size = config.record.segment
+    rest = {"data": stored.data, "slices": stored.slices, "parameters": stored.parameters}
+    segment = stored.segment_size if size == "auto" else size
+    now = Manifest(**{**rest, **identity}, segment_size=segment)
+    if differences := stored.differences(now):
+        raise InputError(
+            f"{folder} was begun with something else: {'; '.join(differences)}; "
+            "give it what it was begun with, or record into another run"
+        )
+
+
+def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored: Manifest | None) -> Corpus:
+    """Tokenise or reuse the corpus; a run that has begun keeps its own where another one is refused."""
+    path = folder / "corpus.arrow"
+    kept = path.with_name("corpus.arrow.kept")
+    if stored is not None:
+        kept.unlink(missing_ok=True)
+        with suppress(OSError):  # no corpus there, or a disk without links: it is tokenised anew when needed
+            os.link(path, kept)
+    try:
+        corpus = prepare_corpus(config, load_tokenizer(config.model), path)
+        if stored is not None:
+            data = {"data": {"corpus": corpus.fingerprint}, "slices": corpus.slices}
+            check_same(folder, stored, config, identity | data)
+    except BaseException:
+        if kept.exists():
+            kept.replace(path)
+        raise
+    finally:
+        kept.unlink(missing_ok=True)
+    return corpus

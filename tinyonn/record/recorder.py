@@ -1,0 +1,302 @@
+"""Record what every weight did on a sample: one forward and one backward pass of the dense model.
+
+Data flow of a sample: token ids -> decoder -> hidden states -> head and loss, in chunks of tokens -> backward. Every
+module's tap (`taps.py`) then has its input X and the gradient G of its output, and the module's sites (`sites.py`)
+journal the inputs and add the levels of the weight gradient to their sums.
+
+The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
+large vocabulary are never held whole. A tensor with several uses (tied embeddings) waits until all have come.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.corpus_file import Sample
+from tinyonn.base.load import DenseModel
+from tinyonn.base.parameters import Parameter, Use, list_parameters, list_uses
+from tinyonn.errors import InputError
+from tinyonn.record.activations import ColumnBins, column_bins, input_bins
+from tinyonn.record.gradients import is_finite
+from tinyonn.record.levels import SUM_SAMPLES
+from tinyonn.record.loss import check_head, head_backward
+from tinyonn.record.sites import (
+    Bases,
+    Site,
+    WithRows,
+    embedding_gradient,
+    feed_linear,
+    mean_square,
+    normalised,
+    token_share,
+    weight_of,
+)
+from tinyonn.record.taps import attach
+from tinyonn.record.vectors import VectorSums
+
+
+class BadSampleError(Exception):
+    """A sample that must be set aside; the message is the reason."""
+
+
+class Recorder:
+    """Records samples on one device.
+
+    Parameters
+    ----------
+    dense : DenseModel
+    threads : int
+        CPU threads. They decide how products are rounded, so all workers of a run use the same number.
+
+    Raises
+    ------
+    InputError
+        The model has parameters that cannot be recorded, or changes its logits after the head.
+    """
+
+    def __init__(self, dense: DenseModel, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        model: Any = dense.model
+        self.model, self.decoder, self.head = model, model.base_model, model.get_output_embeddings()
+        self.device = dense.device
+        self.parameters = list_parameters(self.model)
+        uses: dict[str, list[Use]] = defaultdict(list)
+        for use in list_uses(self.model):
+            uses[use.parameter_name].append(use)
+        self.sites = {p.name: Site(p, uses[p.name]) for p in self.parameters}
+        self._pool = ThreadPoolExecutor(1) if threads > 1 else None
+        self._active: set[str] = set()
+        self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._seen: set[tuple[str, str]] = set()
+        self._checks: list[tuple[str, bool | torch.Tensor]] = []
+        self._shared_input: tuple[torch.Tensor, ColumnBins] | None = None
+        self._vectors = VectorSums([], self.device)
+        check_head(model)
+        self._attach()
+
+    def open(self, bases: dict[str, Bases], spills: bool) -> None:
+        """Start sums for the tensors named in `bases`; the others are left alone."""
+        for name, site in self.sites.items():
+            site.close()
+            if name in bases:
+                site.open(bases[name], self.device, spills, self._pool)
+        vectors = [site for name, site in self.sites.items() if name in bases and site.vector]
+        self._vectors = VectorSums(vectors, self.device)
+        self._active = set(bases)
+
+    def open_counts(self, names: Iterable[str]) -> None:
+        """Start the counts of the calibration's first pass for some tensors."""
+        for site in self.sites.values():
+            site.close()
+        self._vectors = VectorSums([], self.device)
+        self._active = set(names)
+        for name in self._active:
+            self.sites[name].open_counts()
+
+    def record(
+        self, samples: Iterable[Sample], progress: Callable[[], None] = lambda: None
+    ) -> dict[int, str]:
+        """Add samples to the sums of the tensors that are open.
+
+        Returns
+        -------
+        dict
+            Reason by index of the samples that were set aside; they left no trace in the sums.
+        """
+        bad: dict[int, str] = {}
+        batch: list[Sample] = []
+        for sample in samples:
+            batch.append(sample)
+            if len(batch) == SUM_SAMPLES:
+                self._record_batch(batch, bad, progress)
+                batch = []
+        self._record_batch(batch, bad, progress)
+        return bad
+
+    def weights(self, parameter: Parameter) -> Callable[[int, int], np.ndarray]:
+        """Rows of a tensor as float32, NF4 dequantized; a vector is one row."""
+        use = self.sites[parameter.name].uses[0]
+        tensor = weight_of(use)
+        matrix = tensor.reshape(self.sites[parameter.name].matrix_shape)
+        return lambda first, last: matrix[first:last].float().cpu().numpy()
+
+    def _record_batch(self, batch: list[Sample], bad: dict[int, str], progress: Callable[[], None]) -> None:
+        """At most 17 samples; a bad one is found after it has touched some sums, so the batch starts again."""
+        done: set[int] = set()
+        while True:
+            for sample in batch:
+                if sample.index in bad:
+                    continue
+                try:
+                    self.run(sample)
+                except BadSampleError as reason:
+                    bad[sample.index] = str(reason)
+                    break
+                if sample.index not in done:
+                    done.add(sample.index)
+                    progress()
+            else:
+                break
+            for name in self._active:
+                self.sites[name].forget_batch()
+        for name in self._active:
+            self.sites[name].keep_batch()
+
+    def run(self, sample: Sample) -> float:
+        """One forward and backward pass into whatever sinks are open; returns the loss in nats per token.
+
+        Raises
+        ------
+        BadSampleError
+            A loss, activation or gradient was not finite; sums since the last spill are spoilt.
+        """
+        self._pending.clear()
+        self._seen.clear()
+        self._checks.clear()
+        self._vectors.clear()
+        self._shared_input = None
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(self.device)[None]
+        with torch.enable_grad():
+            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            leaf = hidden.detach().requires_grad_()
+            loss = head_backward(self.head, leaf, sample)
+            if not np.isfinite(loss):
+                raise BadSampleError(f"loss is {loss}")
+            hidden.backward(leaf.grad)
+        self._finish(leaf.detach()[0])
+        self._checks.append(("input or gradient of a norm or bias", self._vectors.add()))
+        for name, finite in self._checks:
+            if not finite:
+                raise BadSampleError(f"{name} is not finite")
+        return loss
+
+    def _attach(self) -> None:
+        modules: dict[str, list[Use]] = defaultdict(list)
+        for site in self.sites.values():
+            for use in site.uses:
+                modules[use.module_name].append(use)
+        for uses in modules.values():
+            names = {use.parameter_name for use in uses}
+            attach(uses[0].module, partial(self._meet, uses), partial(self._any_active, names))
+
+    def _any_active(self, names: set[str]) -> bool:
+        return not names.isdisjoint(self._active)
+
+    def _meet(self, uses: list[Use], X: torch.Tensor, G: torch.Tensor) -> None:
+        """X and G of a module have met: feed its sites, or keep them until all uses of a tensor have come."""
+        G = G.detach()
+        G_TO = G.reshape(-1, G.shape[-1])
+        for use in uses:
+            site = self.sites[use.parameter_name]
+            if use.parameter_name not in self._active:
+                continue
+            if site.tied or use.module is self.head:
+                self._pending[use.parameter_name].append((use, X, G_TO))
+                continue
+            key = (use.parameter_name, use.module_name)
+            if key in self._seen:
+                raise InputError(
+                    f"{use.module_name} is called more than once in a forward pass, which cannot be recorded; "
+                    "the model's code must call each module once"
+                )
+            self._seen.add(key)
+            self._feed(site, use, X, G_TO)
+
+    def _feed(self, site: Site, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
+        name, operation = site.parameter.name, use.operation
+        if operation == "embedding":
+            self._journal(site, column_bins(token_share(X, site.inputs, use.scale)))
+            tops = [self._sink(site).add_rows(*embedding_gradient(X, G_TO, use.scale))]
+        elif operation in ("linear", "conv1d"):
+            self._journal(site, self._column_bins(X))
+            tops = feed_linear(self._sink(site), use, X, G_TO)
+        elif operation == "bias":
+            self._feed_vector(site, G_TO.sum(0, dtype=torch.float32), self._ones(site.inputs))
+            return
+        else:
+            X = normalised(X.reshape(G_TO.shape), use)
+            self._feed_vector(site, torch.linalg.vecdot(X, G_TO.float(), dim=0), mean_square(X))
+            return
+        self._checks += [(f"gradient of {name}", is_finite(top)) for top in tops]
+
+    def _feed_vector(self, site: Site, gradient: torch.Tensor, square: torch.Tensor) -> None:
+        if site.counting:
+            self._sink(site).add(gradient[None], 0)
+            site.add_dense(weight_of(site.uses[0]).reshape(1, -1), torch.zeros(1, device=self.device), square)
+            finite = torch.isfinite(gradient).all() & torch.isfinite(square).all()
+            self._checks.append((f"input or gradient of {site.parameter.name}", finite))
+        else:
+            self._vectors.gather(site.parameter.name, gradient, square)
+
+    def _finish(self, hidden_TH: torch.Tensor) -> None:
+        """Feed the head and the tied tensors, whose uses have all come by now."""
+        for name, uses in self._pending.items():
+            site = self.sites[name]
+            if site.tied:
+                self._feed_tied(site, uses, hidden_TH)
+                continue
+            use, X, G = uses[0][0], torch.cat([X for _, X, _ in uses]), torch.cat([G for _, _, G in uses])
+            if use.operation == "linear":  # every token is the head's input, labelled or not
+                self._journal(site, self._column_bins(hidden_TH))
+                self._checks += [
+                    (f"gradient of {name}", is_finite(top))
+                    for top in feed_linear(self._sink(site), use, X, G)
+                ]
+            else:
+                self._feed(site, use, X, G)
+        self._pending.clear()
+
+    def _feed_tied(
+        self, site: Site, uses: list[tuple[Use, torch.Tensor, torch.Tensor]], hidden_TH: torch.Tensor
+    ) -> None:
+        rows, columns = site.matrix_shape
+        row_square = torch.zeros(rows, device=self.device)
+        column_square = torch.zeros(columns, device=self.device)
+        linear = {use.module_name: use for use, _, _ in uses if use.operation == "linear"}
+        row_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for use, X, G in uses:
+            if use.operation == "embedding":
+                row_square += token_share(X, rows, use.scale)
+                row_parts.append(embedding_gradient(X, G, use.scale))
+        for use in linear.values():
+            column_square += mean_square(hidden_TH if use.module is self.head else _joined(uses, use, 1))
+        X_TI = torch.cat([X for use, X, _ in uses if use.operation == "linear"])
+        G_TO = torch.cat([G for use, _, G in uses if use.operation == "linear"])
+        sink = WithRows(self._sink(site), row_parts)
+        self._checks += [
+            (f"gradient of {site.parameter.name}", is_finite(top))
+            for top in feed_linear(sink, next(iter(linear.values())), X_TI, G_TO)  # type: ignore[arg-type]
+        ]
+        self._checks.append((f"input of {site.parameter.name}", torch.isfinite(column_square).all()))
+        site.add_dense(weight_of(site.uses[0]), row_square, column_square)
+
+    def _sink(self, site: Site) -> Any:
+        assert site.sink is not None, site.parameter.name
+        return site.sink
+
+    def _journal(self, site: Site, found: ColumnBins) -> None:
+        bins, finite = found
+        site.journal.append(bins)
+        self._checks.append((f"input of {site.parameter.name}", finite))
+
+    def _column_bins(self, X: torch.Tensor) -> ColumnBins:
+        """Column bins of a layer's input, computed once for layers that share it (query, key, value; gate, up)."""
+        shared = self._shared_input
+        if shared is None or shared[0].data_ptr() != X.data_ptr() or shared[0].shape != X.shape:
+            self._shared_input = shared = (X, input_bins(X))
+        return shared[1]
+
+    @lru_cache(maxsize=16)  # noqa: B019 - a recorder lives as long as its process
+    def _ones(self, size: int) -> torch.Tensor:
+        return torch.ones(size, device=self.device)
+
+
+def _joined(uses: list[tuple[Use, torch.Tensor, torch.Tensor]], use: Use, part: int) -> torch.Tensor:
+    return torch.cat([entry[part] for entry in uses if entry[0].module_name == use.module_name])  # type: ignore[misc]

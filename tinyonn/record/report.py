@@ -1,0 +1,190 @@
+"""What the recording stage tells: live progress, and a report at its end."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.record.worker import WorkerUse
+from tinyonn.sizes import format_size
+from tinyonn.store.manifest import Segment
+from tinyonn.store.repository import Store
+
+LOG = logging.getLogger(__name__)
+LINE_SECONDS = 15.0  # between lines where there is no terminal
+RATE_SECONDS = 3.0  # over which a worker's speed is measured
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; on stderr.
+
+    Attributes
+    ----------
+    total : int
+        Samples of the corpus.
+    done : int
+        Samples committed, those set aside included.
+    rates : dict
+        Samples per second of each worker, over the last few looks.
+    """
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.total, self.done = total, 0
+        self.rates: dict[int, float] = {}
+        self.uses: dict[int, WorkerUse] = {}
+        self._shown = shown
+        self._last: dict[int, tuple[float, int]] = {}
+        self._line = 0.0
+        self._bar: Bar | None = None
+        if shown and sys.stderr.isatty():
+            columns = (
+                TextColumn("recording"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} samples"),
+            )
+            times = (
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self._bar = Bar(*columns, *times, console=Console(stderr=True))
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if self._shown:
+            LOG.info(text)
+
+    def update(self, segments: Sequence[Segment], uses: dict[int, WorkerUse]) -> None:
+        """Look at what is committed and at what the workers have done."""
+        now = time.monotonic()
+        for number, use in uses.items():
+            before, count = self._last.setdefault(number, (now, use.samples))
+            if now - before > RATE_SECONDS:
+                rate = (use.samples - count) / (now - before)
+                self.rates[number] = 0.5 * (self.rates.get(number, rate) + rate)
+                self._last[number] = (now, use.samples)
+        self.uses.update(uses)
+        self.rates = {number: rate for number, rate in self.rates.items() if number in uses}
+        aside = sum(len(segment.set_aside) for segment in segments)
+        committed = sum(segment.last - segment.first for segment in segments)
+        self.done = min(self.total, max(self.done, committed))
+        each = " ".join(f"#{number} {rate:.1f}/s" for number, rate in sorted(self.rates.items()))
+        text = f"{len(segments)} live segments, {aside} set aside, {each}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=text)
+        elif self._shown and now - self._line > LINE_SECONDS:
+            self._line = now
+            speed = sum(self.rates.values())
+            left = f"{(self.total - self.done) / speed:.0f} s left" if speed > 0 else "no estimate yet"
+            LOG.info("%d/%d samples committed, %s; %s", self.done, self.total, text, left)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+@dataclass(frozen=True)
+class RecordReport:
+    """What a call of `record` did and what the run holds now.
+
+    Attributes
+    ----------
+    run : str
+    samples_recorded : int
+        Committed by this call.
+    samples, set_aside, truncated : int
+        Of the whole run: recorded; set aside by the recorder or the corpus; cut to `data.max_tokens`.
+    weights : int
+    live_segments : int
+    seconds_recording, seconds_writing : float
+        Summed over the workers of this call.
+    commit_share : float
+        Writing over recording.
+    samples_per_second : float
+        Of this call, all workers together, start-up left out.
+    peak_rss_bytes : int
+        Driver and workers together, each at its peak.
+    peak_vram_bytes : int
+        Of the largest worker.
+    """
+
+    run: str
+    samples_recorded: int
+    samples: int
+    set_aside: int
+    truncated: int
+    weights: int
+    live_segments: int
+    workers: int
+    seconds_recording: float
+    seconds_writing: float
+    commit_share: float
+    samples_per_second: float
+    peak_rss_bytes: int
+    peak_vram_bytes: int
+    seconds: float
+
+    @classmethod
+    def of(
+        cls, folder: Path, store: Store, corpus: Corpus, progress: Progress, recorded: int, seconds: float
+    ) -> RecordReport:
+        """Gather the figures."""
+        segments = store.segments()
+        uses = list(progress.uses.values())
+        recording, writing = sum(use.recording for use in uses), sum(use.writing for use in uses)
+        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return cls(
+            run=str(folder),
+            samples_recorded=recorded,
+            samples=sum(segment.samples for segment in segments),
+            set_aside=sum(len(segment.set_aside) for segment in segments) + len(corpus.set_aside),
+            truncated=corpus.truncated,
+            weights=sum(parameter.size for parameter in store.manifest.parameters),
+            live_segments=len(segments),
+            workers=len(uses),
+            seconds_recording=round(recording, 3),
+            seconds_writing=round(writing, 3),
+            commit_share=round(writing / recording, 4) if recording else 0.0,
+            samples_per_second=round(len(uses) * recorded / (recording + writing), 3) if recording else 0.0,
+            peak_rss_bytes=driver + sum(use.peak_rss for use in uses),
+            peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
+            seconds=round(seconds, 3),
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, as JSON values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The same for people."""
+        table = Table(title=f"recorded {self.run}", show_header=False)
+        rows = {
+            "samples": f"{self.samples} ({self.samples_recorded} in this call)",
+            "set aside": str(self.set_aside),
+            "cut to data.max_tokens": str(self.truncated),
+            "weights": f"{self.weights:,}",
+            "live segments": str(self.live_segments),
+            "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
+            "writing / recording": f"{self.commit_share:.1%}",
+            "peak memory": f"{format_size(self.peak_rss_bytes)} of RAM, {format_size(self.peak_vram_bytes)} of VRAM",
+            "time": f"{self.seconds:.1f} s",
+        }
+        for name, text in rows.items():
+            table.add_row(name, text)
+        return table

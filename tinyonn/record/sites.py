@@ -1,0 +1,233 @@
+"""A site: one parameter tensor, where it meets its inputs, and what is being summed for it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.parameters import Parameter, Use
+from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
+from tinyonn.record.encode import TensorSums
+from tinyonn.record.gradients import CountSink, LevelSink, Top, product_bands, spill
+from tinyonn.record.levels import levels_torch
+
+Sink = LevelSink | CountSink
+EIGHTHS = 1024  # bins of 1/8 octave around 1
+COUNTED_ROWS = 512  # rows of a dense site that its calibration looks at
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The frozen bases of one tensor's levels; see `TensorCalibration`."""
+
+    act: int
+    grad: int
+    freq_threshold: int
+
+
+@dataclass
+class Site:
+    """State of one tensor, of shape [rows, columns] (a vector is one row).
+
+    Attributes
+    ----------
+    parameter : Parameter
+    uses : list of Use
+        More than one for a tied tensor.
+    """
+
+    parameter: Parameter
+    uses: list[Use]
+    grad: torch.Tensor | None = None  # uint8 [rows, columns], beside the compute
+    act: torch.Tensor | None = None  # uint8, dense sites only
+    freq: torch.Tensor | None = None
+    journal: list[torch.Tensor] = field(
+        default_factory=list
+    )  # uint8 [inputs] per sample since the last spill
+    grad_total: np.ndarray | None = None  # uint16, host
+    act_total: np.ndarray | None = None
+    freq_total: np.ndarray | None = None
+    histograms: np.ndarray | None = None  # uint16 [inputs, 256], host
+    act_counts: np.ndarray | None = None  # int64 [512], calibration of a dense site
+    bases: Bases | None = None
+    sink: Sink | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether several modules use the tensor."""
+        return len(self.uses) > 1
+
+    @property
+    def vector(self) -> bool:
+        """Whether the tensor is a norm or bias; see `tinyonn.record.vectors`."""
+        return len(self.parameter.shape) == 1
+
+    @property
+    def dense(self) -> bool:
+        """Whether `act` and `freq` have sums of their own: vectors, which are small, and tied tensors, which must."""
+        return self.tied or self.vector
+
+    @property
+    def counting(self) -> bool:
+        """Whether the calibration's first pass is under way."""
+        return isinstance(self.sink, CountSink)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the input belongs to the tensor's row."""
+        return self.uses[0].operation in ("embedding", "conv1d")
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """The tensor's shape as [rows, columns]."""
+        shape = self.parameter.shape
+        return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs the tensor meets."""
+        return self.matrix_shape[0 if self.by_row else 1]
+
+    def open(self, bases: Bases, device: torch.device, spills: bool, pool: Executor | None) -> None:
+        """Allocate the sums of a segment; `spills` says that more than 17 samples may come."""
+        self.bases = bases
+        shape = self.matrix_shape
+        if not self.vector:
+            self.grad = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self.sink = LevelSink(self.grad, bases.grad, pool)
+        if self.tied:
+            self.act, self.freq = torch.zeros_like(self.grad), torch.zeros_like(self.grad)  # type: ignore[arg-type]
+        if not self.dense:
+            self.histograms = np.zeros((self.inputs, BINS), np.uint16)
+        self.grad_total = np.zeros(shape, np.uint16) if spills else None
+        self.act_total = np.zeros(shape, np.uint16) if spills and self.dense else None
+        self.freq_total = np.zeros(shape, np.uint16) if spills and self.dense else None
+        self.journal = []
+
+    def open_counts(self) -> None:
+        """Prepare the calibration's first pass: column bins as always, gradients only counted."""
+        self.sink = CountSink()
+        self.histograms = np.zeros((self.inputs, BINS), np.uint16)
+        self.act_counts = np.zeros(EIGHTHS, np.int64) if self.dense else None
+
+    def close(self) -> None:
+        """Free the sums."""
+        self.act_counts = None
+        self.grad = self.act = self.freq = self.sink = None
+        self.grad_total = self.act_total = self.freq_total = self.histograms = None
+        self.journal = []
+
+    def forget_batch(self) -> None:
+        """Drop what was recorded since the last spill."""
+        self.journal = []
+        for sums in (self.grad, self.act, self.freq):
+            if sums is not None:
+                sums.zero_()
+
+    def keep_batch(self) -> None:
+        """Move what was recorded since the last spill into the segment's sums on the host."""
+        if self.journal and self.histograms is not None:
+            add_to_histograms(torch.stack(self.journal).cpu().numpy(), self.histograms)
+        self.journal = []
+        pairs = ((self.grad, self.grad_total), (self.act, self.act_total), (self.freq, self.freq_total))
+        for sums, total in pairs:
+            if sums is not None and total is not None:
+                spill(sums.cpu().numpy().reshape(-1), total.reshape(-1))
+                sums.zero_()
+
+    def sums(self, samples: int) -> TensorSums:
+        """The segment's sums, on the host."""
+
+        def host(sums: torch.Tensor | None, total: Any) -> Any:
+            return total if total is not None or sums is None else sums.cpu().numpy()
+
+        grad, act, freq = (
+            host(self.grad, self.grad_total),
+            host(self.act, self.act_total),
+            host(self.freq, self.freq_total),
+        )
+        return TensorSums(samples, grad, self.histograms, self.by_row, act, freq)
+
+    def add_dense(self, weights: torch.Tensor, row_square: torch.Tensor, column_square: torch.Tensor) -> None:
+        """Add one sample's `act` and `freq` to sums of their own; see `add_dense_levels`."""
+        if self.act_counts is not None:
+            rows = slice(None, None, max(1, weights.shape[0] // COUNTED_ROWS))
+            values = weights[rows].float().abs() * (row_square[rows, None] + column_square[None, :]).sqrt()
+            eighths = (values[values > 0].log2() * 8).floor().long() + EIGHTHS // 2
+            self.act_counts += torch.bincount(eighths.clamp_(0, EIGHTHS - 1), minlength=EIGHTHS).cpu().numpy()
+            return
+        assert self.act is not None and self.freq is not None and self.bases is not None
+        threshold = 2.0 ** (self.bases.freq_threshold / 8)
+        if weights.device.type == "cpu":
+            arrays = (weights.float().numpy(), row_square.numpy(), column_square.numpy())
+            add_dense_levels(*arrays, self.bases.act, threshold, self.act.numpy(), self.freq.numpy())
+            return
+        values = weights.float().abs() * (row_square[:, None] + column_square[None, :]).sqrt()
+        self.act += levels_torch(values, self.bases.act)
+        self.freq += (values > threshold).to(torch.uint8)
+
+
+def mean_square(X_TI: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of the squared inputs: float32 [I]."""
+    return X_TI.float().square_().mean(0) if X_TI.dtype != torch.float32 else X_TI.square().mean(0)
+
+
+def token_share(ids_T: torch.Tensor, vocabulary: int, scale: float) -> torch.Tensor:
+    """Mean square of an embedding's one-hot inputs: the share of tokens of each row; float32 [vocabulary]."""
+    return torch.bincount(ids_T, minlength=vocabulary).float() * (scale * scale / ids_T.numel())
+
+
+def embedding_gradient(
+    ids_T: torch.Tensor, G_TH: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of an embedding that met a token, sorted, and their summed gradients float32 [rows, H]."""
+    rows, place = torch.unique(ids_T, return_inverse=True)
+    gradient = torch.zeros(rows.numel(), G_TH.shape[1], device=G_TH.device)
+    return rows, gradient.index_add_(0, place, G_TH.float()).mul_(scale)
+
+
+def normalised(X: torch.Tensor, use: Use) -> torch.Tensor:
+    """What a norm's weight multiplies, float32, same shape as X."""
+    X = X.float()
+    if use.operation == "layer_norm":
+        X = X - X.mean(-1, keepdim=True)
+    return X * torch.rsqrt(X.square().mean(-1, keepdim=True) + use.eps)
+
+
+def feed_linear(sink: Sink, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor) -> list[Top]:
+    """Form a linear layer's weight gradient band by band into a sink; returns the top half octaves."""
+    A, B = (X_TI, G_TO) if use.operation == "conv1d" else (G_TO, X_TI)
+    if A.dtype != B.dtype:
+        A, B = A.float(), B.float()
+    return [sink.add(band, first) for first, band in product_bands(A, B)]
+
+
+class WithRows:
+    """A sink in front of another that adds an embedding's gradient to the bands of the head's."""
+
+    def __init__(self, sink: Any, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.sink, self.parts = sink, parts
+
+    def add(self, band: torch.Tensor, first: int) -> Top:
+        """Add a band with the rows that fall into it; see `LevelSink.add`."""
+        whole = band.float()
+        for rows, values in self.parts:
+            inside = (rows >= first) & (rows < first + band.shape[0])
+            whole = whole.index_add(0, rows[inside] - first, values[inside])
+        return self.sink.add(whole, first)  # type: ignore[no-any-return]
+
+
+def weight_of(use: Use) -> torch.Tensor:
+    """The tensor that a use multiplies, NF4 dequantized, in the tensor's own shape."""
+    if use.operation == "bias":
+        return use.module.bias  # type: ignore[return-value]
+    weight: Any = use.module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    return weight  # type: ignore[no-any-return]

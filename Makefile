@@ -1,0 +1,80 @@
+# make demo   record the shipped corpus with the shipped model; ends in a table        (the README's first command)
+# make test   run the tests                                                            (the README's second command)
+# make check  ruff and mypy
+# make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM)
+# make clean  remove .venv and caches; runs under storage/ stay
+#
+# Everything is installed into .venv in this folder, once; the user's own environment is never touched.
+# Another interpreter: make demo PYTHON=/path/to/python3.12
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+PYTEST_ARGS ?=
+# The scripts among them; the rest are their parts.
+BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v four_billion)
+CONSTRAINTS := requirements/constraints.txt
+
+# Nothing of the user's Python set-up may leak into .venv or out of it.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_TARGET PIP_PREFIX PIP_ROOT VIRTUAL_ENV
+export PIP_USER := 0
+export PIP_REQUIRE_VIRTUALENV := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONNOUSERSITE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+help:
+	@sed -n '1,5s/^# //p' Makefile
+
+demo: $(VENV)/.installed
+	@$(BIN)/tinyonn demo
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first python of the list that is 3.11 to 3.13 and can make a virtual environment.
+$(VENV)/.made:
+	@set -e; \
+	for python in "$(PYTHON)" python3 python3.12 python3.11 python3.13 python; do \
+		test -n "$$python" || continue; \
+		"$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+			>/dev/null 2>&1 && break; \
+		test "$$python" != "$(PYTHON)" || { found=no; break; }; \
+		python=; \
+	done; \
+	if test -z "$$python" || test "$$found" = no; then \
+		echo "make: no usable Python: $${python:-python3} is $$("$${python:-python3}" --version 2>&1 | head -n 1);" \
+			"Tiny-ONN needs Python 3.11 to 3.13 with its venv module (on Debian and Ubuntu: apt install python3-venv)," \
+			"then: make demo PYTHON=/path/to/python3.12" >&2; \
+		exit 2; \
+	fi; \
+	echo "making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	@echo "installing into $(VENV): about two minutes the first time"
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made
+	@echo "installing into $(VENV), with what the tests need: about two minutes the first time"
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $(VENV)/.installed $@

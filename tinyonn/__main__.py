@@ -1,0 +1,5 @@
+"""``python -m tinyonn`` is ``tinyonn``."""
+
+from tinyonn.cli import main
+
+main()

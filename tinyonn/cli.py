@@ -1,0 +1,279 @@
+"""The command line: ``tinyonn STAGE RUN [--config FILE] [--json]``. Parses, validates, calls one stage.
+
+A RUN without a slash is a run under ``storage.root``; with one, or as ``s3://...``, it is the place itself.
+Exit codes: 0 done, 2 wrong use or input, 3 does not fit, 4 store busy or damaged, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
+
+import typer
+
+from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.places import local_folder, run_location
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tinyonn.config import Config
+
+INTERRUPTED = 130
+DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+RunArgument = Annotated[str, typer.Argument(help="A run under storage.root, or its folder or s3:// address.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="One YAML file; see configs/.", metavar="FILE")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line; progress goes to stderr.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster to use, e.g. auto or 192.168.1.10:6379; else a local Ray."),
+]
+
+app = typer.Typer(
+    name="tinyonn",
+    help="Record what every weight of a dense language model did, and build sparse experts from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Report(Protocol):
+    """What a stage returns."""
+
+    def figures(self) -> dict[str, Any]:
+        """The stage's own figures, as JSON values."""
+
+    def table(self) -> Table:
+        """The same for people."""
+
+
+@app.command()
+def plan(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    vram: Annotated[
+        str | None, typer.Option(help="Memory of one GPU, e.g. 8GiB, instead of this machine's.")
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Free RAM, e.g. 32GiB, instead of this machine's.")] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Free disk space, e.g. 200GiB, instead of this machine's.")
+    ] = None,
+) -> None:
+    """State what recording needs in VRAM, RAM and on disk, and refuse what does not fit; loads nothing."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.planning import plan_run
+        from tinyonn.sizes import parse_size
+
+        limits = {name: parse_size(text, f"--{name}") for name, text in _given(vram=vram, ram=ram, disk=disk)}
+        return plan_run(location, local_folder(location), settings, limits)
+
+    _run_stage("plan", run, config, as_json, stage, log=False)
+
+
+@app.command()
+def doctor(
+    run: Annotated[str, typer.Argument(help="A run; its disk is looked at.")] = "demo",
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: Python, Torch, GPUs, bitsandbytes, RAM, disk, Ray, store."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.doctor import examine
+
+        return examine(local_folder(location))
+
+    if not _run_stage("doctor", run, config, as_json, stage, log=False).figures()["healthy"]:
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command()
+def record(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    address: AddressOption = None,
+) -> None:
+    """Record the corpus through the model into the run's store; goes on where an earlier call stopped."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.record.driver import record
+
+        return record(location, settings, address=address)
+
+    _run_stage("record", run, config, as_json, stage)
+
+
+@app.command()
+def merge(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Average committed segments until each slice has one (as far as it is recorded)."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.merging import merge_run
+
+        return merge_run(location)
+
+    _run_stage("merge", run, config, as_json, stage)
+
+
+@app.command()
+def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show what is committed: samples per slice, live segments, samples set aside, disk use."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.status import read_status
+
+        return read_status(location)
+
+    _run_stage("status", run, config, as_json, stage, log=False)
+
+
+@app.command()
+def demo(as_json: JsonOption = False) -> None:
+    """Record the shipped corpus with the shipped model into storage/demo, merge it and show the result."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.merging import merge_run
+        from tinyonn.record.driver import record
+        from tinyonn.status import is_complete, read_status
+
+        if is_complete(location):
+            _say(f"{location} is recorded and merged: nothing to do (remove the folder to start afresh)")
+            return read_status(location)
+        _show(record(location, settings))
+        _show(merge_run(location))
+        return read_status(location)
+
+    if not DEMO_CONFIG.is_file():
+        _fail(
+            InputError(
+                f"{DEMO_CONFIG} is missing; run the demo from a clone, or `tinyonn record RUN --config FILE`"
+            )
+        )
+    _run_stage("demo", "demo", DEMO_CONFIG, as_json, stage)
+
+
+def main() -> None:
+    """Entry point of the ``tinyonn`` script and of ``python -m tinyonn``."""
+    app()
+
+
+def _run_stage(
+    stage: str,
+    run: str,
+    config: Path | None,
+    as_json: bool,
+    body: Callable[[str, Config], Report],
+    log: bool = True,
+) -> Report:
+    started = time.monotonic()
+    try:
+        with _stdout_to_stderr(as_json):
+            from tinyonn.config import load_config
+
+            settings = load_config(config)
+            location = run_location(run, settings.storage.root)
+            if log and (stage != "merge" or local_folder(location).is_dir()):
+                from tinyonn.logs import setup_logging
+
+                setup_logging(local_folder(location) / "logs", stage)
+            report = body(location, settings)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    except TinyONNError as error:
+        _fail(error)
+    except MemoryError:
+        _fail(
+            CapacityError(
+                "out of RAM; see `tinyonn plan`, use fewer record.workers or a smaller data.max_tokens"
+            )
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _crash()
+            raise
+        _fail(
+            CapacityError(
+                f"no space left on disk for {error.filename or run}; free some, then run the command again"
+            )
+        )
+    except Exception:
+        _crash()
+        raise
+    if as_json:
+        own = {"stage": stage, "run": location, "seconds": round(time.monotonic() - started, 3)}
+        print(json.dumps({**own, "peak_rss_bytes": _peak_rss(), **report.figures(), **own}), flush=True)
+    else:
+        _show(report)
+    return report
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+
+    Console().print(report.table())
+
+
+def _say(message: str) -> None:
+    logging.getLogger("tinyonn").info(message)
+
+
+def _fail(error: TinyONNError) -> NoReturn:
+    """One line on stderr, the traceback in the log alone."""
+    line = " ".join(str(error).split())
+    logger = logging.getLogger("tinyonn")
+    if logger.handlers:
+        logger.debug("failed", exc_info=True)
+    print(f"tinyonn: {line}", file=sys.stderr)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _crash() -> None:
+    logging.getLogger("tinyonn").debug("a fault of Tiny-ONN itself", exc_info=True)
+
+
+def _given(**options: str | None) -> list[tuple[str, str]]:
+    return [(name, text) for name, text in options.items() if text is not None]
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr(active: bool) -> Iterator[None]:
+    """Keep standard output for the JSON line, also from libraries, child processes and daemons."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,277 @@
+"""What recording needs, stated before anything is loaded: windows, workers, segments, memory of every tier.
+
+`plan_record` is pure. It takes facts of the model, the data and the machine and returns a `RecordPlan`, or
+refuses with the limit and a remedy that it has tried. What a tier must hold is in `memory.py`, the time in
+`cost.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.config import RecordConfig
+from tinyonn.cost import Device, commit_seconds, sample_seconds, segment_size
+from tinyonn.errors import CapacityError
+from tinyonn.memory import (
+    BATCH,
+    DRIVER_BYTES,
+    SYSTEM_BYTES,
+    DataFacts,
+    Machine,
+    ModelFacts,
+    Need,
+    Tier,
+    compute_needs,
+    disk_tier,
+    host_needs,
+)
+from tinyonn.sizes import format_count, format_seconds, format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["DataFacts", "Machine", "ModelFacts", "Need", "RecordPlan", "Tier", "plan_record", "segment_size"]
+
+
+@dataclass(frozen=True)
+class RecordPlan:
+    """How a run will be recorded and what that takes. Print `table` or read `figures`."""
+
+    model: ModelFacts
+    data: DataFacts
+    device: Device
+    tensors: int
+    weights: int
+    segment_size: int
+    segments: int
+    windows: int
+    workers: int
+    places: int
+    worker: Tier
+    tiers: tuple[Tier, ...]
+    seconds: float
+
+    @property
+    def worker_ram_bytes(self) -> int:
+        """RAM of one worker process, to compare with its peak RSS."""
+        return self.worker.total
+
+    def workers_for(self, room: int) -> int:
+        """Workers for `room` places by GPUs or CPUs: the planned share of them."""
+        return max(1, room * self.workers // self.places)
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        tiers = {
+            tier.name: {
+                "needs": {need.what: need.bytes for need in tier.needs},
+                "bytes": tier.total,
+                "limit": tier.limit,
+            }
+            for tier in (self.worker, *self.tiers)
+        }
+        own = {
+            name: getattr(self, name)
+            for name in ("device", "tensors", "weights", "segment_size", "segments", "windows")
+        }
+        return own | {
+            "workers": self.workers,
+            "worker_ram_bytes": self.worker_ram_bytes,
+            "estimated_seconds": round(self.seconds, 1),
+            "model": self.model.name,
+            "data": asdict(self.data),
+            "tiers": tiers,
+        }
+
+    def table(self) -> Table:
+        """For people."""
+        from rich.table import Table
+
+        title = f"{self.model.name}: {format_count(self.weights)} weights in {self.tensors} tensors"
+        data = (
+            f"{self.data.samples:,} samples of {self.data.mean_tokens:,.0f} tokens (cut at "
+            f"{self.data.max_tokens:,}) in {self.data.slices} slices: "
+            f"{self.segments} segments of {self.segment_size}\n"
+            f"{self.workers} worker(s) on {self.device}, {self.windows} window(s) of layers, "
+            f"about {format_seconds(self.seconds)}"
+        )
+        assumed = "".join(f"\nassumed: {what}" for what in self.data.assumed)
+        table = Table(title=title, caption=data + assumed, title_justify="left", caption_justify="left")
+        table.add_column("where")
+        table.add_column("what")
+        table.add_column("needs", justify="right")
+        table.add_column("has", justify="right")
+        for tier in (self.worker, *self.tiers):
+            for need in tier.needs:
+                table.add_row("", need.what, format_size(need.bytes), "")
+            limit = "" if tier.limit is None else format_size(tier.limit)
+            table.add_row(
+                tier.name, "together", format_size(tier.total), limit, style="bold", end_section=True
+            )
+        return table
+
+
+def plan_record(
+    parameters: Sequence[Parameter],
+    model: ModelFacts,
+    data: DataFacts,
+    machine: Machine,
+    record: RecordConfig,
+) -> RecordPlan:
+    """Choose windows and workers so that everything fits, the fastest first.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        From `list_parameters`, in model order.
+    model, data, machine
+        Facts.
+    record : RecordConfig
+        Numbers given there are kept, ``auto`` is chosen here.
+
+    Raises
+    ------
+    CapacityError
+        Names what is needed, the limit and what would help.
+    """
+    best = _fastest(parameters, model, data, machine, record)
+    if isinstance(best, RecordPlan):
+        return best
+    remedy = _remedy(parameters, model, data, machine, record)
+    largest = sorted(best.needs, key=lambda need: -need.bytes)[:3]
+    what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in largest)
+    raise CapacityError(
+        f"{model.name}: {format_size(best.total)} of {best.name} are needed and "
+        f"{format_size(best.limit or 0)} are there ({what}); {remedy}"
+    )
+
+
+def _fastest(
+    parameters: Sequence[Parameter],
+    model: ModelFacts,
+    data: DataFacts,
+    machine: Machine,
+    record: RecordConfig,
+) -> RecordPlan | Tier:
+    """The plan with the most samples per second; else the tier that is too small where least is missing."""
+    from tinyonn.record.calibration import layer_windows
+
+    names = [(parameter.name, parameter.layer, parameter.size) for parameter in parameters]
+    most = len({p.layer for p in parameters} - {None}) + sum(p.layer is None for p in parameters)
+    counts = range(1, most + 1) if record.windows == "auto" else range(record.windows, record.windows + 1)
+    most_workers = min(places(machine, record), _segments(parameters, data, machine, record)[1])
+    workers = range(most_workers, 0, -1) if record.workers == "auto" else (record.workers,)
+    by_name = {parameter.name: parameter for parameter in parameters}
+    plans: list[RecordPlan] = []
+    short: list[Tier] = []
+    for windows in counts:
+        held = [[by_name[name] for name in window] for window in layer_windows(names, windows)]
+        for number in workers:
+            plan = _state(parameters, held, model, data, machine, record, number)
+            lacking = [tier for tier in plan.tiers if not tier.fits]
+            if not lacking:
+                plans.append(plan)
+                break
+            short += lacking[:1]
+    if plans:
+        return min(plans, key=lambda plan: plan.seconds)
+    return min(short, key=lambda tier: tier.total - (tier.limit or 0))
+
+
+def places(machine: Machine, record: RecordConfig) -> int:
+    """Workers that a machine can hold by its GPUs or CPUs."""
+    return max(1, machine.units if machine.device == "cuda" else machine.units // record.threads)
+
+
+def _segments(
+    parameters: Sequence[Parameter], data: DataFacts, machine: Machine, record: RecordConfig
+) -> tuple[int, int]:
+    """Samples per segment, and how many segments that makes if the slices are of like size."""
+    size = record.segment
+    if size == "auto":
+        size = segment_size(parameters, data.samples, data.mean_tokens, data.slices, machine.device)
+    return size, ceil(data.samples / data.slices / size) * data.slices
+
+
+def _state(
+    parameters: Sequence[Parameter],
+    held: Sequence[Sequence[Parameter]],
+    model: ModelFacts,
+    data: DataFacts,
+    machine: Machine,
+    record: RecordConfig,
+    workers: int,
+) -> RecordPlan:
+    """What one choice of windows and workers needs."""
+    device = machine.device
+    weights = sum(parameter.size for parameter in parameters)
+    size, segments = _segments(parameters, data, machine, record)
+    compute = compute_needs(parameters, held, model, data, device)
+    spills = max(size, min(record.calibration, data.samples)) > BATCH
+    host = host_needs(parameters, held, model, device, spills)
+    worker = Tier("RAM of a worker", tuple(host if device == "cuda" else [*compute, *host]), None)
+    ram = Tier(
+        "RAM",
+        (Need(f"{workers} worker(s)", workers * worker.total), Need("driver, merging and Ray", DRIVER_BYTES)),
+        max(0, machine.ram - SYSTEM_BYTES),
+    )
+    tiers = [ram, disk_tier(weights, data, machine, min(record.max_live, segments), workers)]
+    if device == "cuda":
+        tiers.insert(0, Tier("VRAM of a GPU", tuple(compute), machine.vram))
+    windows = len(held)
+    each = sample_seconds(weights, data.mean_tokens, device, windows, model.checkpointing)
+    seconds = (data.samples * each + segments * commit_seconds(weights, len(parameters))) / workers
+    return RecordPlan(
+        model,
+        data,
+        device,
+        len(parameters),
+        weights,
+        size,
+        segments,
+        windows,
+        workers,
+        places(machine, record),
+        worker,
+        tuple(tiers),
+        seconds,
+    )
+
+
+def _remedy(
+    parameters: Sequence[Parameter],
+    model: ModelFacts,
+    data: DataFacts,
+    machine: Machine,
+    record: RecordConfig,
+) -> str:
+    """The first change of the configuration that would make it fit, tried out."""
+    auto = record.model_copy(update={"windows": "auto", "workers": "auto"})
+    changes: list[tuple[str, ModelFacts, DataFacts, Machine, RecordConfig]]
+    changes = [
+        ("record.windows: auto and record.workers: auto", model, data, machine, auto),
+        ("model.checkpointing: true", replace(model, checkpointing=True), data, machine, auto),
+        ("model.quantization: nf4", replace(model, quantization="nf4"), data, machine, auto),
+        ("record.max_live: 1", model, data, machine, record.model_copy(update={"max_live": 1})),
+        ("data.slices: 2 and record.max_live: 1", model, replace(data, slices=min(2, data.slices)), machine,
+         record.model_copy(update={"max_live": 1})),
+    ]  # fmt: skip
+    tokens = data.max_tokens // 2
+    while tokens >= 64:
+        shorter = replace(data, max_tokens=tokens, mean_tokens=min(data.mean_tokens, tokens))
+        checkpointed = replace(model, checkpointing=True)
+        changes.append(
+            (f"data.max_tokens: {tokens} and model.checkpointing: true", checkpointed, shorter, machine, auto)
+        )
+        tokens //= 2
+    small = auto.model_copy(update={"segment": BATCH, "calibration": min(BATCH, record.calibration)})
+    exact = f"record.segment: {BATCH} and record.calibration: {BATCH}, which need no uint16 sums"
+    changes.append((exact, model, data, machine, small))
+    for text, its_model, its_data, its_machine, its_record in changes:
+        if isinstance(_fastest(parameters, its_model, its_data, its_machine, its_record), RecordPlan):
+            return f"it fits with {text}"
+    return "use a smaller model, or a machine with more of it"

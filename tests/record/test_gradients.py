@@ -88,6 +88,9 @@ def test_counts_hold_every_value() -> None:
     sink = CountSink()
     band = torch.tensor([[0.0, 1.0, -1.25], [1.5, 2.0, 3.0]])
     sink.add(band, 0)
+    sink.forget()
+    sink.add(band, 0)
+    sink.keep()
     assert sink.counts.sum() == 6
     assert sink.counts[254] == 2
     assert sink.counts[255] == sink.counts[256] == sink.counts[257] == sink.counts[0] == 1

@@ -67,18 +67,19 @@ def encode(
     rows, columns = sums.grad.shape
     books = calibration.codebooks()
     grad_positions = positions(np.arange((LEVELS - 1) * sums.samples + 1) / sums.samples, books[1])
-    tables = None if sums.histograms is None else position_tables(sums.histograms, calibration)
+    histograms = sums.histograms
+    shared = None if histograms is None or sums.by_row else position_tables(histograms, calibration)
     for first in range(0, rows, band_rows):
         last = min(first + band_rows, rows)
         out = np.empty((last - first, columns), np.uint16)
         offset = np.uint64(first * columns)
-        if tables is not None:
+        if histograms is not None:
             bits = np.ascontiguousarray(weights(first, last), np.float32).view(np.int32)
-            part = tables[first:last] if sums.by_row else tables
+            tables = position_tables(histograms[first:last], calibration) if shared is None else shared
             grad = sums.grad[first:last]
             _encode(
                 bits,
-                part,
+                tables,
                 sums.by_row,
                 grad,
                 grad_positions,

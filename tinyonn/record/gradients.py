@@ -89,16 +89,34 @@ class LevelSink:
 
 
 class CountSink:
-    """Counts half octaves (``bits >> 22``) into int64 [512]: the calibration's first pass."""
+    """Counts half octaves (``bits >> 22``) into int64 [512]: the calibration's first pass.
+
+    Attributes
+    ----------
+    counts : int64 [512]
+        Of the batches that were kept.
+    batch : int64 [512]
+        Of the batch under way.
+    """
 
     def __init__(self) -> None:
         self.counts = np.zeros(HALF_OCTAVES, np.int64)
+        self.batch = np.zeros(HALF_OCTAVES, np.int64)
+
+    def keep(self) -> None:
+        """The batch under way was good."""
+        self.counts += self.batch
+        self.forget()
+
+    def forget(self) -> None:
+        """The batch under way is begun again."""
+        self.batch[:] = 0
 
     def add(self, band: torch.Tensor, first: int) -> Top:
         """Count a band; see `LevelSink.add`."""
         half_octaves = _half_octaves(band).reshape(-1)
         counts = torch.bincount(half_octaves, minlength=HALF_OCTAVES)
-        self.counts += counts.cpu().numpy()
+        self.batch += counts.cpu().numpy()
         return half_octaves.max()
 
     def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:

@@ -73,6 +73,7 @@ class Recorder:
         self.sites = {p.name: Site(p, uses[p.name]) for p in self.parameters}
         self._pool = ThreadPoolExecutor(1) if threads > 1 else None
         self._active: set[str] = set()
+        self._spills = False
         self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
         self._seen: set[tuple[str, str]] = set()
         self._checks: list[tuple[str, bool | torch.Tensor]] = []
@@ -90,6 +91,7 @@ class Recorder:
         vectors = [site for name, site in self.sites.items() if name in bases and site.vector]
         self._vectors = VectorSums(vectors, self.device)
         self._active = set(bases)
+        self._spills = spills
 
     def open_counts(self, names: Iterable[str]) -> None:
         """Start the counts of the calibration's first pass for some tensors."""
@@ -97,6 +99,7 @@ class Recorder:
             site.close()
         self._vectors = VectorSums([], self.device)
         self._active = set(names)
+        self._spills = True
         for name in self._active:
             self.sites[name].open_counts()
 
@@ -112,11 +115,14 @@ class Recorder:
         """
         bad: dict[int, str] = {}
         batch: list[Sample] = []
+        spilled = False
         for sample in samples:
             batch.append(sample)
             if len(batch) == SUM_SAMPLES:
+                assert self._spills or not spilled, "more than 17 samples need spills"
                 self._record_batch(batch, bad, progress)
-                batch = []
+                batch, spilled = [], True
+        assert self._spills or not (spilled and batch), "more than 17 samples need spills"
         self._record_batch(batch, bad, progress)
         return bad
 

@@ -53,6 +53,7 @@ class Site:
     freq_total: np.ndarray | None = None
     histograms: np.ndarray | None = None  # uint16 [inputs, 256], host
     act_counts: np.ndarray | None = None  # int64 [512], calibration of a dense site
+    act_batch: np.ndarray | None = None  # of the batch under way
     bases: Bases | None = None
     sink: Sink | None = None
 
@@ -113,10 +114,11 @@ class Site:
         self.sink = CountSink()
         self.histograms = np.zeros((self.inputs, BINS), np.uint16)
         self.act_counts = np.zeros(EIGHTHS, np.int64) if self.dense else None
+        self.act_batch = np.zeros(EIGHTHS, np.int64) if self.dense else None
 
     def close(self) -> None:
         """Free the sums."""
-        self.act_counts = None
+        self.act_counts = self.act_batch = None
         self.grad = self.act = self.freq = self.sink = None
         self.grad_total = self.act_total = self.freq_total = self.histograms = None
         self.journal = []
@@ -124,6 +126,10 @@ class Site:
     def forget_batch(self) -> None:
         """Drop what was recorded since the last spill."""
         self.journal = []
+        if isinstance(self.sink, CountSink):
+            self.sink.forget()
+        if self.act_batch is not None:
+            self.act_batch[:] = 0
         for sums in (self.grad, self.act, self.freq):
             if sums is not None:
                 sums.zero_()
@@ -133,6 +139,11 @@ class Site:
         if self.journal and self.histograms is not None:
             add_to_histograms(torch.stack(self.journal).cpu().numpy(), self.histograms)
         self.journal = []
+        if isinstance(self.sink, CountSink):
+            self.sink.keep()
+        if self.act_counts is not None and self.act_batch is not None:
+            self.act_counts += self.act_batch
+            self.act_batch[:] = 0
         pairs = ((self.grad, self.grad_total), (self.act, self.act_total), (self.freq, self.freq_total))
         for sums, total in pairs:
             if sums is not None and total is not None:
@@ -154,11 +165,11 @@ class Site:
 
     def add_dense(self, weights: torch.Tensor, row_square: torch.Tensor, column_square: torch.Tensor) -> None:
         """Add one sample's `act` and `freq` to sums of their own; see `add_dense_levels`."""
-        if self.act_counts is not None:
+        if self.act_batch is not None:
             rows = slice(None, None, max(1, weights.shape[0] // COUNTED_ROWS))
             values = weights[rows].float().abs() * (row_square[rows, None] + column_square[None, :]).sqrt()
             eighths = (values[values > 0].log2() * 8).floor().long() + EIGHTHS // 2
-            self.act_counts += torch.bincount(eighths.clamp_(0, EIGHTHS - 1), minlength=EIGHTHS).cpu().numpy()
+            self.act_batch += torch.bincount(eighths.clamp_(0, EIGHTHS - 1), minlength=EIGHTHS).cpu().numpy()
             return
         assert self.act is not None and self.freq is not None and self.bases is not None
         threshold = 2.0 ** (self.bases.freq_threshold / 8)

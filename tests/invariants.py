@@ -14,7 +14,7 @@ import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.store.manifest import Manifest, Segment
-from tinyonn.store.records import TensorCalibration, UInt16, dither_seed, value_tables
+from tinyonn.store.records import VALUE_STEPS, TensorCalibration, UInt16, dither_seed, value_tables
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import merges
 
@@ -116,7 +116,7 @@ def _expected(key: _Key, slice: str, span: tuple[int, int], parameter: Parameter
         mean = np.zeros(parameter.shape)
         for weight, records in parts:
             mean = mean + weight / samples * books[s][(records >> shift) & 15]
-        index = np.clip(((mean - low[s]) * scale[s]).astype(np.int64), 0, 4095)
+        index = np.clip(((mean - low[s]) * scale[s]).astype(np.int64), 0, VALUE_STEPS - 1)
         extra = np.uint64(128) if nearest else (noise >> np.uint64(8 * s)) & np.uint64(255)
         out |= ((tables[s][index].astype(np.uint64) + extra) >> np.uint64(8)) << np.uint64(shift)
     return samples, out.astype(np.uint16)

@@ -136,6 +136,7 @@ def test_figures_are_written_for_people() -> None:
 
 def test_a_run_is_a_name_under_the_root_or_a_place() -> None:
     assert run_location("demo", "storage") == "storage/demo"
+    assert run_location("storage/x", "storage") == "storage/x"
     assert run_location("demo", "s3://bucket/prefix/") == "s3://bucket/prefix/demo"
     assert run_location("./demo/", "storage") == "./demo"
     assert run_location("/tmp/x", "s3://bucket") == "/tmp/x"
@@ -387,3 +388,18 @@ def test_doctor_names_what_is_wrong_and_the_remedy(tmp_path: Path, monkeypatch: 
     broken = {finding.what: finding for finding in examine(tmp_path).findings}
     assert broken["RAM"].state == "fail"
     assert broken["disk"].state in ("ok", "warn")
+
+
+def test_relative_runs_of_a_ray_job_outlive_its_copy_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("TINYONN_HOME", str(tmp_path / "home"))
+    assert run_location("storage/x", "storage") == str(tmp_path / "home" / "storage" / "x")
+    assert run_location("x", "storage") == str(tmp_path / "home" / "storage" / "x")
+    assert run_location("/mnt/x", "storage") == "/mnt/x"
+    assert run_location("x", "s3://bucket") == "s3://bucket/x"
+    monkeypatch.delenv("TINYONN_HOME")
+    assert run_location("x", "storage") == str(Path.home() / "tiny-onn" / "storage" / "x")

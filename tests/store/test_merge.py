@@ -76,7 +76,7 @@ def test_no_other_tree_is_better(count: int, max_live: int) -> None:
     assert rounding(tree) + 0.01 * len(list(tree.inner())) == pytest.approx(best(count, max_live))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(order=st.permutations(range(9)), pauses=st.sets(st.integers(0, 8)), max_live=st.integers(1, 3))
 def test_any_order_of_commits_and_any_timing_of_merges_give_the_same_bits(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], pauses: set[int], max_live: int

@@ -7,8 +7,8 @@ octave:
 - weight bin ``k``: ``1 + floor(8 (log2 |w| + 23))``, |w| from 2^-23 to 2^8.75, bin 0 for zero.
 
 With the column's histogram ``h_j`` over the samples, a weight's mean level is ``sum_b h_j[b] g(k + b) / n`` and its
-freq is ``sum_b h_j[b] s(k + b) / n``. ``g`` and ``s`` are the level and the step at the calibrated median, averaged over
-the triangular density of the sum of two binned logarithms.
+freq is ``sum_b h_j[b] s(k + b) / n``. ``g`` and ``s`` are the level and the step at the calibrated median, averaged
+over the triangular density of the sum of two binned logarithms.
 """
 
 from __future__ import annotations

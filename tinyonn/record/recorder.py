@@ -43,7 +43,18 @@ from tinyonn.record.vectors import VectorSums
 
 
 class BadSampleError(Exception):
-    """A sample that must be set aside; the message is the reason."""
+    """A sample that must be set aside; the message is the reason.
+
+    Parameters
+    ----------
+    reason : str
+    touched : bool
+        Whether sums have been touched already.
+    """
+
+    def __init__(self, reason: str, touched: bool = True) -> None:
+        super().__init__(reason)
+        self.touched = touched
 
 
 class Recorder:
@@ -144,7 +155,9 @@ class Recorder:
                     self.run(sample)
                 except BadSampleError as reason:
                     bad[sample.index] = str(reason)
-                    break
+                    if reason.touched:
+                        break
+                    continue
                 if sample.index not in done:
                     done.add(sample.index)
                     progress()
@@ -174,7 +187,7 @@ class Recorder:
             leaf = hidden.detach().requires_grad_()
             loss = head_backward(self.head, leaf, sample)
             if not np.isfinite(loss):
-                raise BadSampleError(f"loss is {loss}")
+                raise BadSampleError(f"loss is {loss}", touched=False)
             hidden.backward(leaf.grad)
         self._finish(leaf.detach()[0])
         self._checks.append(("input or gradient of a norm or bias", self._vectors.add()))

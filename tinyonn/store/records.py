@@ -22,7 +22,7 @@ STATISTICS = ("act", "grad", "freq")
 SHIFTS = {"act": 12, "grad": 8, "freq": 4, "score": 0}
 CODES = 16
 POSITION_STEPS = 256
-VALUE_STEPS = 4096
+VALUE_STEPS = 32768  # far finer than the narrowest gap between two entries
 
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
 UInt16 = np.ndarray[Any, np.dtype[np.uint16]]
@@ -178,7 +178,7 @@ def value_tables(codebooks: Float64) -> tuple[UInt16, Float64, Float64]:
 
     Returns
     -------
-    tables : uint16 [3, 4096]
+    tables : uint16 [3, 32768]
         Position of ``first + (i + 0.5) / scale``.
     first, scale : float64 [3]
         Index of a mean ``v`` is ``(v - first) * scale``.
@@ -228,7 +228,7 @@ def average_records(
             mean = 0.0
             for p in range(len(parts)):
                 mean += weights[p] * codebooks[s, (np.uint64(parts[p][i]) >> shift) & np.uint64(15)]
-            index = min(max(int((mean - first[s]) * scale[s]), 0), 4095)
+            index = min(max(int((mean - first[s]) * scale[s]), 0), VALUE_STEPS - 1)
             noise = np.uint64(128) if nearest else (bits >> np.uint64(8 * s)) & np.uint64(255)
             code = (np.uint64(tables[s, index]) + noise) >> np.uint64(8)
             record |= code << shift

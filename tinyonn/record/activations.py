@@ -93,12 +93,14 @@ def column_bins(mean_square_I: torch.Tensor) -> ColumnBins:
 
 def input_bins(X_TI: torch.Tensor) -> ColumnBins:
     """`column_bins` of one sample's inputs [T, I], of any float type."""
-    X = X_TI.float()
-    if X.device.type != "cpu":
-        return column_bins(X.square().mean(0))
-    square = np.zeros(X.shape[1], np.float32)
-    _add_squares(X.numpy(), square)
-    return column_bins(torch.from_numpy(square / np.float32(X.shape[0])))
+    if X_TI.device.type != "cpu":
+        return column_bins(X_TI.float().square().mean(0))
+    square = np.zeros(X_TI.shape[1], np.float32)
+    if X_TI.dtype == torch.bfloat16:
+        _add_squares_bfloat16(X_TI.view(torch.int16).numpy(), square)
+    else:
+        _add_squares(X_TI.float().numpy(), square)
+    return column_bins(torch.from_numpy(square / np.float32(X_TI.shape[0])))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -106,6 +108,17 @@ def _add_squares(X: Any, out: Any) -> None:
     for t in range(X.shape[0]):
         for j in range(X.shape[1]):
             out[j] += X[t, j] * X[t, j]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_squares_bfloat16(bits: Any, out: Any) -> None:
+    row = np.empty(bits.shape[1], np.float32)
+    row_bits = row.view(np.int32)
+    for t in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            row_bits[j] = np.int32(bits[t, j]) << np.int32(16)  # a bfloat16 is the upper half of a float32
+        for j in range(bits.shape[1]):
+            out[j] += row[j] * row[j]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -7,6 +7,7 @@ uint8; then the sums are spilled into uint16, which saturates and never wraps.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any
@@ -52,12 +53,23 @@ def product_bands(A_TR: torch.Tensor, B_TC: torch.Tensor) -> Iterator[tuple[int,
     """
     rows, columns = A_TR.shape[1], B_TC.shape[1]
     height = min(rows, band_height(columns, B_TC.element_size(), B_TC.device.type))
-    buffer = torch.empty(height, columns, dtype=B_TC.dtype, device=B_TC.device)
+    buffer = _buffer(height * columns, B_TC.dtype, B_TC.device)
     for first in range(0, rows, height):
         last = min(first + height, rows)
-        band = buffer[: last - first]
+        band = buffer[: (last - first) * columns].view(last - first, columns)
         torch.mm(A_TR[:, first:last].T, B_TC, out=band)
         yield first, band
+
+
+_BUFFERS: dict[tuple[torch.dtype, torch.device, int], torch.Tensor] = {}
+
+
+def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for a band, kept from layer to layer: fresh pages cost more than the levels. One per thread."""
+    key = (dtype, device, threading.get_ident())
+    if key not in _BUFFERS or _BUFFERS[key].numel() < size:
+        _BUFFERS[key] = torch.empty(size, dtype=dtype, device=device)
+    return _BUFFERS[key]
 
 
 class LevelSink:
@@ -73,13 +85,18 @@ class LevelSink:
 
     def __init__(self, sums: torch.Tensor, base: int, pool: Executor | None = None) -> None:
         self.sums, self.base, self.pool = sums, base, pool
+        self._host = sums.numpy().reshape(-1) if sums.device.type == "cpu" else None
 
     def add(self, band: torch.Tensor, first: int) -> Top:
         """Add whole rows [first, ...), of shape [rows, columns]; returns the top half octave."""
-        part = self.sums[first : first + band.shape[0]]
-        if band.device.type != "cpu":
+        if self._host is None:
+            part = self.sums[first : first + band.shape[0]]
             return _add_on_device(band.reshape(-1), self.base, part.view(-1))
-        host, (bits, kernel) = part.numpy().reshape(-1), _bits(band)
+        bits, kernel = _bits(band)
+        start = first * band.shape[1]
+        host = self._host[start : start + bits.size]
+        if self.pool is None or bits.size < PARALLEL_ELEMENTS:
+            return int(kernel(bits, self.base, host))
         return _in_halves(lambda a, b: kernel(bits[a:b], self.base, host[a:b]), bits.size, self.pool)
 
     def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:
@@ -138,9 +155,7 @@ def _bits(band: torch.Tensor) -> tuple[Any, Any]:
     return band.view(torch.int32).numpy().reshape(-1), add_levels_float32
 
 
-def _in_halves(kernel: Callable[[int, int], int], size: int, pool: Executor | None) -> int:
-    if pool is None or size < PARALLEL_ELEMENTS:
-        return kernel(0, size)
+def _in_halves(kernel: Callable[[int, int], int], size: int, pool: Executor) -> int:
     other = pool.submit(kernel, size // 2, size)
     return max(kernel(0, size // 2), other.result())
 

@@ -34,6 +34,7 @@ from tinyonn.record.sites import (
     embedding_gradient,
     feed_linear,
     mean_square,
+    norm_sums,
     normalised,
     token_share,
     weight_of,
@@ -241,7 +242,7 @@ class Recorder:
             return
         else:
             X = normalised(X.reshape(G_TO.shape), use)
-            self._feed_vector(site, torch.linalg.vecdot(X, G_TO.float(), dim=0), mean_square(X))
+            self._feed_vector(site, *norm_sums(X, G_TO))
             return
         self._checks += [(f"gradient of {name}", is_finite(top)) for top in tops]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 
 from tinyonn.base.parameters import Parameter, Use
 from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
@@ -207,6 +208,32 @@ def normalised(X: torch.Tensor, use: Use) -> torch.Tensor:
     if use.operation == "layer_norm":
         X = X - X.mean(-1, keepdim=True)
     return X * torch.rsqrt(X.square().mean(-1, keepdim=True) + use.eps)
+
+
+def norm_sums(X_TI: torch.Tensor, G_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of a norm's weight and mean square of its inputs, both float32 [I].
+
+    Parameters
+    ----------
+    X_TI : float32 [T, I]
+        From `normalised`.
+    G_TI : [T, I]
+        Gradient of the norm's output.
+    """
+    G = G_TI.float()
+    if X_TI.device.type != "cpu":
+        return (X_TI * G).sum(0), X_TI.square().mean(0)
+    sums = np.zeros((2, X_TI.shape[1]), np.float32)
+    _add_norm(X_TI.numpy(), G.numpy(), sums)
+    return torch.from_numpy(sums[0]), torch.from_numpy(sums[1] / np.float32(X_TI.shape[0]))
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_norm(X: Any, G: Any, sums: Any) -> None:
+    for t in range(X.shape[0]):
+        for j in range(X.shape[1]):
+            sums[0, j] += X[t, j] * G[t, j]
+            sums[1, j] += X[t, j] * X[t, j]
 
 
 def feed_linear(sink: Sink, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor) -> list[Top]:

@@ -25,21 +25,24 @@ class Recipe:
     adam_lr: float = 4e-3
     warmup: int = 100
     decay_share: float = 0.45
+    tail: int = 260
     weight_decay: float = 0.1
     seed: int = 7
 
     @property
     def stable(self) -> int:
         """Step at which the decay begins; up to here a run is the same whatever its number of steps."""
-        return round(self.steps * (1 - self.decay_share))
+        return round((self.steps - self.tail) * (1 - self.decay_share))
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rates: linear warm-up, a plateau, then half a cosine down to zero."""
+        """Factor on the learning rates: warm-up, a plateau, half a cosine down to zero, and a tail at 0.01."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if step < self.stable:
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - self.stable) / (self.steps - self.stable)))
+        if step >= self.steps - self.tail:
+            return 0.01
+        return 0.5 * (1 + math.cos(math.pi * (step - self.stable) / (self.steps - self.tail - self.stable)))
 
 
 def build_model(vocabulary: int, seed: int) -> Qwen2ForCausalLM:

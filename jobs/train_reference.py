@@ -1,4 +1,4 @@
-"""Train the reference model: ``python jobs/train_reference.py OUT [--steps 2400] [--export FOLDER]``.
+"""Train the reference model: ``python jobs/train_reference.py OUT [--steps 2660] [--export FOLDER]``.
 
 `OUT` receives `checkpoint.pt` (model, optimizer, step, random state), `log.jsonl` and, at the end,
 `evaluation.json`. The same command goes on from the checkpoint, with the same batches as an undisturbed run;
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=REFERENCE / "corpus")
     parser.add_argument("--tokenizer", type=Path, default=REFERENCE / "model")
     parser.add_argument("--export", type=Path, help="folder that receives the model in BF16")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2660)
     parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--threads", type=int, default=1)

@@ -19,7 +19,7 @@ from tinyonn.base.parameters import Parameter
 Device = Literal["cpu", "cuda"]
 
 # A worker of one thread on a two-core x86 machine, bf16, as measured; a consumer card, half used, as assumed.
-FLOP_PER_SECOND: dict[Device, float] = {"cpu": 50e9, "cuda": 20e12}
+FLOP_PER_SECOND: dict[Device, float] = {"cpu": 90e9, "cuda": 20e12}
 LEVEL_SECONDS: dict[Device, float] = {"cpu": 1e-9, "cuda": 0.0}  # per weight and sample
 TENSOR_SECONDS = 3e-3  # of a commit, per tensor: metadata, codebooks, tables
 RECORD_SECONDS = 25e-9  # of a commit, per weight: encoding, compression, writing

@@ -44,11 +44,17 @@ def check_same(folder: Path, stored: Manifest, config: Config, identity: dict[st
 
 
 def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored: Manifest | None) -> Corpus:
-    """Tokenise or reuse the corpus; a run that has begun keeps its own where another one is refused."""
+    """Tokenise or reuse the corpus; a run that has begun keeps its own where another one is refused.
+
+    Call it with the run's lock held: what a killed process left half done is removed.
+    """
     path = folder / "corpus.arrow"
-    kept = path.with_name("corpus.arrow.kept")
+    kept = folder / "corpus.kept"
+    if kept.exists():  # killed while it tokenised something else
+        kept.replace(path)
+    for scratch in folder.glob(f"{path.name}.*"):
+        scratch.unlink()
     if stored is not None:
-        kept.unlink(missing_ok=True)
         with suppress(OSError):  # no corpus there, or a disk without links: it is tokenised anew when needed
             os.link(path, kept)
     try:

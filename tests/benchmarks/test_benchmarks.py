@@ -1,0 +1,120 @@
+"""The benchmarks work at toy scale. What they measure there means nothing; that they measure it is checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.exact import SMALLEST, exact_statistics
+from benchmarks.report import at_least, at_most, finish
+from tests.base.architectures import make_model
+from tests.record.oracle import float64_copy, statistics
+from tinyonn.base.corpus_file import Sample
+from tinyonn.base.load import load_model
+from tinyonn.config import ModelConfig
+from tinyonn.record.recorder import Recorder
+from tinyonn.store.records import TensorCalibration
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRIES = tuple(float(entry) for entry in range(16))
+QWEN_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """Run a benchmark as its first lines say; the last line of its output."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments, "--threads", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(tree, dict)
+    assert all(set(goal) == {"name", "value", "goal", "met"} for goal in tree["goals"])
+    return tree
+
+
+def test_fidelity(qwen2: Path) -> None:
+    tree = run(
+        "benchmarks/fidelity.py", "--model", str(qwen2),
+        *"--samples 14 --max-tokens 24 --calibration 14 --segment 2".split(),
+    )  # fmt: skip
+    assert [goal["name"].split(":")[0] for goal in tree["goals"]] == ["act", "grad", "freq"]
+    assert tree["figures"]["samples"] == 14
+    assert tree["figures"]["segments"] == 7
+    rows = tree["figures"]["tensors"]
+    matrices = [row["spearman"] for row in rows if row["spearman"] and row["tensor"].endswith("proj.weight")]
+    assert len(matrices) == 3 * 2 * 7
+    for found in matrices:
+        assert 0.8 < found["INT4"] <= 1
+        assert found["levels"] > found["saturating"] - 1e-9
+        assert found["ideal"] > 0.99
+
+
+def test_four_billion_record() -> None:
+    tree = run("benchmarks/four_billion.py", "record", "--tokens", "16", "--change", json.dumps(QWEN_TINY))
+    goals = {goal["name"]: goal for goal in tree["goals"]}
+    assert goals["bands read back that differ"]["met"]
+    assert (
+        tree["figures"]["weights"] == 2 * 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    )
+    assert tree["figures"]["record_bytes"] == 2 * tree["figures"]["weights"]
+    assert 0 < tree["figures"]["stored_bytes"] < 2 * tree["figures"]["record_bytes"]
+
+
+def test_exact_statistics_are_autograds(qwen2: Path) -> None:
+    """Two samples: means of log2 act and log2 |grad| and shares, beside autograd in float64."""
+    config = ModelConfig(path=str(qwen2), dtype="float32", device="cpu")
+    dense = load_model(config)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 256, (2, 12)).astype(np.int32)
+    samples = [
+        Sample(number, "a", row, np.where(np.arange(12) < 4, -100, row)) for number, row in enumerate(ids)
+    ]
+    recorder = Recorder(dense)
+    calibration = TensorCalibration(240, 220, -40, ENTRIES, ENTRIES, ENTRIES)
+    found = exact_statistics(recorder, samples, {p.name: calibration for p in recorder.parameters})
+    twin = float64_copy(load_model(config).model)
+    expected = [statistics(twin, sample) for sample in samples]
+    for name, tensor in found.items():
+        act, grad, share = (part.reshape(-1) for part in tensor.means(zero=-126.0))
+        acts = np.stack(
+            [np.broadcast_to(sample[name][0], sample[name][1].shape).ravel() for sample in expected]
+        )
+        grads = np.stack([sample[name][1].ravel() for sample in expected])
+        np.testing.assert_allclose(act, _mean_log2(acts), atol=2e-3, err_msg=name)
+        np.testing.assert_allclose(share, (acts > 2.0**-5).mean(axis=0), atol=0.5, err_msg=name)
+        assert abs(share.mean() - (acts > 2.0**-5).mean()) < 0.01, name
+        loud = (grads > grads.max() * 1e-3).all(axis=0)  # float32 noise is large beside a vanishing gradient
+        np.testing.assert_allclose(grad[loud], _mean_log2(grads)[loud], atol=0.05, err_msg=name)
+
+
+def _mean_log2(values: Any) -> Any:
+    return np.log2(np.maximum(values, SMALLEST)).mean(axis=0)
+
+
+def test_the_report_ends_in_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    goals = [at_least("share", math.nan, 0.5), at_most("ratio", 1.0, 1.15)]
+    finish("toy", ("what", "value"), [("x", 1.0)], goals, as_json=True, figures={"x": 1})
+    tree = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [goal["met"] for goal in tree["goals"]] == [False, True]
+    assert tree["goals"][1] == {"name": "ratio", "value": 1.0, "goal": "<= 1.15", "met": True}
+    assert tree["figures"] == {"x": 1}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.store.records import UInt16, equal_mass_codebook, positions, round_positions
+from tinyonn.store.records import UInt16, codebook_of, positions, round_positions
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
@@ -56,7 +56,7 @@ def codebooks_of(means: Float64) -> Float64:
     books = []
     for s in range(3):
         values, counts = np.unique(means[s], return_counts=True)
-        books.append(equal_mass_codebook(values, counts.astype(float), (1 / 64, 1 / 64, 1 / 1024)[s]))
+        books.append(codebook_of(values, counts.astype(float), (1 / 64, 1 / 64, 1 / 1024)[s]))
     return np.array(books)
 
 

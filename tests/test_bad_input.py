@@ -296,7 +296,7 @@ def another_configuration(room: Room) -> str:
 
 def other_data(room: Room) -> str:
     room.config["data"]["path"] = str(room.folder / "rows.jsonl")  # of this room
-    return r"data\.corpus: '\w+' in the run, '\w+' now.*slices\.a: 29 in the run, 6 now"
+    return r"data\.corpus: '\w+' in the run, '\w+' now.*slices\.a: 30 in the run, 6 now"
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -355,6 +355,18 @@ def test_a_cluster_that_is_not_there(room: Room) -> None:
         "leave the address out",
         arguments=("--address", "127.0.0.1:9"),
     )
+
+
+def test_a_cluster_with_another_token(room: Room, ray_cluster: str, tmp_path: Path) -> None:
+    """In a process of its own: Ray reads the token once."""
+    (tmp_path / "token").write_text("0" * 64)
+    command = [sys.executable, "-m", "tinyonn", *room.command("record", "--address", ray_cluster)]
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    parts = (rf"no Ray cluster answers at {ray_cluster}", "give every machine the same token")
+    check_refusal(result.returncode, result.stdout, result.stderr, 2, *parts)
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from tests.invariants import dither
 from tinyonn.store.records import (
     UInt8,
     average_records,
+    codebook_of,
     dither_bits,
     dither_seed,
-    equal_mass_codebook,
     pack,
     positions,
     round_positions,
@@ -66,19 +66,28 @@ def test_codebooks_increase_strictly_whatever_the_calibration(
     values: list[float], data: st.DataObject
 ) -> None:
     counts = data.draw(st.lists(st.integers(1, 10**6), min_size=len(values), max_size=len(values)))
-    book = equal_mass_codebook(np.array(values), np.array(counts, float), 1 / 256)
+    book = codebook_of(np.array(values), np.array(counts, float), 1 / 256)
     assert len(book) == 16
     assert np.all(np.diff(book) > 0)
     assert book[0] == values[0]
     assert book[-1] >= values[-1]
 
 
-def test_intervals_of_a_codebook_hold_equal_mass() -> None:
+def test_entries_follow_the_root_of_the_density() -> None:
     values = np.linspace(0, 15, 3001)
-    counts = np.exp(-((values - 5) ** 2))
-    book = np.array(equal_mass_codebook(values, counts, 1 / 256))
-    mass = [counts[(values > a) & (values <= b)].sum() for a, b in pairwise(book)]
-    assert max(mass) < 1.3 * min(mass)
+    counts = np.exp(-((values - 5) ** 2) / 4)
+    book = np.array(codebook_of(values, counts, 1 / 256))
+    roots = [np.sqrt(counts[(values > a) & (values <= b)]).sum() for a, b in pairwise(book)]
+    assert max(roots[1:-1]) < 1.5 * min(roots[1:-1])
+
+
+def test_a_value_that_holds_much_of_the_mass_gets_entries_on_the_way_to_it() -> None:
+    values = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    book = codebook_of(values, np.array([50.0, 10.0, 5.0, 5.0, 30.0]), 1 / 4096, share=True)
+    assert book[:5] == (0.0, 0.015625, 0.03125, 0.0625, 0.125)
+    assert book[-4:] == (0.875, 0.9375, 0.96875, 1.0)[-4:]
+    assert len(book) == 16
+    assert np.all(np.diff(book) > 0)
 
 
 @settings(deadline=None, max_examples=20)

@@ -1,7 +1,7 @@
 """Calibration: the bases of the levels and the codebooks of the INT4 codes, from the first samples of every slice.
 
 Two passes over the same samples. The first counts sizes and puts every tensor's median on level 7; the second records
-levels and gives each statistic a codebook of equal mass on the samples' means. Both are then frozen in the run.
+levels and gives each statistic a codebook from the samples' means. Both are then frozen in the run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyonn.record.gradients import CountSink
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, MEDIAN_LEVEL, SUM_SAMPLES, base_from_counts
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import EIGHTHS, Bases, Site
-from tinyonn.store.records import TensorCalibration, UInt8, equal_mass_codebook
+from tinyonn.store.records import TensorCalibration, UInt8, codebook_of
 
 LOOKED_AT_ROWS = 512  # of a tensor's rows, evenly spread, where all would cost more than they tell
 LEVEL_STEPS = 64  # resolution of mean levels in a codebook
@@ -115,27 +115,27 @@ def _codebooks(recorder: Recorder, site: Site, bases: Bases, samples: int) -> Te
     sums = site.sums(samples)
     grad = _sum_codebook(sums.grad, samples)
     if sums.act is not None and sums.freq is not None:
-        act, freq = _sum_codebook(sums.act, samples), _sum_codebook(sums.freq, samples)
+        act, freq = _sum_codebook(sums.act, samples), _sum_codebook(sums.freq, samples, share=True)
     else:
         assert sums.histograms is not None
         bins, inputs = _looked_at(recorder, site)
         level = column_tables(sums.histograms, level_curve(bases.act))
         share = column_tables(sums.histograms, frequency_curve(bases.freq_threshold))
         act = _mean_codebook(level[inputs, bins], LEVEL_STEPS)
-        freq = _mean_codebook(share[inputs, bins], SHARE_STEPS)
+        freq = _mean_codebook(share[inputs, bins], SHARE_STEPS, share=True)
     return TensorCalibration(bases.act, bases.grad, bases.freq_threshold, act, grad, freq)
 
 
-def _sum_codebook(sums: Any, samples: int) -> tuple[float, ...]:
+def _sum_codebook(sums: Any, samples: int, share: bool = False) -> tuple[float, ...]:
     counts = np.zeros((LEVELS - 1) * samples + 1, np.int64)
     _count(sums.reshape(-1), counts)
     values = np.flatnonzero(counts)
-    return equal_mass_codebook(values / samples, counts[values].astype(np.float64), 1 / 4096)
+    return codebook_of(values / samples, counts[values].astype(np.float64), 1 / 4096, share)
 
 
-def _mean_codebook(means: Any, steps: int) -> tuple[float, ...]:
+def _mean_codebook(means: Any, steps: int, share: bool = False) -> tuple[float, ...]:
     values, counts = np.unique(np.round(means * steps), return_counts=True)
-    return equal_mass_codebook(values / steps, counts.astype(np.float64), 1 / 4096)
+    return codebook_of(values / steps, counts.astype(np.float64), 1 / 4096, share)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from tinyonn.record.worker import Worker, WorkerFacts
 from tinyonn.store.manifest import Segment
 
 MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between
+CONNECT_SECONDS = 10.0
 LOST = (RayActorError, ObjectLostError)  # a worker is gone, or its machine with the result
 
 
@@ -53,18 +55,24 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
         # A token for this Ray alone, so that none is left in the user's home.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
+        _check_reachable(target)
         ray.init(address=target, log_to_driver=False, logging_level="ERROR", **options)
-    except (
-        Exception
-    ) as error:  # Ray raises ConnectionError, RuntimeError and its own, depending on what fails
+    except Exception as error:  # ConnectionError, RuntimeError or Ray's own, depending on what fails
         raise InputError(
-            f"no Ray cluster answers at {target} ({str(error).splitlines()[0]}); start one as in docs/cluster.md, "
+            f"no Ray cluster answers at {target} ({_first_line(error)}); start one as in docs/cluster.md, "
             "give every machine the same token, or leave the address out to use this machine alone"
         ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def capacity(device: str, threads: int) -> int:

@@ -22,6 +22,8 @@ STATISTICS = ("act", "grad", "freq")
 SHIFTS = {"act": 12, "grad": 8, "freq": 4, "score": 0}
 CODES = 16
 POSITION_STEPS = 256
+END_ENTRIES = 5  # of a codebook, at most, for a value that holds much of the mass
+CELLS = 64  # of equal mass, from which a codebook's density is taken
 VALUE_STEPS = 32768  # far finer than the narrowest gap between two entries
 
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
@@ -79,11 +81,15 @@ class TensorCalibration:
         return np.array([self.act, self.grad, self.freq], dtype=np.float64)
 
 
-def equal_mass_codebook(values: Float64, counts: Float64, floor_step: float) -> tuple[float, ...]:
-    """Choose 16 entries so that the intervals between neighbours hold equal mass of the calibration's means.
+def codebook_of(
+    values: Float64, counts: Float64, floor_step: float, share: bool = False
+) -> tuple[float, ...]:
+    """Choose 16 entries for means of which the calibration shows a noisy sample.
 
-    A value that alone holds more than its share becomes an entry of its own and the rest is shared among
-    the entries that are left, so that ties (a share of exactly 0, say) do not eat up codes.
+    The density of entries follows the root of the density of means: entries of equal mass would crowd where the
+    calibration's few samples put most means and be too far apart at the ends. A value that holds several entries'
+    mass alone (weights that no calibration sample touched, with a mean of exactly 0; shares of exactly 1) will spread
+    once more samples come, so its entries halve the way to it: 0, s/8, s/4, s/2 below the smallest other mean s.
 
     Parameters
     ----------
@@ -92,7 +98,9 @@ def equal_mass_codebook(values: Float64, counts: Float64, floor_step: float) -> 
     counts : float64 [n]
         How many weights have each.
     floor_step : float
-        Smallest distance between entries; entries closer than this are spread upwards.
+        Smallest distance between entries that are added to make up 16.
+    share : bool
+        Whether the values are shares, so that 1 is an end as 0 is.
 
     Returns
     -------
@@ -101,20 +109,15 @@ def equal_mass_codebook(values: Float64, counts: Float64, floor_step: float) -> 
     total = float(counts.sum())
     if total <= 0 or values.size == 0:
         raise ValueError("a codebook needs at least one value")
-    entries = [float(values[0])]
-    remaining, position, seen = total - float(counts[0]), 1, 0.0
-    while len(entries) < CODES - 1 and position < values.size:
-        step = remaining / (CODES - len(entries))
-        seen = 0.0
-        while position < values.size:
-            seen += float(counts[position])
-            position += 1
-            if seen >= step:
-                break
-        entries.append(float(values[position - 1]))
-        remaining -= seen
-    if entries[-1] < float(values[-1]):
-        entries.append(float(values[-1]))
+    low = _towards(0.0, values, counts, total)
+    high = (
+        [1.0 - entry for entry in _towards(0.0, 1.0 - values[::-1], counts[::-1], total)][::-1]
+        if share
+        else []
+    )
+    inner = slice(1 if low else 0, values.size - 1 if high else values.size)
+    middle = _companded(values[inner], counts[inner], CODES - len(low) - len(high))
+    entries = sorted({*low, *middle, *high})
     while len(entries) < CODES:
         gaps = np.diff(entries)
         widest = int(np.argmax(gaps)) if len(gaps) and float(gaps.max()) > 2 * floor_step else -1
@@ -122,7 +125,29 @@ def equal_mass_codebook(values: Float64, counts: Float64, floor_step: float) -> 
             entries.append(entries[-1] + floor_step)
         else:
             entries.insert(widest + 1, (entries[widest] + entries[widest + 1]) / 2)
-    return tuple(entries[:CODES])
+    return tuple(float(entry) for entry in entries)
+
+
+def _towards(end: float, values: Float64, counts: Float64, total: float) -> list[float]:
+    """Entries from an end that holds several entries' mass to just short of the next value."""
+    number = min(int(counts[0] / total * CODES), END_ENTRIES)
+    if values[0] != end or number < 2 or values.size < 2:
+        return []
+    step = float(values[1])
+    return [end, *(end + step * 0.5**k for k in range(number - 1, 0, -1))]
+
+
+def _companded(values: Float64, counts: Float64, entries: int) -> list[float]:
+    """Quantiles under the root of the density, from cells of equal mass."""
+    if values.size <= entries:
+        return [float(value) for value in values]
+    below = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
+    cells = np.interp(np.linspace(0, 1, CELLS + 1), below, np.concatenate([values[:1], values]))
+    widths = np.diff(cells)
+    widths = np.maximum(widths, widths[widths > 0].min())
+    cumulated = np.concatenate([[0.0], np.cumsum(np.sqrt(widths))])
+    chosen = np.interp(np.linspace(0, cumulated[-1], entries), cumulated, cells)
+    return [float(entry) for entry in chosen]
 
 
 def positions(values: Float64, codebook: Float64) -> UInt16:

@@ -1,5 +1,6 @@
 # make demo   record the shipped corpus with the shipped model; ends in a table        (the README's first command)
 # make test   run the tests                                                            (the README's second command)
+# make test-all  these, and the slow ones: same bits with 1, 2 and 3 workers, kills, Ray jobs; 15 minutes or more
 # make check  ruff and mypy
 # make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM)
 # make clean  remove .venv and caches; runs under storage/ stay
@@ -8,7 +9,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-all check bench clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -29,13 +30,16 @@ export PYTHONNOUSERSITE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/tinyonn demo
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def test_fidelity(qwen2: Path) -> None:
     )  # fmt: skip
     assert [goal["name"].split(":")[0] for goal in tree["goals"]] == ["act", "grad", "freq"]
     assert tree["figures"]["samples"] == 14
-    assert tree["figures"]["segments"] == 7
+    assert tree["figures"]["segments"] >= 7  # at least one for each slice
     rows = tree["figures"]["tensors"]
     matrices = [row["spearman"] for row in rows if row["spearman"] and row["tensor"].endswith("proj.weight")]
     assert len(matrices) == 3 * 2 * 7

@@ -310,7 +310,8 @@ def test_what_goes_wrong_is_one_line(
 
 def test_an_interrupt_ends_cleanly(tmp_path: Path) -> None:
     code = """
-import sys, time, typer, tinyonn.cli as cli
+import signal, sys, time, typer, tinyonn.cli as cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 def body(location, config):
     print("up", flush=True); time.sleep(60)
 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from logging.handlers import RotatingFileHandler
@@ -61,6 +62,7 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
             f"{path.parent}: no log can be written there ({error.strerror}); choose another storage.root"
         ) from None
     close_logging()
+    logging.raiseExceptions = False  # a log that cannot be written must not fill the console with tracebacks
     file.setFormatter(logging.Formatter(FORMAT))
     ours = logging.getLogger("tinyonn")
     ours.setLevel(logging.DEBUG)
@@ -79,4 +81,5 @@ def close_logging() -> None:
     logger = logging.getLogger("tinyonn")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # a full disk: what could not be written is lost, and said elsewhere
+            handler.close()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tinyonn.base.reference import corpus_path, model_path
 
 MEBIBYTE = 2**20
-DOCUMENTS = 5  # per slice whose loss is measured
+DOCUMENTS = 3  # per slice whose loss is measured
 Row = dict[str, Any]
 
 

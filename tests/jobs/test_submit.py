@@ -26,7 +26,7 @@ from tests.record.runs import (
 )
 from tinyonn.store.repository import Store
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -80,7 +80,7 @@ def head() -> Iterator[Head]:
 
 
 def test_a_job_records_and_a_second_one_has_nothing_to_do(head: Head, tmp_path: Path) -> None:
-    model = make_sick_model(tmp_path / "model", layers=1)
+    model = make_sick_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", SLICES)
     settings = config_of(model, tmp_path / "rows.jsonl")
     config, run = tmp_path / "config.yaml", tmp_path / "run"

@@ -30,14 +30,22 @@ POISON = "~"  # its embedding is infinite: the loss is NaN
 LATE = (
     "^"  # squares beyond float32 as the input of one linear layer of the last block, finite everywhere else
 )
-LATE_TENSOR = "model.layers.1.mlp.down_proj.weight"  # of the model of two blocks
-REASONS = {POISON: "loss is nan", LATE: f"input of {LATE_TENSOR} is not finite"}
 SLICES = {"even": 19, "odd": 10, "rare": 7, "sick": 2}  # every sample of the last one is bad
 
 Records = dict[str, np.ndarray[Any, np.dtype[np.uint16]]]
 
 
-def make_sick_model(folder: Path, layers: int = 2) -> Path:
+def reasons(layers: int = 1) -> dict[str, str]:
+    """Why a sample with each of the two letters is set aside."""
+    return {POISON: "loss is nan", LATE: f"input of {late_tensor(layers)} is not finite"}
+
+
+def late_tensor(layers: int) -> str:
+    """The tensor whose input ``LATE`` makes too large."""
+    return f"model.layers.{layers - 1}.mlp.down_proj.weight"
+
+
+def make_sick_model(folder: Path, layers: int = 1) -> Path:
     """A random Qwen2 of one or two blocks that cannot stand two letters.
 
     Dimension 0 of an embedding is -4 for ``LATE`` and 4 for all others. In the last block one gate opens on its
@@ -61,7 +69,7 @@ def make_sick_model(folder: Path, layers: int = 2) -> Path:
         row = torch.zeros(embedding.shape[1])
         row[0] = value
         weights[f"{mlp}.{name}.weight"][5] = row
-    weights[f"{mlp}.down_proj.weight"][:, 5] = 1e-30
+    weights[late_tensor(layers)][:, 5] = 1e-30
     save_file(weights, file, metadata={"format": "pt"})
     return folder
 
@@ -102,7 +110,7 @@ def expected_aside(rows: Sequence[dict[str, str]]) -> dict[int, str]:
     return {
         index: reason
         for index, row in enumerate(rows)
-        for sign, reason in REASONS.items()
+        for sign, reason in reasons().items()
         if sign in row["text"]
     }
 
@@ -137,7 +145,8 @@ def record_segment(
 ) -> dict[int, str]:
     """Record, write and commit one segment, window by window; returns what was set aside."""
     bad: dict[int, str] = {}
-    fork, window = None, 0
+    fork: Any = None
+    window = 0
     while window < windows:
         found = worker.record(samples, window, bad)
         bad.update(found)

@@ -44,7 +44,7 @@ from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import next_segment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @dataclass(frozen=True)
@@ -390,9 +390,7 @@ def test_workers_that_always_die_end_the_run(
         run(world, tmp_path / "run", workers=1)
     assert len(killed) == MAX_LOSSES
     assert not actors()
-    monkeypatch.undo()
-    run(world, tmp_path / "run")
-    assert_complete(world, tmp_path / "run")
+    assert read_status(str(tmp_path / "run")).samples == 0
 
 
 def test_a_worker_that_dies_while_it_calibrates_is_replaced(

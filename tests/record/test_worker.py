@@ -12,13 +12,13 @@ import pytest
 
 from tests.record.runs import (
     LATE,
-    LATE_TENSOR,
     POISON,
-    REASONS,
     Records,
     assert_same_records,
     config_of,
+    late_tensor,
     make_sick_model,
+    reasons,
     record_segment,
     records_of,
 )
@@ -35,7 +35,7 @@ class Bench:
     """A worker with its calibration; every call of `record` takes a store of its own."""
 
     def __init__(self, folder: Path) -> None:
-        config = config_of(make_sick_model(folder / "model"), folder / "rows.jsonl")
+        config = config_of(make_sick_model(folder / "model", layers=2), folder / "rows.jsonl")
         self.folder = folder
         self.tokenizer = load_tokenizer(config.model)
         self.worker = Worker(config.model, 1, 0)
@@ -130,9 +130,9 @@ def test_a_bad_sample_is_set_aside_and_leaves_no_trace(
 ) -> None:
     samples = bench.samples(23, bad)
     records, segment, found = bench.record(samples, bench.windows(windows))
-    assert found == {index: REASONS[sign] for index, sign in bad.items()}
+    assert found == {index: reasons(2)[sign] for index, sign in bad.items()}
     assert segment.samples == 23 - len(bad)
-    assert segment.set_aside == tuple({"index": i, "reason": REASONS[bad[i]]} for i in sorted(bad))
+    assert segment.set_aside == tuple({"index": i, "reason": reasons(2)[bad[i]]} for i in sorted(bad))
     without = bench.record([sample for sample in samples if sample.index not in bad])[0]
     assert_same_records(without, records)
 
@@ -143,7 +143,7 @@ def test_a_sample_that_is_bad_late_is_found_in_its_window_alone(bench: Bench) ->
     bench.worker.prepare(bench.calibration, windows)
     samples = bench.samples(4, {2: LATE})
     found = [window[0] for n, window in enumerate(windows) if bench.worker.record(samples, n, {})]
-    assert found == [LATE_TENSOR]
+    assert found == [late_tensor(2)]
 
 
 def test_a_segment_of_bad_samples_has_no_records(bench: Bench) -> None:

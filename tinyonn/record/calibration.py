@@ -62,7 +62,11 @@ def calibrate(
     for names in windows:
         good = [sample for sample in samples if sample.index not in bad]
         recorder.open_counts(names)
-        bad.update(recorder.record(good, progress))
+        found = recorder.record(good, progress)
+        bad.update(found)
+        if found and result:  # the windows before have these samples in their bases: begin again without them
+            left = [sample for sample in samples if sample.index not in bad]
+            return calibrate(recorder, left, windows, progress)
         bases = {name: _bases(recorder, recorder.sites[name]) for name in names}
         good = [sample for sample in good if sample.index not in bad]
         if not good:

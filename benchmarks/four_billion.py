@@ -40,7 +40,7 @@ from tinyonn.record.worker import Worker
 from tinyonn.sizes import GiB, MiB, format_size
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment
-from tinyonn.store.records import TensorCalibration, UInt16
+from tinyonn.store.records import Float64, TensorCalibration, UInt16
 from tinyonn.store.repository import Store
 
 MOST_BYTES = 18 * GiB
@@ -57,9 +57,7 @@ def main() -> None:
     one = commands.add_parser("record", help="record and commit one segment, and read it back")
     one.add_argument("--samples", type=int, default=4)
     one.add_argument("--tokens", type=int, default=32)
-    one.add_argument(
-        "--calibration", type=int, default=2, help="samples; more than 17 need uint16 sums, 8 GB of RAM"
-    )
+    one.add_argument("--calibration", type=int, default=2, help="samples")
     one.add_argument("--threads", type=int, default=2)
     one.add_argument(
         "--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B", help="folder of a config.json"
@@ -124,6 +122,7 @@ class CheckedWriter(SegmentWriter):
         name: str,
         shape: tuple[int, ...],
         calibration: TensorCalibration,
+        codebooks: Float64,
         bands: Iterable[tuple[int, UInt16]],
     ) -> None:
         """As it was, looking on."""
@@ -141,7 +140,7 @@ class CheckedWriter(SegmentWriter):
                 CheckedWriter.checking += time.perf_counter() - made
                 yield item
 
-        super().write(name, shape, calibration, seen())
+        super().write(name, shape, calibration, codebooks, seen())
 
 
 def checksum(band: UInt16) -> int:
@@ -287,7 +286,7 @@ def show_results(options: Any, plan: RecordPlan, parts: Parts, raw: Raw, stored:
     each = {what: seconds[what] / getattr(options, size) for what, size in SIZES.items()}
     notes = {
         "build": f"{plan.weights / 1e9:.3f} billion weights in {plan.tensors} tensors",
-        "calibrate": f"{options.calibration} samples, two passes: {each['calibrate']:.1f} s each",
+        "calibrate": f"{options.calibration} samples: {each['calibrate']:.1f} s each",
         "record": f"{options.samples} samples of {options.tokens} tokens: {each['record']:.1f} s each",
         "commit": f"{_rate(raw.bytes, commit)} of records, {_rate(stored, commit)} stored; "
         f"encoding {encoding:.1f} s, packing and writing {commit - encoding:.1f} s",

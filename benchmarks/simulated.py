@@ -52,12 +52,12 @@ def segment_means(
 
 
 def codebooks_of(means: Float64) -> Float64:
-    """Equal-mass codebooks of one segment's means: float64 [3, 16]."""
+    """Codebooks of one segment's means: float64 [3, 16]."""
     books = []
     for s in range(3):
         values, counts = np.unique(means[s], return_counts=True)
-        books.append(codebook_of(values, counts.astype(float), (1 / 64, 1 / 64, 1 / 1024)[s]))
-    return np.array(books)
+        books.append(codebook_of(values, counts.astype(float), share=s == 2))
+    return np.stack(books)
 
 
 def encode(means: Float64, codebooks: Float64, seed: int) -> UInt16:

@@ -14,7 +14,14 @@ import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.store.manifest import Manifest, Segment
-from tinyonn.store.records import VALUE_STEPS, TensorCalibration, UInt16, dither_seed, value_tables
+from tinyonn.store.records import (
+    VALUE_STEPS,
+    Float64,
+    TensorCalibration,
+    UInt16,
+    dither_seed,
+    value_tables,
+)
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import merges
 
@@ -35,15 +42,16 @@ def small_manifest(
 
 
 def calibrations(manifest: Manifest) -> dict[str, TensorCalibration]:
-    """Uneven, strictly increasing codebooks, different for each tensor."""
-    found: dict[str, TensorCalibration] = {}
-    for index, parameter in enumerate(manifest.parameters):
-        rng = np.random.default_rng(index)
-        books = np.cumsum(rng.uniform(0.3, 1.0, (3, 16)), axis=1)
-        books[2] /= books[2, -1]
-        act, grad, freq = (tuple(float(entry) for entry in book) for book in books)
-        found[parameter.name] = TensorCalibration(200 + index, 190, -3, act, grad, freq)
-    return found
+    """Different for each tensor."""
+    return {p.name: TensorCalibration(200 + index, 190, -3) for index, p in enumerate(manifest.parameters)}
+
+
+def leaf_codebooks(leaf: Segment, parameter: Parameter) -> Float64:
+    """Uneven, strictly increasing codebooks [3, 16]: a function of the leaf's and of the tensor's name alone."""
+    rng = np.random.default_rng(dither_seed(2, leaf.name, parameter.name))
+    books = np.cumsum(rng.uniform(0.3, 1.0, (3, 16)), axis=1)
+    books[2] /= books[2, -1]
+    return np.asarray(books)
 
 
 def good_samples(leaf: Segment) -> int:
@@ -78,6 +86,11 @@ def dither(seed: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 def expected_records(manifest: Manifest, segment: Segment, parameter: Parameter) -> UInt16:
     """What a live segment must hold, computed from its leaves."""
+    return _expected(_Key(manifest), segment.slice, segment.range, parameter)[2]
+
+
+def expected_codebooks(manifest: Manifest, segment: Segment, parameter: Parameter) -> Float64:
+    """The codebooks that a live segment must have, computed from its leaves."""
     return _expected(_Key(manifest), segment.slice, segment.range, parameter)[1]
 
 
@@ -96,17 +109,20 @@ class _Key:
 
 
 @lru_cache(maxsize=4096)
-def _expected(key: _Key, slice: str, span: tuple[int, int], parameter: Parameter) -> tuple[int, UInt16]:
+def _expected(
+    key: _Key, slice: str, span: tuple[int, int], parameter: Parameter
+) -> tuple[int, Float64, UInt16]:
     manifest = key.manifest
     leaves = {leaf.range: leaf for leaf in manifest.leaves(slice)}
     if span in leaves:
-        return good_samples(leaves[span]), leaf_records(leaves[span], parameter)
+        leaf = leaves[span]
+        return good_samples(leaf), leaf_codebooks(leaf, parameter), leaf_records(leaf, parameter)
     children = dict(merges(manifest, slice))[span]
     parts = [part for part in (_expected(key, slice, child, parameter) for child in children) if part[0]]
-    samples = sum(weight for weight, _ in parts)
+    samples = sum(weight for weight, _, _ in parts)
     if len(parts) < 2:
-        return samples, parts[0][1] if parts else np.zeros(parameter.shape, np.uint16)
-    books = calibrations(manifest)[parameter.name].codebooks()
+        return parts[0] if parts else (0, np.zeros((3, 16)), np.zeros(parameter.shape, np.uint16))
+    books = np.tensordot([weight / samples for weight, _, _ in parts], [book for _, book, _ in parts], 1)
     tables, low, scale = value_tables(books)
     name = f"{slice}/{span[0]}-{span[1]}"
     noise = dither(dither_seed(manifest.seed, name, parameter.name), parameter.size).reshape(parameter.shape)
@@ -114,12 +130,12 @@ def _expected(key: _Key, slice: str, span: tuple[int, int], parameter: Parameter
     out = np.zeros(parameter.shape, np.uint64)
     for s, shift in enumerate((12, 8, 4)):
         mean = np.zeros(parameter.shape)
-        for weight, records in parts:
-            mean = mean + weight / samples * books[s][(records >> shift) & 15]
+        for weight, book, records in parts:
+            mean = mean + (book[s] * (weight / samples))[(records >> shift) & 15]
         index = np.clip(((mean - low[s]) * scale[s]).astype(np.int64), 0, VALUE_STEPS - 1)
         extra = np.uint64(128) if nearest else (noise >> np.uint64(8 * s)) & np.uint64(255)
         out |= ((tables[s][index].astype(np.uint64) + extra) >> np.uint64(8)) << np.uint64(shift)
-    return samples, out.astype(np.uint16)
+    return samples, books, out.astype(np.uint16)
 
 
 def check_ranges(manifest: Manifest, segments: Iterable[Segment]) -> set[tuple[str, tuple[int, int]]]:
@@ -147,6 +163,8 @@ def check_records(store: Store) -> None:
             stored = reader.read(segment, parameter.name, 0, parameter.shape[0])
             expected = expected_records(store.manifest, segment, parameter)
             assert np.array_equal(stored, expected), f"{segment.name}: {parameter.name} has other bits"
+            books = expected_codebooks(store.manifest, segment, parameter)
+            np.testing.assert_array_equal(reader.codebooks(segment, parameter.name), books)
 
 
 def check_store(store: Store) -> set[tuple[str, tuple[int, int]]]:

@@ -40,8 +40,8 @@ PARAMETERS = (
     Parameter("layers.0.q.weight", (8, 16), 0, "linear"),
     Parameter("layers.0.norm.weight", (16,), 0, "norm"),
 )
-BOOK = tuple(k / 15 for k in range(16))
-CALIBRATION = TensorCalibration(100, 100, 0, BOOK, BOOK, BOOK)
+BOOKS = np.tile(np.arange(16) / 15, (3, 1))
+CALIBRATION = TensorCalibration(100, 100, 0)
 
 
 def tinyonn_process(
@@ -70,7 +70,7 @@ def make_run(location: Path, segments: list[Segment], slices: dict[str, int]) ->
         writer = SegmentWriter(fork, segment.slice, segment.first, segment.last)
         for parameter in PARAMETERS if segment.samples else ():
             records = np.full(parameter.shape, 0x7770, np.uint16)
-            writer.write(parameter.name, parameter.shape, CALIBRATION, [(0, records)])
+            writer.write(parameter.name, parameter.shape, CALIBRATION, BOOKS, [(0, records)])
         assert store.commit(fork, segment)
     return store
 

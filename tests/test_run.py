@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.invariants import calibrations, finished, leaf_records, small_manifest
+from tests.invariants import finished, leaf_codebooks, leaf_records, small_manifest
 from tests.store.worlds import new_store, record_leaf
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.run import open_run
@@ -20,10 +20,10 @@ MANIFEST = small_manifest({"code": 20, "prose": 12})
 def brute_mean(leaves: list[Segment], index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Weighted mean of the decoded leaves, one at a time."""
     parameter = MANIFEST.parameters[index]
-    books = calibrations(MANIFEST)[parameter.name].codebooks()
     total = np.zeros((3, *parameter.shape))
     for leaf in leaves:
         codes = unpack(leaf_records(leaf, parameter))[:3]
+        books = leaf_codebooks(leaf, parameter)
         total += finished(leaf).samples * np.stack(
             [book[code] for book, code in zip(books, codes, strict=True)]
         )
@@ -53,13 +53,15 @@ def test_means_are_weighted_by_samples(recorded: Path, index: int) -> None:
 def test_records_are_the_nearest_codes(recorded: Path) -> None:
     run = open_run(recorded)
     parameter = run.parameters[0]
-    book = calibrations(MANIFEST)[parameter.name].codebooks()
+    book = run.codebooks(parameter.name)
     codes = unpack(run.records(parameter.name))
     mean = brute_mean([leaf for name in MANIFEST.slices for leaf in MANIFEST.leaves(name)], 0)
     for s in range(3):
         off = np.abs(book[s][codes[s]] - mean[s])
         best = np.abs(book[s][:, None, None] - mean[s]).min(axis=0)
         assert np.all(off <= best + 2 * np.diff(book[s]).max() / 256)
+        masses = np.bincount(codes[s].ravel(), minlength=16) / codes[s].size  # equal mass: each code as often
+        assert np.abs(16 * masses - 1).max() < 0.6
     assert not codes[3].any()
 
 
@@ -84,7 +86,9 @@ def test_a_run_opened_before_a_merge_reads_on(recorded: Path) -> None:
         reader.read(reader.segments[0], "embed.weight", 0, 40)
     after = run.mean("embed.weight")  # ... and the run looks again
     assert [segment.name for segment in run.segments] == ["code/0-20", "prose/0-12"]
-    steps = np.array([np.diff(book).max() for book in calibrations(MANIFEST)["embed.weight"].codebooks()])
+    parameter = MANIFEST.parameters[0]
+    leaves = [leaf for name in MANIFEST.slices for leaf in MANIFEST.leaves(name)]
+    steps = np.max([np.diff(leaf_codebooks(leaf, parameter)).max(axis=1) for leaf in leaves], axis=0)
     assert np.all(np.abs(after - before).max(axis=(1, 2)) < 2 * steps)
 
 

@@ -55,7 +55,7 @@ class RecordConfig(Section):
     workers: PositiveInt | Auto = "auto"
     threads: PositiveInt = 1  # CPU threads of one worker
     windows: PositiveInt | Auto = "auto"  # passes over a segment, each recording some of the layers
-    calibration: int = Field(32, ge=1)  # samples that set the bases and the codebooks
+    calibration: int = Field(32, ge=1)  # samples that set the levels' bases
     max_live: int = Field(3, ge=1)  # live segments per slice while recording, beside those in flight
     seed: int = 0  # of the dithering
 

@@ -81,5 +81,7 @@ def close_logging() -> None:
     logger = logging.getLogger("tinyonn")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
-        with contextlib.suppress(OSError):  # a full disk: what could not be written is lost, and said elsewhere
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: what could not be written is lost, and said elsewhere
             handler.close()

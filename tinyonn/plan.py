@@ -211,7 +211,7 @@ def _state(
     weights = sum(parameter.size for parameter in parameters)
     size, segments = _segments(parameters, data, machine, record)
     compute = compute_needs(parameters, held, model, data, device)
-    spills = max(size, min(record.calibration, data.samples)) > BATCH
+    spills = size > BATCH
     host = host_needs(parameters, held, model, device, spills)
     worker = Tier("RAM of a worker", tuple(host if device == "cuda" else [*compute, *host]), None)
     ram = Tier(
@@ -268,8 +268,8 @@ def _remedy(
             (f"data.max_tokens: {tokens} and model.checkpointing: true", checkpointed, shorter, machine, auto)
         )
         tokens //= 2
-    small = auto.model_copy(update={"segment": BATCH, "calibration": min(BATCH, record.calibration)})
-    exact = f"record.segment: {BATCH} and record.calibration: {BATCH}, which need no uint16 sums"
+    small = auto.model_copy(update={"segment": BATCH})
+    exact = f"record.segment: {BATCH}, which needs no uint16 sums"
     changes.append((exact, model, data, machine, small))
     for text, its_model, its_data, its_machine, its_record in changes:
         if isinstance(_fastest(parameters, its_model, its_data, its_machine, its_record), RecordPlan):

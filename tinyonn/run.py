@@ -5,7 +5,7 @@ Averages are taken over the segments that are live at the moment of the call, we
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import zarr
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.store.arrays import bands
+from tinyonn.store.combine import MEAN_BINS, count_means, final_codebooks, shares, weighted_values
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import (
@@ -25,8 +26,8 @@ from tinyonn.store.records import (
     TensorCalibration,
     UInt8,
     UInt16,
-    pack,
-    positions,
+    average_records,
+    value_tables,
 )
 from tinyonn.store.repository import Store
 
@@ -73,7 +74,7 @@ class Run:
 
     @cached_property
     def calibration(self) -> dict[str, TensorCalibration]:
-        """Bases and codebooks of every tensor.
+        """Bases and threshold of every tensor.
 
         Raises
         ------
@@ -117,7 +118,7 @@ class Run:
         return self._steadily(compute)
 
     def records(self, name: str, slice: str | None = None) -> UInt16:
-        """The averaged INT4 codes of a tensor, nearest rounding, score 0.
+        """The averaged INT4 codes of a tensor, nearest rounding, score 0; `codebooks` says what they stand for.
 
         Parameters
         ----------
@@ -130,17 +131,22 @@ class Run:
         uint16 [*shape]
         """
         parameter = self.manifest.parameter(name)
-        codebooks = self.calibration[name].codebooks()
 
         def compute(reader: Reader) -> UInt16:
+            codebooks, values = self._combined(reader, parameter, slice)
             out = np.empty(parameter.shape, dtype=np.uint16)
-            for first, last in bands(parameter.shape):
-                mean = self._mean_rows(reader, parameter, slice, first, last)
-                codes = [((positions(mean[s], codebooks[s]) + 128) >> 8).astype(np.uint8) for s in range(3)]
-                out[first:last] = pack(*codes)
+            tables = value_tables(codebooks)
+            for first, last, parts in self._parts(reader, parameter, slice):
+                flat = out[first:last].reshape(-1)
+                average_records(parts, values, *tables, np.uint64(0), np.uint64(0), True, flat)
             return out
 
         return self._steadily(compute)
+
+    def codebooks(self, name: str, slice: str | None = None) -> Float64:
+        """The means that the codes of `records` stand for, float64 [3, 16]: act, grad, freq."""
+        parameter = self.manifest.parameter(name)
+        return self._steadily(lambda reader: self._combined(reader, parameter, slice)[0])
 
     def rows(self, name: str) -> zarr.Array[Any]:
         """The scored uint16 records of a tensor, all slices merged.
@@ -179,20 +185,43 @@ class Run:
     def _mean_rows(
         self, reader: Reader, parameter: Parameter, slice: str | None, first: int, last: int
     ) -> Float64:
+        segments = self._segments(reader, slice)
+        mean = np.zeros((3, last - first, *parameter.shape[1:]))
+        for segment, share in zip(segments, shares(segments), strict=True):
+            codebooks = reader.codebooks(segment, parameter.name)
+            records = reader.read(segment, parameter.name, first, last)
+            for s, statistic in enumerate(STATISTICS):
+                mean[s] += (codebooks[s] * share)[(records >> SHIFTS[statistic]) & 15]
+        return mean
+
+    def _segments(self, reader: Reader, slice: str | None) -> list[Segment]:
+        """Live segments that weigh something."""
         if slice is not None and slice not in self.manifest.slices:
             raise InputError(f"no slice {slice!r} in this run; there are {', '.join(self.manifest.slices)}")
         segments = [s for s in reader.segments if s.samples and slice in (None, s.slice)]
         if not segments:
             where = f"slice {slice}" if slice else self.store.location
             raise InputError(f"{where}: no samples are recorded yet; run `tinyonn record` first")
-        codebooks = self.calibration[parameter.name].codebooks()
-        total = sum(segment.samples for segment in segments)
-        mean = np.zeros((3, last - first, *parameter.shape[1:]))
-        for segment in segments:
-            records = reader.read(segment, parameter.name, first, last)
-            for s, statistic in enumerate(STATISTICS):
-                mean[s] += (codebooks[s] * (segment.samples / total))[(records >> SHIFTS[statistic]) & 15]
-        return mean
+        return segments
+
+    def _parts(
+        self, reader: Reader, parameter: Parameter, slice: str | None
+    ) -> Iterator[tuple[int, int, tuple[UInt16, ...]]]:
+        """First row, last row and the segments' flat records, chunk by chunk."""
+        segments = self._segments(reader, slice)
+        for first, last in bands(parameter.shape):
+            parts = (reader.read(segment, parameter.name, first, last) for segment in segments)
+            yield first, last, tuple(np.ascontiguousarray(part).reshape(-1) for part in parts)
+
+    def _combined(self, reader: Reader, parameter: Parameter, slice: str | None) -> tuple[Float64, Float64]:
+        """Codebooks of the average over segments, and what each code of each segment adds to a mean."""
+        segments = self._segments(reader, slice)
+        books = [reader.codebooks(segment, parameter.name) for segment in segments]
+        values = weighted_values(books, shares(segments))
+        counts = np.zeros((len(STATISTICS), MEAN_BINS), np.int64)
+        for _, _, parts in self._parts(reader, parameter, slice):
+            count_means(parts, values, counts)
+        return final_codebooks(counts, values), values
 
     def _steadily(self, compute: Callable[[Reader], T]) -> T:
         """Compute from one snapshot; once more if the run's owner merged and cleaned it away meanwhile."""

@@ -24,7 +24,6 @@ from tinyonn.record.recorder import Recorder
 from tinyonn.store.records import TensorCalibration
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRIES = tuple(float(entry) for entry in range(16))
 QWEN_TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -90,7 +89,7 @@ def test_exact_statistics_are_autograds(qwen2: Path) -> None:
         Sample(number, "a", row, np.where(np.arange(12) < 4, -100, row)) for number, row in enumerate(ids)
     ]
     recorder = Recorder(dense)
-    calibration = TensorCalibration(240, 220, -40, ENTRIES, ENTRIES, ENTRIES)
+    calibration = TensorCalibration(240, 220, -40)
     found = exact_statistics(recorder, samples, {p.name: calibration for p in recorder.parameters})
     twin = float64_copy(load_model(config).model)
     expected = [statistics(twin, sample) for sample in samples]

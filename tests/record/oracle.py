@@ -30,7 +30,7 @@ def float64_copy(model: Any) -> Any:
     return twin.double().requires_grad_(True)
 
 
-def statistics(twin: Any, sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # type: ignore[type-arg]
+def statistics(twin: Any, sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`act` and `grad` of every parameter on one sample, float64, in the parameter's own shape."""
     uses = list_uses(twin)
     inputs: dict[str, torch.Tensor] = {}
@@ -53,7 +53,7 @@ def statistics(twin: Any, sample: Sample) -> dict[str, tuple[np.ndarray, np.ndar
     return {
         name: (
             (weights[name].detach().abs() * torch.as_tensor(squares[name]).sqrt()).numpy(),
-            weights[name].grad.abs().numpy(),  # type: ignore[union-attr]
+            weights[name].grad.abs().numpy(),
         )
         for name in squares
     }
@@ -62,8 +62,8 @@ def statistics(twin: Any, sample: Sample) -> dict[str, tuple[np.ndarray, np.ndar
 def _mean_square(use: Use, X: torch.Tensor) -> torch.Tensor:
     """Mean square of what each weight multiplies, in a shape that broadcasts to the parameter's."""
     if use.operation == "embedding":
-        vocabulary = use.module.weight.shape[0]  # type: ignore[union-attr,index]
-        shares = torch.bincount(X.reshape(-1), minlength=vocabulary).double() / X.numel()  # type: ignore[arg-type]
+        vocabulary = use.module.get_parameter("weight").shape[0]
+        shares = torch.bincount(X.reshape(-1), minlength=vocabulary).double() / X.numel()
         return (shares * use.scale**2)[:, None]
     if use.operation == "bias":
         return torch.ones((), dtype=torch.float64)

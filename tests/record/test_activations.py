@@ -21,7 +21,7 @@ from tinyonn.record.levels import levels
 
 @given(st.floats(2.0**-22, 2.0**8, width=32))
 def test_weight_bins_are_eighth_octaves(value: float) -> None:
-    found = int(weight_bins(np.float32([value]))[0])
+    found = int(weight_bins(np.array([value], np.float32))[0])
     # The bin is taken from the top seven bits of the mantissa: exact for bfloat16, 1/128 off at most for float32.
     exact = 1 + 8 * (np.log2(value) + 23)
     assert abs(found + 0.5 - exact) <= 0.5 + 8 * np.log2(1 + 1 / 128)
@@ -35,7 +35,7 @@ def test_column_bins_are_eighth_octaves_of_the_rms(rms: float) -> None:
 
 
 def test_zero_has_a_bin_of_its_own_and_the_ends_are_clipped() -> None:
-    assert weight_bins(np.float32([0.0, -0.0, 1e-30, 1e9])).tolist() == [0, 0, 0, 255]
+    assert weight_bins(np.array([0.0, -0.0, 1e-30, 1e9], np.float32)).tolist() == [0, 0, 0, 255]
     bins, finite = column_bins(torch.tensor([0.0, 1e-30, 1e30]))
     assert bins.tolist() == [0, 0, 255]
     assert finite

@@ -41,7 +41,7 @@ def test_sums_are_exact_in_two_threads_and_in_one(dtype: torch.dtype) -> None:
             sums = torch.zeros(1000, 400, dtype=torch.uint8)
             sink = LevelSink(sums, 240, executor)
             tops = [sink.add(band, 300) for band in bands]
-            assert torch.equal(sums[300:].to(torch.int32), expected)
+            assert torch.equal(sums[300:].to(torch.int32), torch.as_tensor(expected))
             assert not sums[:300].any()
             assert all(is_finite(top) for top in tops)
 

@@ -33,7 +33,7 @@ def by_formula(value: float, base: int) -> int:
 
 @given(st.floats(width=32, allow_nan=False), st.integers(0, 500))
 def test_levels_are_half_octaves(value: float, base: int) -> None:
-    assert levels(np.float32([value]), base)[0] == by_formula(value, base)
+    assert levels(np.array([value], np.float32), base)[0] == by_formula(value, base)
 
 
 @settings(max_examples=50, deadline=None)

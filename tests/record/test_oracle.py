@@ -37,7 +37,7 @@ def samples_of(count: int, seed: int = 0) -> list[Sample]:
 
 def record_levels(
     recorder: Recorder, samples: list[Sample], calibration: dict[str, TensorCalibration]
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:  # type: ignore[type-arg]
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Mean act level, mean grad level and freq of every weight, before any INT4 code."""
     bases = {name: Bases(c.act_base, c.grad_base, c.freq_threshold) for name, c in calibration.items()}
     recorder.open(bases, spills=False)

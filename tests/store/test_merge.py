@@ -202,14 +202,15 @@ def test_averaging_is_right_to_within_a_rounding(tmp_path: Path) -> None:
         record_leaf(store, leaf)
     reader = store.reader()
     name, shape = manifest.parameters[0].name, manifest.parameters[0].shape
-    calibration = (store.calibration or {})[name]
-    codebook = np.array(calibration.act)
     done = [segment for segment in reader.segments if segment.samples]
     weights = np.array([segment.samples for segment in done], float)
-    codes = np.stack([reader.read(segment, name, 0, shape[0]) >> 12 for segment in done])
-    mean = np.tensordot(weights / weights.sum(), codebook[codes], 1)
+    decoded = [
+        reader.codebooks(segment, name)[0][reader.read(segment, name, 0, shape[0]) >> 12] for segment in done
+    ]
+    mean = np.tensordot(weights / weights.sum(), np.stack(decoded), 1)
     merge_ready(store)
     (root,) = store.segments()
+    codebook = store.reader().codebooks(root, name)[0]
     merged = codebook[store.reader().read(root, name, 0, shape[0]) >> 12]
     nearest = np.abs(codebook[:, None, None] - mean).min(axis=0)
     fixed_point = 2 * ((codebook[-1] - codebook[0]) / 4096 + np.diff(codebook).max() / 256)

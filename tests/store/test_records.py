@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.invariants import dither
+from tinyonn.store.combine import weighted_values
 from tinyonn.store.records import (
     UInt8,
     average_records,
+    averaged_codebooks,
     codebook_of,
     dither_bits,
     dither_seed,
@@ -62,9 +64,7 @@ def test_dither_is_splitmix64(seed: int) -> None:
     values=st.lists(st.floats(0, 15), min_size=1, max_size=200, unique=True).map(sorted),
     data=st.data(),
 )
-def test_codebooks_increase_strictly_whatever_the_calibration(
-    values: list[float], data: st.DataObject
-) -> None:
+def test_codebooks_increase_strictly_whatever_the_means(values: list[float], data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.integers(1, 10**6), min_size=len(values), max_size=len(values)))
     book = codebook_of(np.array(values), np.array(counts, float), 1 / 256)
     assert len(book) == 16
@@ -76,16 +76,36 @@ def test_codebooks_increase_strictly_whatever_the_calibration(
 def test_entries_follow_the_root_of_the_density() -> None:
     values = np.linspace(0, 15, 3001)
     counts = np.exp(-((values - 5) ** 2) / 4)
-    book = np.array(codebook_of(values, counts, 1 / 256))
+    book = codebook_of(values, counts, 1 / 256)
     roots = [np.sqrt(counts[(values > a) & (values <= b)]).sum() for a, b in pairwise(book)]
     assert max(roots[1:-1]) < 1.5 * min(roots[1:-1])
+
+
+def test_entries_of_a_final_codebook_have_equal_mass() -> None:
+    values = np.linspace(0, 15, 3001)
+    counts = np.exp(-((values - 5) ** 2) / 4)
+    book = codebook_of(values, counts, 1 / 4096, final=True)
+    nearest = np.abs(values[:, None] - book).argmin(axis=1)
+    masses = np.bincount(nearest, counts, 16) / counts.sum()
+    assert np.abs(masses[1:-1] * 16 - 1).max() < 0.12
+
+
+def test_codebooks_of_an_average_are_averages_of_quantiles() -> None:
+    rng = np.random.default_rng(0)
+    narrow, wide = rng.normal(5, 0.5, 20_000), rng.normal(7, 1.5, 20_000)
+    books = [codebook_of(np.sort(means), np.ones(20_000)) for means in (narrow, wide)]
+    weights = np.array([0.25, 0.75])
+    both = averaged_codebooks([np.stack([book] * 3) for book in books], weights)
+    between = codebook_of(np.sort(0.25 * np.sort(narrow) + 0.75 * np.sort(wide)), np.ones(20_000))
+    assert both.shape == (3, 16)
+    assert np.abs(both[0] - between)[1:-1].max() < 0.05
 
 
 def test_a_value_that_holds_much_of_the_mass_gets_entries_on_the_way_to_it() -> None:
     values = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
     book = codebook_of(values, np.array([50.0, 10.0, 5.0, 5.0, 30.0]), 1 / 4096, share=True)
-    assert book[:5] == (0.0, 0.015625, 0.03125, 0.0625, 0.125)
-    assert book[-4:] == (0.875, 0.9375, 0.96875, 1.0)[-4:]
+    assert book[:5].tolist() == [0.0, 0.015625, 0.03125, 0.0625, 0.125]
+    assert book[-4:].tolist() == [0.875, 0.9375, 0.96875, 1.0]
     assert len(book) == 16
     assert np.all(np.diff(book) > 0)
 
@@ -132,10 +152,8 @@ def merged(
     parts: list[np.ndarray[tuple[int], np.dtype[np.uint16]]], nearest: bool, seed: int = 3
 ) -> list[UInt8]:
     out = np.empty_like(parts[0])
-    weights = np.full(len(parts), 1 / len(parts))
-    average_records(
-        tuple(parts), weights, BOOKS, *value_tables(BOOKS), np.uint64(seed), np.uint64(0), nearest, out
-    )
+    values = weighted_values([BOOKS] * len(parts), np.full(len(parts), 1 / len(parts)))
+    average_records(tuple(parts), values, *value_tables(BOOKS), np.uint64(seed), np.uint64(0), nearest, out)
     return list(unpack(out))
 
 

@@ -22,6 +22,8 @@ from tinyonn.store.arrays import MiB, SegmentWriter, band_rows, bands
 from tinyonn.store.manifest import Manifest, Segment, parse_segment
 from tinyonn.store.repository import Store
 
+BOOKS = np.tile(np.arange(16) / 15, (3, 1))
+
 
 @pytest.mark.parametrize(
     "shape", [(1,), (24,), (9_000_000,), (151_936, 2560), (6912, 2560), (3, 5_000_000), (40, 24), (1, 7)]
@@ -107,7 +109,7 @@ def test_incomplete_overlapping_and_dropped_segments_are_refused(tmp_path: Path)
     fork = store.begin(leaf)
     book = calibrations(manifest)["embed.weight"]
     SegmentWriter(fork, "code", 0, 4).write(
-        "embed.weight", (40, 24), book, [(0, leaf_records(leaf, PARAMETERS[0]))]
+        "embed.weight", (40, 24), book, BOOKS, [(0, leaf_records(leaf, PARAMETERS[0]))]
     )
     with pytest.raises(StoreError, match=r"1 tensors instead of 3.*layers\.0\.norm\.weight"):
         store.commit(fork, finished(leaf))
@@ -158,7 +160,7 @@ def test_chunks_of_zeros_are_stored(tmp_path: Path) -> None:
     leaf = manifest.leaves("code")[0]
     fork = store.begin(leaf)
     book = calibrations(small_manifest({"code": 4}))["embed.weight"]
-    SegmentWriter(fork, "code", 0, 4).write("w", shape, book, [(0, np.zeros(shape, np.uint16))])
+    SegmentWriter(fork, "code", 0, 4).write("w", shape, book, BOOKS, [(0, np.zeros(shape, np.uint16))])
     store.commit(fork, Segment("code", 0, 4, 4))
     assert store.records(leaf, "w").nchunks_initialized == 1
 
@@ -174,7 +176,7 @@ def test_a_flipped_byte_is_an_error_that_names_tensor_and_chunk(tmp_path: Path) 
     fork = store.begin(leaf)
     book = calibrations(small_manifest({"code": 4}))["embed.weight"]
     SegmentWriter(fork, "code", 0, 4).write(
-        "w", shape, book, ((first, records[first:last]) for first, last in bands(shape))
+        "w", shape, book, BOOKS, ((first, records[first:last]) for first, last in bands(shape))
     )
     store.commit(fork, Segment("code", 0, 4, 4))
     reader = Store.open(tmp_path).reader()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from icechunk import ForkSession
 
-from tests.invariants import calibrations, finished, leaf_records
+from tests.invariants import calibrations, finished, leaf_codebooks, leaf_records
 from tinyonn.store.arrays import SegmentWriter
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.repository import Store
@@ -24,10 +24,11 @@ def write_leaf(fork: ForkSession, manifest: Manifest, leaf: Segment) -> ForkSess
     """What a worker does: take a pickled fork, write every tensor, send the fork back."""
     mine: ForkSession = pickle.loads(pickle.dumps(fork))
     writer = SegmentWriter(mine, leaf.slice, leaf.first, leaf.last)
-    books = calibrations(manifest)
+    bases = calibrations(manifest)
     for parameter in manifest.parameters if finished(leaf).samples else ():
         records = leaf_records(leaf, parameter)
-        writer.write(parameter.name, parameter.shape, books[parameter.name], [(0, records)])
+        codebooks = leaf_codebooks(leaf, parameter)
+        writer.write(parameter.name, parameter.shape, bases[parameter.name], codebooks, [(0, records)])
     back: ForkSession = pickle.loads(pickle.dumps(mine))
     return back
 

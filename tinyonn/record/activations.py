@@ -21,7 +21,7 @@ import torch
 from numba import njit
 
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS
-from tinyonn.store.records import Float64, TensorCalibration, UInt8, UInt16, positions
+from tinyonn.store.records import Float64, UInt8, UInt16
 
 BINS = 256
 STEPS = 8  # bins an octave
@@ -186,14 +186,6 @@ def _column_tables(histograms: Any, curve: Any, out: Any) -> None:
                 out[j, k] += count * curve[b + k]
         for k in range(BINS):
             out[j, k] /= max(samples, 1)
-
-
-def position_tables(histograms: UInt16, calibration: TensorCalibration) -> UInt16:
-    """Positions of `act` and `freq` in their codebooks for every column and weight bin; uint16 [I, 256, 2]."""
-    act = column_tables(histograms, level_curve(calibration.act_base))
-    freq = column_tables(histograms, frequency_curve(calibration.freq_threshold))
-    books = calibration.codebooks()
-    return np.stack([positions(act, books[0]), positions(freq, books[2])], axis=-1)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

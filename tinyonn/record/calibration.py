@@ -1,7 +1,6 @@
-"""Calibration: the bases of the levels and the codebooks of the INT4 codes, from the first samples of every slice.
+"""Calibration: the bases of the levels, from the first samples of every slice.
 
-Two passes over the same samples. The first counts sizes and puts every tensor's median on level 7; the second records
-levels and gives each statistic a codebook from the samples' means. Both are then frozen in the run.
+One pass counts sizes and puts every tensor's median on level 7. The bases are then frozen in the run.
 """
 
 from __future__ import annotations
@@ -11,29 +10,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from tinyonn.base.corpus_file import Sample
 from tinyonn.errors import InputError
-from tinyonn.record.activations import (
-    BINS,
-    COLUMN_LOW,
-    STEPS,
-    WEIGHT_LOW,
-    column_tables,
-    frequency_curve,
-    level_curve,
-    weight_bins,
-)
+from tinyonn.record.activations import BINS, COLUMN_LOW, STEPS, WEIGHT_LOW, weight_bins
 from tinyonn.record.gradients import CountSink
-from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, MEDIAN_LEVEL, SUM_SAMPLES, base_from_counts
+from tinyonn.record.levels import FLOAT32_SHIFT, MEDIAN_LEVEL, base_from_counts
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import EIGHTHS, Bases, Site
-from tinyonn.store.records import TensorCalibration, UInt8, codebook_of
+from tinyonn.record.sites import EIGHTHS, Site
+from tinyonn.store.records import TensorCalibration, UInt8
 
 LOOKED_AT_ROWS = 512  # of a tensor's rows, evenly spread, where all would cost more than they tell
-LEVEL_STEPS = 64  # resolution of mean levels in a codebook
-SHARE_STEPS = 1024
 
 
 def calibrate(
@@ -67,25 +54,22 @@ def calibrate(
         if found and result:  # the windows before have these samples in their bases: begin again without them
             left = [sample for sample in samples if sample.index not in bad]
             return calibrate(recorder, left, windows, progress)
-        bases = {name: _bases(recorder, recorder.sites[name]) for name in names}
-        good = [sample for sample in good if sample.index not in bad]
-        if not good:
+        if len(found) == len(good):
+            reasons = f" ({next(iter(bad.values()))})" if bad else ""
             raise InputError(
-                f"none of the {len(samples)} calibration samples gives finite values ({next(iter(bad.values()))}); "
+                f"none of the {len(samples)} calibration samples gives finite values{reasons}; "
                 "check the model's weights, or use model.dtype: float32"
             )
-        recorder.open(bases, spills=len(good) > SUM_SAMPLES)
-        recorder.record(good, progress)
         for name in names:
-            result[name] = _codebooks(recorder, recorder.sites[name], bases[name], len(good))
+            result[name] = _bases(recorder, recorder.sites[name])
     return {p.name: result[p.name] for p in recorder.parameters}
 
 
-def _bases(recorder: Recorder, site: Site) -> Bases:
+def _bases(recorder: Recorder, site: Site) -> TensorCalibration:
     assert isinstance(site.sink, CountSink)
     median = _median_eighth(recorder, site)
     half_octave = int(np.exp2(np.float32(median / STEPS)).astype(np.float32).view(np.int32)) >> FLOAT32_SHIFT
-    return Bases(max(half_octave - MEDIAN_LEVEL, 0), base_from_counts(site.sink.counts), median)
+    return TensorCalibration(max(half_octave - MEDIAN_LEVEL, 0), base_from_counts(site.sink.counts), median)
 
 
 def _median_eighth(recorder: Recorder, site: Site) -> int:
@@ -113,39 +97,6 @@ def _looked_at(recorder: Recorder, site: Site) -> tuple[UInt8, Any]:
     bins = np.concatenate([weight_bins(read(row, row + 1)) for row in chosen.tolist()])
     inputs = np.broadcast_to(chosen[:, None] if site.by_row else np.arange(columns)[None, :], bins.shape)
     return bins, inputs
-
-
-def _codebooks(recorder: Recorder, site: Site, bases: Bases, samples: int) -> TensorCalibration:
-    sums = site.sums(samples)
-    grad = _sum_codebook(sums.grad, samples)
-    if sums.act is not None and sums.freq is not None:
-        act, freq = _sum_codebook(sums.act, samples), _sum_codebook(sums.freq, samples, share=True)
-    else:
-        assert sums.histograms is not None
-        bins, inputs = _looked_at(recorder, site)
-        level = column_tables(sums.histograms, level_curve(bases.act))
-        share = column_tables(sums.histograms, frequency_curve(bases.freq_threshold))
-        act = _mean_codebook(level[inputs, bins], LEVEL_STEPS)
-        freq = _mean_codebook(share[inputs, bins], SHARE_STEPS, share=True)
-    return TensorCalibration(bases.act, bases.grad, bases.freq_threshold, act, grad, freq)
-
-
-def _sum_codebook(sums: Any, samples: int, share: bool = False) -> tuple[float, ...]:
-    counts = np.zeros((LEVELS - 1) * samples + 1, np.int64)
-    _count(sums.reshape(-1), counts)
-    values = np.flatnonzero(counts)
-    return codebook_of(values / samples, counts[values].astype(np.float64), 1 / 4096, share)
-
-
-def _mean_codebook(means: Any, steps: int, share: bool = False) -> tuple[float, ...]:
-    values, counts = np.unique(np.round(means * steps), return_counts=True)
-    return codebook_of(values / steps, counts.astype(np.float64), 1 / 4096, share)
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _count(values: Any, counts: Any) -> None:
-    for i in range(values.size):
-        counts[values[i]] += 1
 
 
 def layer_windows(names: Sequence[tuple[str, int | None, int]], windows: int) -> list[list[str]]:

@@ -22,7 +22,7 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError
 from tinyonn.record.calibration import calibrate
-from tinyonn.record.encode import encode
+from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import Bases
@@ -152,16 +152,12 @@ class Worker:
             site, calibration = self.recorder.sites[name], self._calibration[name]
             shape = site.parameter.shape
             vector = len(shape) == 1
-            bands = encode(
-                site.sums(segment.samples),
-                self.recorder.weights(site.parameter),
-                calibration,
-                dither_seed(self._seed, segment.name, name),
-                1 if vector else band_rows(shape),
+            encoder = Encoder(site.sums(segment.samples), self.recorder.weights(site.parameter), calibration)
+            bands = encoder.bands(
+                dither_seed(self._seed, segment.name, name), 1 if vector else band_rows(shape)
             )
-            writer.write(
-                name, shape, calibration, ((0, band[0]) if vector else (first, band) for first, band in bands)
-            )
+            in_shape = ((0, band[0]) if vector else (first, band) for first, band in bands)
+            writer.write(name, shape, calibration, encoder.codebooks, in_shape)
             site.close()
         self._writing += time.perf_counter() - started
         return fork

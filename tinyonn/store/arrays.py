@@ -23,7 +23,7 @@ from zarr.storage import StorePath
 from tinyonn.errors import StoreDamagedError
 from tinyonn.store.faults import translated
 from tinyonn.store.manifest import Segment
-from tinyonn.store.records import SHIFTS, TensorCalibration, UInt16
+from tinyonn.store.records import SHIFTS, STATISTICS, Float64, TensorCalibration, UInt16
 
 # A segment is written by one process beside others; a few requests at a time fill a disk or a link.
 # Chunks of zeros are stored like all others: what is absent must be an error, never a zero.
@@ -74,7 +74,7 @@ def bands(shape: tuple[int, ...], itemsize: int = 2, target: int = 8 * MiB) -> I
         yield first, min(first + rows, shape[0])
 
 
-def attributes_of(calibration: TensorCalibration) -> dict[str, Any]:
+def attributes_of(calibration: TensorCalibration, codebooks: Float64) -> dict[str, Any]:
     """The attributes that make a tensor's records readable without this package.
 
     A code ``k`` of a field, ``record >> shift & 15``, stands for the mean ``codebook[k]``: for act and grad a
@@ -82,9 +82,9 @@ def attributes_of(calibration: TensorCalibration) -> dict[str, Any]:
     """
     return {
         "fields": {
-            "act": _field("act", "mean level", calibration.act) | {"base": calibration.act_base},
-            "grad": _field("grad", "mean level", calibration.grad) | {"base": calibration.grad_base},
-            "freq": _field("freq", "share of samples with act > 2 ** (threshold / 8)", calibration.freq)
+            "act": _field("act", "mean level", codebooks) | {"base": calibration.act_base},
+            "grad": _field("grad", "mean level", codebooks) | {"base": calibration.grad_base},
+            "freq": _field("freq", "share of samples with act > 2 ** (threshold / 8)", codebooks)
             | {"threshold": calibration.freq_threshold},
             "score": {"shift": SHIFTS["score"], "bits": 4, "unit": "none until scored"},
         },
@@ -92,8 +92,15 @@ def attributes_of(calibration: TensorCalibration) -> dict[str, Any]:
     }
 
 
-def _field(name: str, unit: str, codebook: tuple[float, ...]) -> dict[str, Any]:
-    return {"shift": SHIFTS[name], "bits": 4, "unit": unit, "codebook": [float(entry) for entry in codebook]}
+def _field(name: str, unit: str, codebooks: Float64) -> dict[str, Any]:
+    codebook = [float(entry) for entry in codebooks[STATISTICS.index(name)]]
+    return {"shift": SHIFTS[name], "bits": 4, "unit": unit, "codebook": codebook}
+
+
+def codebooks_of(array: zarr.Array[Any]) -> Float64:
+    """The codebooks in an array's attributes: float64 [3, 16], in the order of ``STATISTICS``."""
+    fields: Any = array.attrs["fields"]
+    return np.array([fields[name]["codebook"] for name in STATISTICS], dtype=np.float64)
 
 
 def create_array(
@@ -163,6 +170,7 @@ class SegmentWriter:
         name: str,
         shape: tuple[int, ...],
         calibration: TensorCalibration,
+        codebooks: Float64,
         bands: Iterable[tuple[int, UInt16]],
     ) -> None:
         """Write one tensor.
@@ -174,7 +182,8 @@ class SegmentWriter:
         shape : tuple of int
             The tensor's own shape.
         calibration : TensorCalibration
-            Goes into the attributes.
+        codebooks : float64 [3, 16]
+            Both go into the attributes.
         bands : iterable of (first row, uint16 array [rows, ...])
             In order and without gaps, each a whole number of chunks (`band_rows`) except the last.
 
@@ -191,7 +200,7 @@ class SegmentWriter:
                 shape,
                 "uint16",
                 (rows, *shape[1:]),
-                attributes_of(calibration),
+                attributes_of(calibration, codebooks),
             )
         done = 0
         for first, band in bands:

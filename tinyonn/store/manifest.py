@@ -8,7 +8,7 @@ from typing import Any
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, order=True)

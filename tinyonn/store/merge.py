@@ -6,15 +6,24 @@ Which merges there are, and in what order, is decided in `tinyonn.store.tree`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import StoreError
-from tinyonn.store.arrays import SegmentWriter, bands, read_together
+from tinyonn.store.arrays import SegmentWriter, bands, codebooks_of, read_together
+from tinyonn.store.combine import shares, weighted_values
 from tinyonn.store.manifest import Segment
 from tinyonn.store.reader import Reader
-from tinyonn.store.records import TensorCalibration, UInt16, average_records, dither_seed, value_tables
+from tinyonn.store.records import (
+    Float64,
+    UInt16,
+    average_records,
+    averaged_codebooks,
+    dither_seed,
+    value_tables,
+)
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import Merge, Node, merge_tree, merges, next_segment, ready_merges
 
@@ -68,29 +77,20 @@ def execute(store: Store, merge: Merge, stop: Callable[[], bool] = lambda: False
                     f"{store.location}: no calibration for {parameter.name}; record into another folder"
                 )
             seed = dither_seed(store.manifest.seed, merged.name, parameter.name)
-            writer.write(
-                parameter.name,
-                parameter.shape,
-                calibration[parameter.name],
-                averaged_bands(
-                    reader, list(merge.children), parameter, calibration[parameter.name], seed, merge.final
-                ),
-            )
+            codebooks, bands_of = average(reader, list(merge.children), parameter, seed, merge.final)
+            writer.write(parameter.name, parameter.shape, calibration[parameter.name], codebooks, bands_of)
         if not store.replace(list(merge.children), fork, merged):
-            raise StoreError(f"{store.location}: {merged.name} is live beside its parts; record into another folder")
+            raise StoreError(
+                f"{store.location}: {merged.name} is live beside its parts; record into another folder"
+            )
         return True
     finally:
         store.drop(merged)
 
 
-def averaged_bands(
-    reader: Reader,
-    segments: list[Segment],
-    parameter: Parameter,
-    calibration: TensorCalibration,
-    seed: int,
-    nearest: bool,
-) -> Iterator[tuple[int, UInt16]]:
+def average(
+    reader: Reader, segments: list[Segment], parameter: Parameter, seed: int, nearest: bool
+) -> tuple[Float64, Iterator[tuple[int, UInt16]]]:
     """Average one tensor over segments, weighted by samples, chunk by chunk.
 
     Parameters
@@ -99,26 +99,39 @@ def averaged_bands(
     segments : list of Segment
         Those without samples weigh nothing and are not read; at least one must have some.
     parameter : Parameter
-    calibration : TensorCalibration
     seed : int
         Of the dithering.
     nearest : bool
         Round to the nearest code instead.
 
-    Yields
-    ------
-    first row, uint16 records [rows, ...]
+    Returns
+    -------
+    codebooks : float64 [3, 16]
+        Of the result.
+    bands : iterator of (first row, uint16 records [rows, ...])
     """
     segments = [segment for segment in segments if segment.samples]
-    weights = np.array([segment.samples for segment in segments], dtype=np.float64)
-    weights /= weights.sum()
-    codebooks = calibration.codebooks()
-    tables, low, scale = value_tables(codebooks)
-    width = parameter.size // parameter.shape[0]
+    weights = shares(segments)
     arrays = [
         (reader.array(segment, parameter.name), f"{parameter.name} of segment {segment.name}")
         for segment in segments
     ]
+    parts = [codebooks_of(array) for array, _ in arrays]
+    codebooks = averaged_codebooks(parts, weights)
+    values = weighted_values(parts, weights)
+    return codebooks, _averaged_bands(arrays, values, codebooks, parameter, seed, nearest)
+
+
+def _averaged_bands(
+    arrays: list[tuple[Any, str]],
+    values: Float64,
+    codebooks: Float64,
+    parameter: Parameter,
+    seed: int,
+    nearest: bool,
+) -> Iterator[tuple[int, UInt16]]:
+    tables, low, scale = value_tables(codebooks)
+    width = parameter.size // parameter.shape[0]
     for first, last in bands(parameter.shape):
         parts = tuple(read_together(arrays, first, last))
         if len(parts) == 1:  # an average of one is itself: no rounding
@@ -128,8 +141,7 @@ def averaged_bands(
         flat = tuple(np.ascontiguousarray(part).reshape(-1) for part in parts)
         average_records(
             flat,
-            weights,
-            codebooks,
+            values,
             tables,
             low,
             scale,

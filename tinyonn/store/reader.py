@@ -8,10 +8,10 @@ import zarr
 from zarr.core.sync import sync
 
 from tinyonn.errors import StoreDamagedError
-from tinyonn.store.arrays import open_array, read_rows
+from tinyonn.store.arrays import codebooks_of, open_array, read_rows
 from tinyonn.store.faults import translated
 from tinyonn.store.manifest import Manifest, Segment, parse_segment
-from tinyonn.store.records import UInt16
+from tinyonn.store.records import Float64, UInt16
 
 
 class Reader:
@@ -30,6 +30,10 @@ class Reader:
         """The uint16 records of one tensor of a segment."""
         with translated(f"opening {name} of segment {segment.name}"):
             return open_array(self._store, f"{segment.path}/{name}")
+
+    def codebooks(self, segment: Segment, name: str) -> Float64:
+        """The means that the codes of one tensor of a segment stand for, float64 [3, 16]."""
+        return codebooks_of(self.array(segment, name))
 
     def read(self, segment: Segment, name: str, first: int, last: int) -> UInt16:
         """Rows [first, last) of one tensor of a segment, checked.

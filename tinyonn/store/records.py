@@ -1,7 +1,9 @@
 """The 16-bit record of one weight, and the codebooks that make its INT4 codes readable.
 
 A record is ``act << 12 | grad << 8 | freq << 4 | score``. A code ``k`` of a statistic stands for the mean
-``codebook[k]``: a mean level in [0, 15] for ``act`` and ``grad``, a share of samples in [0, 1] for ``freq``.
+``codebook[k]``: a mean level in [0, 15] for ``act`` and ``grad``, a share of samples in [0, 1] for ``freq``. Every
+array has codebooks of its own: a segment's are fitted to its means, a merged segment's are the weighted mean of its
+parts' (entry by entry: an average of quantiles).
 
 A mean ``v`` between two entries ``c_k <= v <= c_{k+1}`` has the *position* ``256 k + 256 (v - c_k) / (c_{k+1} - c_k)``,
 an 8.8 fixed-point number. Dithering adds a uniform 8-bit number and keeps the integer part, so that the
@@ -12,6 +14,7 @@ is a hash of (seed, segment, tensor, index), so that a segment always rounds the
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ STATISTICS = ("act", "grad", "freq")
 SHIFTS = {"act": 12, "grad": 8, "freq": 4, "score": 0}
 CODES = 16
 POSITION_STEPS = 256
+SMALLEST_STEP = 1 / 4096  # between two entries of a codebook
 END_ENTRIES = 5  # of a codebook, at most, for a value that holds much of the mass
 CELLS = 64  # of equal mass, from which a codebook's density is taken
 VALUE_STEPS = 32768  # far finer than the narrowest gap between two entries
@@ -57,7 +61,7 @@ def pack(act: UInt8, grad: UInt8, freq: UInt8, score: UInt8 | int = 0) -> UInt16
 
 @dataclass(frozen=True)
 class TensorCalibration:
-    """What makes one tensor's codes readable; frozen for the whole run.
+    """What one tensor's levels mean; frozen for the whole run.
 
     Attributes
     ----------
@@ -65,46 +69,44 @@ class TensorCalibration:
         Subtracted from ``float32 bits >> 22`` to give the level; level 7 is the calibration's median.
     freq_threshold : int
         ``freq`` counts the samples with ``act`` above ``2 ** (freq_threshold / 8)``, the calibrated median.
-    act, grad, freq : tuple of 16 float
-        Codebooks: the mean that each code stands for, strictly increasing.
     """
 
     act_base: int
     grad_base: int
     freq_threshold: int
-    act: tuple[float, ...]
-    grad: tuple[float, ...]
-    freq: tuple[float, ...]
-
-    def codebooks(self) -> Float64:
-        """Codebooks as float64 [3, 16], in the order of ``STATISTICS``."""
-        return np.array([self.act, self.grad, self.freq], dtype=np.float64)
 
 
 def codebook_of(
-    values: Float64, counts: Float64, floor_step: float, share: bool = False
-) -> tuple[float, ...]:
-    """Choose 16 entries for means of which the calibration shows a noisy sample.
+    values: Float64,
+    counts: Float64,
+    floor_step: float = SMALLEST_STEP,
+    share: bool = False,
+    final: bool = False,
+) -> Float64:
+    """Choose 16 entries for means.
 
-    The density of entries follows the root of the density of means: entries of equal mass would crowd where the
-    calibration's few samples put most means and be too far apart at the ends. A value that holds several entries'
-    mass alone (weights that no calibration sample touched, with a mean of exactly 0; shares of exactly 1) will spread
-    once more samples come, so its entries halve the way to it: 0, s/8, s/4, s/2 below the smallest other mean s.
+    The density of entries follows the root of the density of means: what is averaged again wants small errors
+    everywhere, and entries of equal mass would be too far apart at the ends. A value that holds several entries'
+    mass alone (weights that no sample touched, with a mean of exactly 0; shares of exactly 1) will spread once
+    segments are averaged, so its entries halve the way to it: 0, s/8, s/4, s/2 below the smallest other mean s.
+    A result that is not averaged again wants entries of equal mass, which keep the order of the weights best.
 
     Parameters
     ----------
     values : float64 [n], increasing
-        Distinct means seen in the calibration.
+        Distinct means.
     counts : float64 [n]
         How many weights have each.
     floor_step : float
         Smallest distance between entries that are added to make up 16.
     share : bool
         Whether the values are shares, so that 1 is an end as 0 is.
+    final : bool
+        Whether the codes are not averaged again.
 
     Returns
     -------
-    tuple of 16 float, strictly increasing
+    float64 [16], strictly increasing
     """
     total = float(counts.sum())
     if total <= 0 or values.size == 0:
@@ -116,7 +118,7 @@ def codebook_of(
         else []
     )
     inner = slice(1 if low else 0, values.size - 1 if high else values.size)
-    middle = _companded(values[inner], counts[inner], CODES - len(low) - len(high))
+    middle = _companded(values[inner], counts[inner], CODES - len(low) - len(high), final)
     entries = sorted({*low, *middle, *high})
     while len(entries) < CODES:
         gaps = np.diff(entries)
@@ -125,7 +127,7 @@ def codebook_of(
             entries.append(entries[-1] + floor_step)
         else:
             entries.insert(widest + 1, (entries[widest] + entries[widest + 1]) / 2)
-    return tuple(float(entry) for entry in entries)
+    return np.array(entries, dtype=np.float64)
 
 
 def _towards(end: float, values: Float64, counts: Float64, total: float) -> list[float]:
@@ -137,17 +139,25 @@ def _towards(end: float, values: Float64, counts: Float64, total: float) -> list
     return [end, *(end + step * 0.5**k for k in range(number - 1, 0, -1))]
 
 
-def _companded(values: Float64, counts: Float64, entries: int) -> list[float]:
-    """Quantiles under the root of the density, from cells of equal mass."""
+def _companded(values: Float64, counts: Float64, entries: int, final: bool) -> list[float]:
+    """Quantiles under the density or its root, from cells of equal mass."""
     if values.size <= entries:
         return [float(value) for value in values]
     below = np.concatenate([[0.0], np.cumsum(counts) / counts.sum()])
-    cells = np.interp(np.linspace(0, 1, CELLS + 1), below, np.concatenate([values[:1], values]))
+    ends = np.concatenate([values[:1], values])
+    if final:
+        return [float(entry) for entry in np.interp((np.arange(entries) + 0.5) / entries, below, ends)]
+    cells = np.interp(np.linspace(0, 1, CELLS + 1), below, ends)
     widths = np.diff(cells)
     widths = np.maximum(widths, widths[widths > 0].min())
     cumulated = np.concatenate([[0.0], np.cumsum(np.sqrt(widths))])
     chosen = np.interp(np.linspace(0, cumulated[-1], entries), cumulated, cells)
     return [float(entry) for entry in chosen]
+
+
+def averaged_codebooks(codebooks: Sequence[Float64], weights: Float64) -> Float64:
+    """Codebooks of an average: the weighted mean of its parts', float64 [3, 16]; `weights` sum to 1."""
+    return np.asarray(np.tensordot(weights, np.stack(codebooks), 1))
 
 
 def positions(values: Float64, codebook: Float64) -> UInt16:
@@ -218,8 +228,7 @@ def value_tables(codebooks: Float64) -> tuple[UInt16, Float64, Float64]:
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def average_records(
     parts: tuple[UInt16, ...],
-    weights: Float64,
-    codebooks: Float64,
+    values: Float64,
     tables: UInt16,
     first: Float64,
     scale: Float64,
@@ -234,11 +243,10 @@ def average_records(
     ----------
     parts : tuple of uint16 [n], C-contiguous
         Records of the same weights, one array per segment, in a fixed order.
-    weights : float64 [len(parts)]
-        Share of samples of each segment; sums to 1.
-    codebooks : float64 [3, 16]
+    values : float64 [len(parts), 3, 16]
+        Each part's codebooks times its share of the samples; the shares sum to 1.
     tables, first, scale
-        From `value_tables`.
+        From `value_tables` of the result's codebooks.
     seed, offset : uint64
         Dither seed of the result, flat index of the first weight.
     nearest : bool
@@ -252,7 +260,7 @@ def average_records(
             shift = np.uint64(12 - 4 * s)
             mean = 0.0
             for p in range(len(parts)):
-                mean += weights[p] * codebooks[s, (np.uint64(parts[p][i]) >> shift) & np.uint64(15)]
+                mean += values[p, s, (np.uint64(parts[p][i]) >> shift) & np.uint64(15)]
             index = min(max(int((mean - first[s]) * scale[s]), 0), VALUE_STEPS - 1)
             noise = np.uint64(128) if nearest else (bits >> np.uint64(8 * s)) & np.uint64(255)
             code = (np.uint64(tables[s, index]) + noise) >> np.uint64(8)

@@ -118,16 +118,13 @@ class Store:
 
     @property
     def calibration(self) -> dict[str, TensorCalibration] | None:
-        """Every tensor's bases and codebooks, or None before they are committed."""
+        """Every tensor's bases and threshold, or None before they are committed."""
         with translated(f"reading the calibration of {self.location}"):
             root = zarr.open_group(self._repository.readonly_session("main").store, mode="r")
             if "calibration" not in root:
                 return None
             tree = json.loads(np.asarray(root["calibration"]).tobytes())
-            return {
-                name: TensorCalibration(**{key: _tuple(value) for key, value in item.items()})
-                for name, item in tree.items()
-            }
+            return {name: TensorCalibration(**item) for name, item in tree.items()}
 
     def commit_calibration(self, calibration: dict[str, TensorCalibration]) -> None:
         """Commit the calibration, once.
@@ -287,7 +284,3 @@ class Store:
     def _check_writable(self) -> None:
         if self.read_only:
             raise StoreBusyError(f"{self.location} was opened for reading only")
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

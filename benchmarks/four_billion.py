@@ -1,11 +1,17 @@
 """Four billion weights on one machine: Qwen1.5-4B's shape, random weights.
 
     python benchmarks/four_billion.py record [--samples 4] [--tokens 32] [--json]
+    python benchmarks/four_billion.py synth storage/large --reference storage/demo
+    python benchmarks/four_billion.py score storage/large [--json]
+    python benchmarks/four_billion.py cluster storage/large [--json]
 
 ``record`` builds the model in NF4, calibrates, records, commits the segment of 3.95 billion records, reads it back
 whole, compares the checksum of every band with what was written, and writes the same bytes raw to a file, in blocks
 that are on the disk before the clock stops. It prints the seconds of each part and the process's peak memory beside
 what `tinyonn plan` says. It needs 16 GB of disk, and gives them back.
+
+``synth`` writes a recorded run of the same shape (`synthetic.py`); ``score`` and ``cluster`` run on it what ``tinyonn``
+runs, in a process of its own with a limit of 2 GiB, beside the same reading and writing alone (`large_run.py`).
 """
 
 from __future__ import annotations
@@ -68,9 +74,30 @@ def main() -> None:
     one.add_argument("--folder", type=Path, help="where the store and the raw file go for a while")
     one.add_argument("--json", action="store_true")
     one.set_defaults(run=record)
+    two = commands.add_parser("synth", help="write a run to score and cluster: 3 slices take 17 GB of disk")
+    two.add_argument("run", type=Path, help="folder of the new run")
+    two.add_argument("--reference", type=Path, default=Path("storage/demo"), help="a recorded, merged run")
+    two.add_argument("--slices", type=int, default=3)
+    two.add_argument("--threads", type=int, default=2)
+    two.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")
+    two.add_argument("--json", action="store_true")
+    for name, what in (
+        ("score", "score a synthetic run"),
+        ("cluster", "cluster it, all but norms and biases"),
+    ):
+        three = commands.add_parser(name, help=f"{what}, beside the same reading and writing alone")
+        three.add_argument("run", type=Path)
+        three.add_argument("--memory", default="2GiB")
+        three.add_argument("--workers", type=int, default=2)
+        three.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.command is None:
         parser.print_help()
+        return
+    if options.command != "record":
+        from benchmarks.large_run import cluster, score, synth
+
+        {"synth": synth, "score": score, "cluster": cluster}[options.command](options)
         return
     with tempfile.TemporaryDirectory(prefix="tinyonn-4b-", dir=options.folder) as folder:
         options.run(options, Path(folder))

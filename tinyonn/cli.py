@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tinyonn.config import Config
+    from tinyonn.engine import EngineOptions
 
 INTERRUPTED = 130
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
@@ -134,6 +135,77 @@ def merge(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = F
     _run_stage("merge", run, config, as_json, stage)
 
 
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="Where Dask runs the tasks: threads, distributed or ray.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Tasks at a time; else one per CPU.")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", help="RAM that the stage may use, e.g. 2GiB, instead of what is free."),
+]
+DaskAddressOption = Annotated[
+    str | None, typer.Option("--address", help="Of a Dask scheduler or a Ray cluster; else a local one.")
+]
+
+
+@app.command()
+def score(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    engine: EngineOption = "threads",
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    address: DaskAddressOption = None,
+) -> None:
+    """Put all that is recorded into one scored record and one affinity per weight."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.score.stage import score_run
+
+        return score_run(location, settings.score, _engine(engine, workers, memory, address))
+
+    _run_stage("score", run, config, as_json, stage)
+
+
+@app.command()
+def cluster(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    engine: EngineOption = "threads",
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    address: DaskAddressOption = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew instead of from the stored centres.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Folder for PNG and HTML pictures of the cells.", metavar="FOLDER"),
+    ] = None,
+) -> None:
+    """Group the scored weights into cells; after new data, starts from the stored centres and keeps their numbers."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.cluster.stage import cluster_run
+
+        report = cluster_run(
+            location, settings.cluster, _engine(engine, workers, memory, address), fresh=fresh
+        )
+        if plot is not None:
+            from tinyonn.cluster.plot import plot_cells
+
+            _say(
+                f"pictures: {', '.join(str(path) for path in plot_cells(location, plot, settings.cluster.seed))}"
+            )
+        return report
+
+    _run_stage("cluster", run, config, as_json, stage)
+
+
 @app.command()
 def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show what is committed: samples per slice, live segments, samples set aside, disk use."""
@@ -191,7 +263,7 @@ def _run_stage(
 
             settings = load_config(config)
             location = run_location(run, settings.storage.root)
-            if log and (stage != "merge" or local_folder(location).is_dir()):
+            if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
                 from tinyonn.logs import setup_logging
 
                 setup_logging(local_folder(location) / "logs", stage)
@@ -227,6 +299,16 @@ def _run_stage(
     else:
         _show(report)
     return report
+
+
+def _engine(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:
+    from tinyonn.engine import KINDS, EngineOptions
+    from tinyonn.sizes import parse_size
+
+    if kind not in KINDS:
+        raise InputError(f"--engine {kind!r} is unknown; choose {', '.join(KINDS)}")
+    limit = None if memory is None else parse_size(memory, "--memory")
+    return EngineOptions(kind, workers, limit, address, progress=sys.stderr.isatty())
 
 
 def _show(report: Report) -> None:

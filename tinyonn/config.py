@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from tinyonn.errors import InputError
 
 Auto = Literal["auto"]
+
+# Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
+SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
 
 
 class Section(BaseModel):
@@ -60,6 +64,59 @@ class RecordConfig(Section):
     seed: int = 0  # of the dithering
 
 
+class ScoreConfig(Section):
+    """How weights are scored: S = act z(act) - grad z(grad) + freq z(freq)."""
+
+    preset: Literal["default", "seed", "activation"] = "default"
+    act: float | None = None  # in place of the preset's
+    grad: float | None = None
+    freq: float | None = None
+
+    def weights(self) -> tuple[float, float, float]:
+        """Weights of act, grad and freq."""
+        preset = SCORE_PRESETS[self.preset]
+        act, grad, freq = (
+            given if given is not None else value
+            for given, value in zip((self.act, self.grad, self.freq), preset, strict=True)
+        )
+        return act, grad, freq
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> ScoreConfig:
+        weights = self.weights()
+        if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+            raise ValueError(f"the weights are {weights}; they must be finite, and at least one not 0")
+        return self
+
+
+class FeatureWeights(Section):
+    """Weight of each group of features in the distance between weights; 0 leaves a group out."""
+
+    score: float = Field(1.0, ge=0, allow_inf_nan=False)
+    act: float = Field(1.0, ge=0, allow_inf_nan=False)
+    grad: float = Field(1.0, ge=0, allow_inf_nan=False)
+    freq: float = Field(0.5, ge=0, allow_inf_nan=False)
+    slice: float = Field(2.0, ge=0, allow_inf_nan=False)  # dominant slice, scaled by selectivity
+    layer: float = Field(0.5, ge=0, allow_inf_nan=False)
+    kind: float = Field(0.25, ge=0, allow_inf_nan=False)
+    row: float = Field(
+        0.0, ge=0, allow_inf_nan=False
+    )  # position in 16 buckets; neurons have no order of their own
+    column: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class ClusterConfig(Section):
+    """How weights are clustered into cells."""
+
+    cells: int = Field(100, ge=2, le=255)
+    features: FeatureWeights = FeatureWeights()
+    trunk: tuple[Literal["norm", "bias", "embedding", "head"], ...] = ("norm", "bias", "embedding", "head")
+    cap: float | None = Field(None, gt=1, allow_inf_nan=False)  # largest cell, as a multiple of the mean size
+    iterations: int = Field(300, ge=1)  # of full k-means, at most
+    tolerance: float = Field(1e-5, ge=0, lt=1)  # share of weights that may still change cell in the last one
+    seed: int = 0
+
+
 class StorageConfig(Section):
     """Where runs live."""
 
@@ -81,6 +138,8 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     record: RecordConfig = RecordConfig()
+    score: ScoreConfig = ScoreConfig()
+    cluster: ClusterConfig = ClusterConfig()
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
 

@@ -24,7 +24,6 @@ from tinyonn.store.records import (
     STATISTICS,
     Float64,
     TensorCalibration,
-    UInt8,
     UInt16,
     average_records,
     value_tables,
@@ -149,38 +148,48 @@ class Run:
         return self._steadily(lambda reader: self._combined(reader, parameter, slice)[0])
 
     def rows(self, name: str) -> zarr.Array[Any]:
-        """The scored uint16 records of a tensor, all slices merged.
+        """The scored uint16 records of a tensor, all slices merged; attributes say what the codes stand for.
 
         Raises
         ------
         InputError
             Before `tinyonn score`.
         """
-        raise self._not_yet("rows", name, "score")
+        return self._output("rows", name, "score")
 
-    def affinity(self, name: str) -> UInt8:
+    def affinity(self, name: str) -> zarr.Array[Any]:
         """The uint8 affinity of every weight of a tensor: dominant slice << 4 | selectivity.
 
+        The number of a slice is its place in `slices`.
+
         Raises
         ------
         InputError
             Before `tinyonn score`.
         """
-        raise self._not_yet("affinity", name, "score")
+        return self._output("affinity", name, "score")
 
-    def labels(self, name: str) -> UInt8:
-        """The uint8 cell of every weight of a tensor.
+    def labels(self, name: str) -> zarr.Array[Any]:
+        """The uint8 cell of every weight of a tensor; 255 is the trunk, in no cell.
 
         Raises
         ------
         InputError
             Before `tinyonn cluster`.
         """
-        raise self._not_yet("labels", name, "cluster")
+        return self._output("labels", name, "cluster")
 
-    def _not_yet(self, what: str, name: str, stage: str) -> InputError:
+    @property
+    def slices(self) -> list[str]:
+        """Names of the slices, in the order of their numbers."""
+        return list(self.manifest.slices)
+
+    def _output(self, group: str, name: str, stage: str) -> zarr.Array[Any]:
         self.manifest.parameter(name)
-        return InputError(f"{self.store.location} has no {what} yet; run `tinyonn {stage}` first")
+        reader = self.store.reader()
+        if reader.stage(group) is None:
+            raise InputError(f"{self.store.location} has no {group} yet; run `tinyonn {stage}` first")
+        return reader.output(group, name)
 
     def _mean_rows(
         self, reader: Reader, parameter: Parameter, slice: str | None, first: int, last: int
@@ -220,7 +229,7 @@ class Run:
         values = weighted_values(books, shares(segments))
         counts = np.zeros((len(STATISTICS), MEAN_BINS), np.int64)
         for _, _, parts in self._parts(reader, parameter, slice):
-            count_means(parts, values, counts)
+            count_means(np.stack(parts), values, counts)
         return final_codebooks(counts, values), values
 
     def _steadily(self, compute: Callable[[Reader], T]) -> T:

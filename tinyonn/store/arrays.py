@@ -46,7 +46,16 @@ CODECS: list[dict[str, Any]] = [
 ]
 BYTE_CODECS: list[dict[str, Any]] = [
     {"name": "bytes"},
-    {"name": "zstd", "configuration": {"level": 3, "checksum": False}},
+    {
+        "name": "blosc",
+        "configuration": {
+            "typesize": 1,
+            "cname": "lz4",
+            "clevel": 1,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        },
+    },
     CODECS[2],
 ]
 
@@ -72,6 +81,34 @@ def bands(shape: tuple[int, ...], itemsize: int = 2, target: int = 8 * MiB) -> I
     rows = band_rows(shape, itemsize, target)
     for first in range(0, shape[0], rows):
         yield first, min(first + rows, shape[0])
+
+
+class BandWriter:
+    """Writes one array of a stage into a fork, band by band; nothing is visible before the commit.
+
+    Parameters
+    ----------
+    fork : icechunk.ForkSession
+    path : str
+        Of the array, such as ``rows/model.embed_tokens.weight``.
+    shape : tuple of int
+    dtype : str
+        ``uint16`` or ``uint8``; chunks are those of the tensor's records.
+    attributes : dict
+    """
+
+    def __init__(
+        self, fork: ForkSession, path: str, shape: tuple[int, ...], dtype: str, attributes: dict[str, Any]
+    ) -> None:
+        self._path = path
+        chunks = (band_rows(shape), *shape[1:])
+        with translated(f"writing {path}"):
+            self._array = create_array(fork.store, path, shape, dtype, chunks, attributes)
+
+    def write(self, first: int, band: np.ndarray) -> None:
+        """Write whole chunks from a row on."""
+        with translated(f"writing {self._path}"):
+            self._array[first : first + band.shape[0]] = band
 
 
 def attributes_of(calibration: TensorCalibration, codebooks: Float64) -> dict[str, Any]:
@@ -226,6 +263,18 @@ def read_rows(array: zarr.Array[Any], first: int, last: int, what: str) -> UInt1
     try:
         with translated(f"reading {what}"):
             return np.asarray(array[first:last])
+    except StoreDamagedError as error:
+        raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
+
+
+def read_into(array: zarr.Array[Any], first: int, last: int, out: np.ndarray, what: str) -> None:
+    """Read rows of an array into a contiguous array of the same number of elements; errors as in `read_rows`."""
+    buffer = default_buffer_prototype().nd_buffer.from_numpy_array(
+        out.reshape(last - first, *array.shape[1:])
+    )
+    try:
+        with translated(f"reading {what}"):
+            array.get_basic_selection(slice(first, last), out=buffer)
     except StoreDamagedError as error:
         raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
 

@@ -30,13 +30,13 @@ def weighted_values(codebooks: Sequence[Float64], weights: Float64) -> Float64:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def count_means(parts: tuple[UInt16, ...], values: Float64, counts: Any) -> None:
+def count_means(parts: UInt16, values: Float64, counts: Any) -> None:
     """Add the histogram of the means of flat records.
 
     Parameters
     ----------
-    parts : tuple of uint16 [n]
-        Records of the same weights, one array per segment.
+    parts : uint16 [parts, n]
+        Records of the same weights, a row per segment.
     values : float64 [parts, 3, 16]
         From `weighted_values`.
     counts : int64 [3, 4096], changed in place
@@ -46,15 +46,15 @@ def count_means(parts: tuple[UInt16, ...], values: Float64, counts: Any) -> None
     scale = np.zeros(3)
     for s in range(3):
         span = 0.0
-        for p in range(len(parts)):
+        for p in range(parts.shape[0]):
             first[s] += values[p, s, 0]
             span += values[p, s, 15] - values[p, s, 0]
         scale[s] = (MEAN_BINS - 1) / span
-    for i in range(parts[0].size):
+    for i in range(parts.shape[1]):
         for s in range(3):
             mean = 0.0
-            for p in range(len(parts)):
-                mean += values[p, s, (np.uint64(parts[p][i]) >> np.uint64(12 - 4 * s)) & np.uint64(15)]
+            for p in range(parts.shape[0]):
+                mean += values[p, s, (np.uint64(parts[p, i]) >> np.uint64(12 - 4 * s)) & np.uint64(15)]
             counts[s, min(max(int((mean - first[s]) * scale[s] + 0.5), 0), MEAN_BINS - 1)] += 1
 
 

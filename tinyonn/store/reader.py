@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import zarr
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from tinyonn.errors import StoreDamagedError
@@ -30,6 +32,17 @@ class Reader:
         """The uint16 records of one tensor of a segment."""
         with translated(f"opening {name} of segment {segment.name}"):
             return open_array(self._store, f"{segment.path}/{name}")
+
+    def stage(self, path: str) -> dict[str, Any] | None:
+        """Attributes of a group that a stage wrote, such as ``rows``; None if it has not run."""
+        with translated(f"looking for {path}"):
+            data = sync(self._store.get(f"{path}/zarr.json", default_buffer_prototype()))
+        return None if data is None else dict(json.loads(data.to_bytes())["attributes"])
+
+    def output(self, path: str, name: str) -> zarr.Array[Any]:
+        """One tensor's array of such a group."""
+        with translated(f"opening {name} of {path}"):
+            return open_array(self._store, f"{path}/{name}")
 
     def codebooks(self, segment: Segment, name: str) -> Float64:
         """The means that the codes of one tensor of a segment stand for, float64 [3, 16]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import icechunk
 import numpy as np
 import zarr
 from icechunk import ForkSession
+from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
 from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreError
@@ -244,6 +246,47 @@ class Store:
                 f"segment {segment.name} has {len(names)} tensors instead of {len(wanted)}, "
                 f"first difference {odd[0]!r}; not committed"
             )
+
+    def begin_stage(self, stage: str, forks: int) -> list[ForkSession]:
+        """Forks for the tasks of a stage that writes arrays beside the segments; see `begin`."""
+        self._check_writable()
+        with self._lock, translated(f"beginning to {stage}"):
+            self._begun.setdefault(stage, datetime.now(UTC))
+            return [self._repository.writable_session("base").fork() for _ in range(forks)]
+
+    def drop_stage(self, stage: str) -> None:
+        """Forget a stage's forks; what they wrote is collected by `clean`."""
+        with self._lock:
+            self._begun.pop(stage, None)
+
+    def commit_stage(
+        self, stage: str, groups: dict[str, dict[str, Any]], forks: Sequence[ForkSession]
+    ) -> None:
+        """Make a stage's arrays visible in place of what was in its groups, all at once.
+
+        Parameters
+        ----------
+        stage : str
+            As given to `begin_stage`.
+        groups : dict
+            Attributes by path of each group that the stage writes, such as ``rows``.
+        forks : sequence of ForkSession
+            As they came back from the tasks.
+        """
+        self._check_writable()
+        with self._lock, translated(f"committing {stage} to {self.location}"):
+            if stage not in self._begun:
+                raise StoreError(f"{stage} was dropped or never begun; its forks are not committed")
+            session = self._repository.writable_session("main")
+            for path in groups:
+                sync(session.store.delete_dir(path))
+            session.merge(*forks)
+            for path, attributes in groups.items():
+                metadata = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+                data = cpu.Buffer.from_bytes(json.dumps(metadata).encode())
+                sync(session.store.set(f"{path}/zarr.json", data))
+            session.commit(stage)
+            self.drop_stage(stage)
 
     def reader(self) -> Reader:
         """A view of what is committed now, that later commits do not change."""

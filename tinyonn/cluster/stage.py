@@ -1,0 +1,363 @@
+"""``tinyonn cluster``: all scored weights into cells, out of core, exactly.
+
+Data flow: Dask tasks count the distinct rows of every tensor (`histogram`) → k-means over them in this process, on
+threads (`kmeans`) → Dask tasks look every weight's label up and write it → one commit, with the centres, the space and
+a summary of the cells as attributes. A later call starts from the stored centres (`incremental`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.cluster.features import BUCKETS, Space, kind_of, space_of
+from tinyonn.cluster.histogram import (
+    Grid,
+    LabelTable,
+    Place,
+    count_bytes,
+    count_tensors,
+    label_tensors,
+)
+from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_centres
+from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
+from tinyonn.cluster.summary import Cell, cell_table, summarise
+from tinyonn.config import ClusterConfig
+from tinyonn.engine import PROCESS_BYTES, THREADS, Compute, EngineOptions, computing
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.places import local_folder, store_location
+from tinyonn.score.stage import task_groups
+from tinyonn.sizes import format_size
+from tinyonn.store.lock import RunLock
+from tinyonn.store.repository import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG = logging.getLogger(__name__)
+
+ROW_BYTES = (
+    12  # of a distinct row in memory: key, score, count, labels before and now, one table for the tasks
+)
+WAVES = 8  # in which the counting is done, so that what does not fit is found early
+
+
+@dataclass(frozen=True)
+class ClusterReport:
+    """What a call of `cluster_run` did."""
+
+    location: str
+    weights: int
+    trunk: int
+    cells: tuple[Cell, ...]
+    inertia: float
+    iterations: int
+    converged: bool
+    distinct_rows: int
+    balance_cost: float | None
+    started_from: str
+    churn: Churn | None
+    workers: int
+    seconds_counting: float
+    seconds_clustering: float
+    seconds_labelling: float
+    fresh: bool
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "cells": [asdict(cell) for cell in self.cells]}
+
+    def table(self) -> Table:
+        """For people."""
+        return cell_table(self)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What is clustered: the tensors outside the trunk, their tasks, and the grid of their positions."""
+
+    inside: tuple[Parameter, ...]
+    trunk: tuple[Parameter, ...]
+    grid: Grid
+
+    @property
+    def groups(self) -> list[list[Parameter]]:
+        """Of one counting task each."""
+        return task_groups(self.inside)
+
+
+def cluster_run(
+    location: str, config: ClusterConfig, options: EngineOptions = THREADS, fresh: bool = False
+) -> ClusterReport:
+    """Cluster a scored run; may be killed at any moment and called again.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    config : ClusterConfig
+    options : EngineOptions
+    fresh : bool
+        Start anew instead of from the stored centres; cells keep their numbers as far as they match.
+
+    Raises
+    ------
+    InputError
+        No run is there, it is not scored, or it has fewer distinct rows than cells.
+    CapacityError
+        The memory limit is below what is needed, or the disk is full.
+    StoreBusyError
+        Another process records, merges, scores or clusters the run.
+    StoreDamagedError
+        Names tensor and chunk; the labels from before stay.
+    """
+    _check_scored(Store.open(store_location(location)))
+    with RunLock(local_folder(location)):
+        store = Store.open(store_location(location), read_only=False)
+        scored = _check_scored(store)
+        stored = store.reader().stage("labels")
+        described = describe_cluster(config, scored)
+        if stored is not None and stored["described"] == described and not fresh:
+            return _reported(location, stored)
+        return _Job(store, location, config, options, described, stored, fresh).run()
+
+
+def _check_scored(store: Store) -> dict[str, Any]:
+    scored = store.reader().stage("rows")
+    if scored is None:
+        raise InputError(f"{store.location} is not scored yet; run `tinyonn score` first")
+    return scored
+
+
+def describe_cluster(config: ClusterConfig, scored: dict[str, Any]) -> dict[str, Any]:
+    """What decides the bits of the labels, beside the centres that they start from."""
+    return {"config": config.model_dump(mode="json"), "scored": scored}
+
+
+def tensors_of(parameters: Sequence[Parameter], config: ClusterConfig) -> Tensors:
+    """Which tensors are clustered and how finely their positions count.
+
+    Raises
+    ------
+    InputError
+        All tensors belong to the trunk.
+    """
+    trunk = tuple(p for p in parameters if kind_of(p) in config.trunk)
+    inside = tuple(p for p in parameters if kind_of(p) not in config.trunk)
+    if not inside:
+        raise InputError(
+            f"cluster.trunk = {list(config.trunk)} takes all tensors; leave some to be clustered"
+        )
+    grid = Grid(BUCKETS if config.features.row > 0 else 1, BUCKETS if config.features.column > 0 else 1)
+    return Tensors(inside, trunk, grid)
+
+
+class _Job:
+    """One clustering, from the counts to the commit."""
+
+    def __init__(
+        self,
+        store: Store,
+        location: str,
+        config: ClusterConfig,
+        options: EngineOptions,
+        described: dict[str, Any],
+        stored: dict[str, Any] | None,
+        fresh: bool,
+    ) -> None:
+        self.store, self.location, self.config, self.options = store, location, config, options
+        self.described, self.stored, self.fresh = described, stored, fresh
+        parameters = store.manifest.parameters
+        self.tensors = tensors_of(parameters, config)
+        slices = list(store.manifest.slices)
+        self.space = space_of(self.tensors.inside, parameters, slices, config.features)
+        need = max(count_bytes(parameter.shape, self.tensors.grid) for parameter in parameters)
+        self.workers = options.fitting_workers(need, 0, "clustering")
+        limit = free_ram() if options.memory is None else options.memory
+        self.row_budget = max(0, limit - PROCESS_BYTES - self.workers * need)
+
+    def run(self) -> ClusterReport:
+        """Count, cluster, label, commit."""
+        with computing(self.options, self.workers) as compute:
+            started = time.monotonic()
+            places = self._count(compute)
+            rows = rows_of(self.tensors.inside, places, self.space)
+            counted = time.monotonic()
+            clustering, cost, start = self._cluster(rows)
+            clustered = time.monotonic()
+            cells = tuple(summarise(rows, clustering.last, self.space, self.tensors.inside, places))
+            churn = self._label(compute, places, rows, clustering, cells, cost, start)
+            labelled = time.monotonic()
+        self.store.clean()
+        return ClusterReport(
+            self.location,
+            rows.total,
+            sum(parameter.size for parameter in self.tensors.trunk),
+            cells,
+            clustering.last.inertia,
+            clustering.iterations,
+            clustering.converged,
+            rows.keys.size,
+            cost,
+            start,
+            churn,
+            self.workers,
+            counted - started,
+            clustered - counted,
+            labelled - clustered,
+            True,
+        )
+
+    def _count(self, compute: Compute) -> dict[str, list[Place]]:
+        reader, groups = self.store.reader(), self.tensors.groups
+        places: dict[str, list[Place]] = {}
+        found, done, total = 0, 0, sum(p.size for p in self.tensors.inside)
+        size = max(1, -(-len(groups) // WAVES))
+        for begin in range(0, len(groups), size):
+            wave = groups[begin : begin + size]
+            results = compute([(count_tensors, (reader, tuple(group), self.tensors.grid)) for group in wave])
+            for group, result in zip(wave, results, strict=True):
+                for parameter, its in zip(group, result, strict=True):
+                    places[parameter.name] = its
+                    found += sum(place.keys.size for place in its)
+                    done += parameter.size
+            if found * ROW_BYTES > self.row_budget:
+                need = int(found * ROW_BYTES * total / done)
+                raise CapacityError(
+                    f"the distinct rows of {done:,} of {total:,} weights take {format_size(found * ROW_BYTES)} already "
+                    f"and {format_size(self.row_budget)} are left for them; give --memory about {format_size(need)} "
+                    "more, or set cluster.features.row and .column to 0, which makes rows repeat more"
+                )
+        return places
+
+    def _cluster(self, rows: Rows) -> tuple[Clustering, float | None, str]:
+        config = self.config
+        kmeans = KMeans(rows, self.space, usable_cpus())
+        old = None if self.stored is None else stored_centres(self.stored, self.space, config.cells)
+        if old is not None and not self.fresh:
+            start, centres = "stored centres", old
+        else:
+            start = "k-means++"
+            centres = kmeans.warm_up(kmeans.seed(config.cells, config.seed))
+        clustering = kmeans.settle(centres, config.iterations, config.tolerance)
+        if old is not None:
+            clustering = clustering.renumbered(match_numbers(clustering.centres, old, self.space))
+        cost = None
+        if config.cap is not None:
+            clustering, cost = kmeans.balance(clustering, config.cap)
+        return clustering, cost, start
+
+    def _label(
+        self,
+        compute: Compute,
+        places: dict[str, list[Place]],
+        rows: Rows,
+        clustering: Clustering,
+        cells: tuple[Cell, ...],
+        cost: float | None,
+        start: str,
+    ) -> Churn | None:
+        """Write the labels and commit them; what has moved since the labels before."""
+        tables: dict[str, list[LabelTable]] = {parameter.name: [] for parameter in self.tensors.trunk}
+        number = 0
+        for parameter in self.tensors.inside:
+            its = []
+            for place in places[parameter.name]:
+                labels = clustering.last.labels[rows.offsets[number] : rows.offsets[number + 1]]
+                its.append(LabelTable(place.keys, labels))
+                number += 1
+            tables[parameter.name] = its
+        groups = task_groups(self.store.manifest.parameters)
+        reader, old = self.store.reader(), self.stored is not None
+        forks = self.store.begin_stage("cluster", len(groups))
+        try:
+            calls = [
+                (
+                    label_tensors,
+                    (reader, fork, tuple((p, tables[p.name]) for p in group), self.tensors.grid, old),
+                )
+                for fork, group in zip(forks, groups, strict=True)
+            ]
+            results = compute(calls)
+            moves = {
+                parameter.name: table
+                for group, (_, its) in zip(groups, results, strict=True)
+                for parameter, table in zip(group, its, strict=True)
+            }
+            churn = churn_of(moves, self.config.cells) if old else None
+            attributes = self._attributes(rows, clustering, cells, cost, start, churn)
+            self.store.commit_stage("cluster", {"labels": attributes}, [fork for fork, _ in results])
+        finally:
+            self.store.drop_stage("cluster")
+        return churn
+
+    def _attributes(
+        self,
+        rows: Rows,
+        clustering: Clustering,
+        cells: tuple[Cell, ...],
+        cost: float | None,
+        start: str,
+        churn: Churn | None,
+    ) -> dict[str, Any]:
+        return {
+            "described": self.described,
+            "axes": self.space.names,
+            "scale": self.space.scale.tolist(),
+            "centres": clustering.centres.tolist(),
+            "slices": list(self.space.slices),
+            "trunk_label": 255,
+            "cells": [asdict(cell) for cell in cells],
+            "weights": rows.total,
+            "trunk": sum(parameter.size for parameter in self.tensors.trunk),
+            "inertia": clustering.last.inertia,
+            "iterations": clustering.iterations,
+            "converged": clustering.converged,
+            "distinct_rows": int(rows.keys.size),
+            "balance_cost": cost,
+            "started_from": start,
+            "churn": None if churn is None else asdict(churn),
+        }
+
+
+def rows_of(parameters: Sequence[Parameter], places: dict[str, list[Place]], space: Space) -> Rows:
+    """The distinct rows of all places, tensor by tensor."""
+    every = [(parameter, place) for parameter in parameters for place in places[parameter.name]]
+    offsets = np.zeros(len(every) + 1, np.int64)
+    np.cumsum([place.keys.size for _, place in every], out=offsets[1:])
+    return Rows(
+        np.concatenate([place.keys for _, place in every]),
+        np.concatenate([place.scores for _, place in every]),
+        np.concatenate([place.counts for _, place in every]),
+        offsets,
+        np.stack([space.place(parameter, place.row, place.column) for parameter, place in every]),
+    )
+
+
+def _reported(location: str, stored: dict[str, Any]) -> ClusterReport:
+    """What an earlier call has committed."""
+    return ClusterReport(
+        location=location,
+        weights=stored["weights"],
+        trunk=stored["trunk"],
+        cells=tuple(Cell(**cell) for cell in stored["cells"]),
+        inertia=stored["inertia"],
+        iterations=stored["iterations"],
+        converged=stored["converged"],
+        distinct_rows=stored["distinct_rows"],
+        balance_cost=stored["balance_cost"],
+        started_from=stored["started_from"],
+        churn=None if stored["churn"] is None else Churn(**stored["churn"]),
+        workers=0,
+        seconds_counting=0.0,
+        seconds_clustering=0.0,
+        seconds_labelling=0.0,
+        fresh=False,
+    )

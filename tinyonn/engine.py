@@ -1,0 +1,175 @@
+"""Where a stage's Dask tasks run: threads of this process, a Dask cluster, or Ray.
+
+A stage hands over plain functions with their arguments and gets the results in the same order. What a task returns is
+small: a fork of the store, counts. The bits of a result do not depend on the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dask import compute, delayed  # type: ignore[attr-defined]
+
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.sizes import MiB, format_size
+
+Kind = Literal["threads", "distributed", "ray"]
+KINDS: tuple[Kind, ...] = ("threads", "distributed", "ray")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+PROCESS_BYTES = 450 * MiB  # Python with the store, Numba's kernels and Dask, before any data
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Compute = Callable[[Sequence[Call]], list[Any]]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a stage runs; none of it changes the result.
+
+    Attributes
+    ----------
+    kind : str
+        ``threads``, ``distributed`` or ``ray``.
+    workers : int or None
+        Tasks at a time; None: one per CPU.
+    memory : int or None
+        Bytes that the whole may use; None: what is free.
+    address : str or None
+        Of a Dask scheduler or of a Ray cluster; None starts a local one.
+    progress : bool
+        Show a bar on stderr.
+    """
+
+    kind: Kind = "threads"
+    workers: int | None = None
+    memory: int | None = None
+    address: str | None = None
+    progress: bool = False
+
+    def fitting_workers(self, task_bytes: int, fixed_bytes: int, what: str) -> int:
+        """How many tasks may run at a time.
+
+        Parameters
+        ----------
+        task_bytes, fixed_bytes : int
+            Of each task while it runs, and of all else beside the process itself.
+        what : str
+            Named in the error.
+
+        Raises
+        ------
+        CapacityError
+            Not even one task fits.
+        """
+        wanted = self.workers or usable_cpus()
+        limit = free_ram() if self.memory is None else self.memory
+        processes = 1 if self.kind == "threads" else 0
+        own = fixed_bytes + processes * PROCESS_BYTES
+        each = task_bytes + (0 if processes else PROCESS_BYTES)
+        if not processes:
+            own += PROCESS_BYTES  # this process, beside the workers'
+        if own + each > limit:
+            source = "--memory" if self.memory is not None else "free RAM"
+            raise CapacityError(
+                f"{what} needs {format_size(own + each)} ({format_size(own)} of its own, {format_size(each)} for one "
+                f"task), which does not fit in {format_size(limit)} of {source}; give it that much"
+            )
+        return max(1, min(wanted, (limit - own) // each))
+
+
+THREADS = EngineOptions()
+
+
+@contextmanager
+def computing(options: EngineOptions, workers: int) -> Iterator[Compute]:
+    """A function that carries out calls with the chosen engine.
+
+    Raises
+    ------
+    InputError
+        Unknown engine, or the cluster does not answer.
+    """
+    keep_freed_memory()
+    if options.kind not in KINDS:
+        raise InputError(f"--engine {options.kind!r} is unknown; choose {', '.join(KINDS)}")
+    if options.kind == "distributed":
+        with _distributed(options, workers) as compute:
+            yield compute
+    elif options.kind == "ray":
+        with _ray(options, workers) as compute:
+            yield compute
+    else:
+        yield lambda calls: _compute(calls, options.progress, scheduler="threads", num_workers=workers)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed chunks for the next ones, instead of mapping and zeroing each anew (glibc alone)."""
+    libc = ctypes.util.find_library("c")
+    if libc is None or not hasattr(handle := ctypes.CDLL(libc), "mallopt"):
+        return
+    handle.mallopt(M_MMAP_THRESHOLD, 32 * MiB)
+    handle.mallopt(M_TRIM_THRESHOLD, 256 * MiB)
+
+
+def _compute(calls: Sequence[Call], progress: bool, **how: Any) -> list[Any]:
+    from dask.diagnostics.progress import ProgressBar
+
+    tasks = [delayed(function, pure=False)(*arguments) for function, arguments in calls]
+    with ProgressBar(out=sys.stderr) if progress else nullcontext():  # type: ignore[no-untyped-call]
+        return list(compute(*tasks, **how))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _distributed(options: EngineOptions, workers: int) -> Iterator[Compute]:
+    from distributed import Client, LocalCluster
+    from distributed import progress as show_progress
+
+    try:
+        cluster = (
+            options.address
+            if options.address is not None
+            else LocalCluster(  # type: ignore[no-untyped-call]
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=0,
+                dashboard_address=os.environ.get("TINYONN_DASHBOARD", "127.0.0.1:8787"),
+            )
+        )
+        client = Client(cluster, timeout=20)  # type: ignore[no-untyped-call]
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(
+            f"no Dask scheduler answers at {options.address} ({error}); start one with `dask scheduler`, "
+            "or leave --address out"
+        ) from None
+
+    def run(calls: Sequence[Call]) -> list[Any]:
+        futures = [client.submit(function, *arguments, pure=False) for function, arguments in calls]
+        if options.progress:
+            print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+            show_progress(futures, notebook=False)  # type: ignore[no-untyped-call]
+        return list(client.gather(futures))  # type: ignore[no-untyped-call]
+
+    try:
+        yield run
+    finally:
+        client.close()  # type: ignore[no-untyped-call]
+        if options.address is None:
+            cluster.close()  # type: ignore[union-attr]
+
+
+@contextmanager
+def _ray(options: EngineOptions, workers: int) -> Iterator[Compute]:
+    from tinyonn.record.cluster import cluster_address, connected
+
+    with connected(cluster_address(options.address), workers):
+        from ray.util.dask import ray_dask_get
+
+        yield lambda calls: _compute(calls, False, scheduler=ray_dask_get)

@@ -1,0 +1,130 @@
+"""`tinyonn score` on a real store: what it writes, refuses and leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
+from tinyonn.config import ScoreConfig
+from tinyonn.engine import EngineOptions
+from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
+from tinyonn.run import open_run
+from tinyonn.score.stage import score_run, spread, task_groups
+from tinyonn.sizes import MiB
+from tinyonn.store.lock import RunLock
+from tinyonn.store.records import unpack
+
+
+def everything(folder: Path) -> dict[str, tuple[bytes, bytes]]:
+    run = open_run(folder)
+    return {
+        p.name: (np.asarray(run.rows(p.name)).tobytes(), np.asarray(run.affinity(p.name)).tobytes())
+        for p in run.parameters
+    }
+
+
+def test_rows_and_affinity_of_every_tensor(tmp_path: Path) -> None:
+    make_run(tmp_path, parts=2)
+    report = score_run(str(tmp_path), ScoreConfig())
+    assert report.fresh
+    assert report.samples == sum(SLICES.values())
+    run = open_run(tmp_path)
+    for parameter in parameters():
+        rows, affinity = run.rows(parameter.name), run.affinity(parameter.name)
+        assert (rows.shape, str(rows.dtype)) == (parameter.shape, "uint16")
+        assert (affinity.shape, str(affinity.dtype)) == (parameter.shape, "uint8")
+        mean = run.mean(parameter.name)
+        fields = rows.attrs["fields"]
+        for s, (key, code) in enumerate(
+            zip(("act", "grad", "freq"), unpack(np.asarray(rows))[:3], strict=True)
+        ):
+            book = np.array(fields[key]["codebook"])  # type: ignore[index, call-overload]
+            best = np.abs(book.reshape(-1, *[1] * mean[s].ndim) - mean[s]).min(axis=0)
+            span = float(mean[s].max() - mean[s].min())
+            assert np.all(np.abs(book[code] - mean[s]) <= best + span / 500)
+        assert (np.asarray(affinity) >> 4).max() <= 2
+
+
+def test_the_same_again_is_nothing_to_do_and_new_segments_are(tmp_path: Path) -> None:
+    store = make_store(tmp_path, parts=2)
+    for name in SLICES:
+        commit_part(store, name, 0)
+    assert score_run(str(tmp_path), ScoreConfig()).fresh
+    before = everything(tmp_path)
+    assert not score_run(str(tmp_path), ScoreConfig()).fresh
+    assert everything(tmp_path) == before
+    commit_part(store, "code", 1)
+    assert score_run(str(tmp_path), ScoreConfig()).fresh
+    assert everything(tmp_path) != before
+    assert score_run(str(tmp_path), ScoreConfig(preset="seed")).fresh
+
+
+def test_slices_with_few_samples_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path, {"code": 40, "prose": 7})
+    report = score_run(str(tmp_path), ScoreConfig())
+    assert len(report.warnings) == 1
+    assert "slice prose has 7 samples" in report.warnings[0]
+
+
+def test_nothing_recorded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run is stored there"):
+        score_run(str(tmp_path / "nowhere"), ScoreConfig())
+    assert not (tmp_path / "nowhere").exists()
+    make_store(tmp_path)
+    with pytest.raises(InputError, match=r"no samples are recorded yet.*tinyonn record"):
+        score_run(str(tmp_path), ScoreConfig())
+
+
+def test_scoring_while_a_recorder_holds_the_run_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with RunLock(tmp_path), pytest.raises(StoreBusyError):
+        score_run(str(tmp_path), ScoreConfig())
+    assert score_run(str(tmp_path), ScoreConfig()).fresh
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(CapacityError, match=r"scoring needs .* does not fit in 100 MiB of --memory"):
+        score_run(str(tmp_path), ScoreConfig(), EngineOptions(memory=100 * MiB))
+
+
+def test_a_damaged_chunk_is_named_and_nothing_is_committed(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    score_run(str(tmp_path), ScoreConfig())
+    before = everything(tmp_path)
+    chunks = sorted((tmp_path / "store" / "chunks").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    damaged = chunks[0]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 8
+    damaged.write_bytes(bytes(data))
+    with pytest.raises(StoreDamagedError, match=r"weight of segment .*chunk"):
+        score_run(str(tmp_path), ScoreConfig(preset="seed"))
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("engine", ["distributed", pytest.param("ray", marks=pytest.mark.slow)])
+def test_every_engine_gives_the_same_bits(tmp_path: Path, engine: str) -> None:
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    score_run(str(tmp_path / "a"), ScoreConfig(), EngineOptions("threads", 3))
+    score_run(str(tmp_path / "b"), ScoreConfig(), EngineOptions(engine, 2))  # type: ignore[arg-type]
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+
+
+def test_tasks_hold_all_tensors_once_largest_first() -> None:
+    groups = task_groups(parameters())
+    assert sorted(p.name for group in groups for p in group) == sorted(p.name for p in parameters())
+    assert len(groups) == 1
+    assert [p.size for p in groups[0]] == sorted((p.size for p in parameters()), reverse=True)
+
+
+def test_spread_bands_reach_over_the_whole_tensor() -> None:
+    spans = [(i, i + 1) for i in range(93)]
+    chosen = spread(spans, 8)
+    assert len(chosen) == 8
+    assert chosen[0][0] < 10
+    assert chosen[-1][0] > 83
+    assert spread(spans[:5], 8) == spans[:5]

@@ -104,13 +104,19 @@ class FeatureWeights(Section):
     )  # position in 16 buckets; neurons have no order of their own
     column: float = Field(0.0, ge=0, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _some_weight(self) -> FeatureWeights:
+        if not any(self.model_dump().values()):
+            raise ValueError("all features weigh 0; give at least one a weight")
+        return self
+
 
 class ClusterConfig(Section):
     """How weights are clustered into cells."""
 
     cells: int = Field(100, ge=2, le=255)
     features: FeatureWeights = FeatureWeights()
-    trunk: tuple[Literal["norm", "bias", "embedding", "head"], ...] = ("norm", "bias", "embedding", "head")
+    trunk: tuple[str, ...] = ("norm", "bias", "embedding", "head")  # kinds in no cell; also such as q_proj
     cap: float | None = Field(None, gt=1, allow_inf_nan=False)  # largest cell, as a multiple of the mean size
     iterations: int = Field(300, ge=1)  # of full k-means, at most
     tolerance: float = Field(1e-5, ge=0, lt=1)  # share of weights that may still change cell in the last one

@@ -347,7 +347,7 @@ class KMeans:
             Inertia over that without the cap.
         """
         free = clustering.last
-        limit = cap * self.rows.total / free.sizes.size
+        limit = math.ceil(cap * self.rows.total / free.sizes.size)
         price, best, found = np.zeros(free.sizes.size), free, free
         for round_ in range(BALANCING_ROUNDS):
             if best.sizes.max() <= limit:

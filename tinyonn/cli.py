@@ -159,13 +159,30 @@ def score(
     workers: WorkersOption = None,
     memory: MemoryOption = None,
     address: DaskAddressOption = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            "--tune", min=1, help="Search the weights first, up to so many trials; needs the run's config."
+        ),
+    ] = None,
 ) -> None:
     """Put all that is recorded into one scored record and one affinity per weight."""
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.score.stage import score_run
 
-        return score_run(location, settings.score, _engine(engine, workers, memory, address))
+        scores = settings.score
+        if tune is not None:
+            from tinyonn.score.tune import tune_run
+
+            found = tune_run(location, settings, tune)
+            scores = found.config
+            _say(
+                f"after {found.trials} trials: score: {{act: {scores.act:.3f}, grad: {scores.grad:.3f}, "
+                f"freq: {scores.freq:.3f}}} agrees with |w g| by {found.agreement:.4f} "
+                f"(default {found.default_agreement:.4f})"
+            )
+        return score_run(location, scores, _engine(engine, workers, memory, address))
 
     _run_stage("score", run, config, as_json, stage)
 
@@ -220,19 +237,24 @@ def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = 
 
 @app.command()
 def demo(as_json: JsonOption = False) -> None:
-    """Record the shipped corpus with the shipped model into storage/demo, merge it and show the result."""
+    """Record the shipped corpus with the shipped model into storage/demo, merge, score and cluster it."""
 
     def stage(location: str, settings: Config) -> Report:
+        from tinyonn.cluster.stage import cluster_run
         from tinyonn.merging import merge_run
-        from tinyonn.record.driver import record
+        from tinyonn.score.stage import score_run
         from tinyonn.status import is_complete, read_status
 
         if is_complete(location):
             _say(f"{location} is recorded and merged: nothing to do (remove the folder to start afresh)")
-            return read_status(location)
-        _show(record(location, settings))
-        _show(merge_run(location))
-        return read_status(location)
+        else:
+            from tinyonn.record.driver import record
+
+            _show(record(location, settings))
+            _show(merge_run(location))
+        _show(read_status(location))
+        _show(score_run(location, settings.score))
+        return cluster_run(location, settings.cluster)
 
     if not DEMO_CONFIG.is_file():
         _fail(

@@ -114,7 +114,7 @@ def cell_table(report: ClusterReport) -> Table:
     )
     for heading in ("cell", "weights", "share", "score", "act", "grad", "freq"):
         table.add_column(heading, justify="right")
-    for heading in ("dominant slices", "kinds", "layers"):
+    for heading in ("most of it", "", "layers"):
         table.add_column(heading)
     largest = sorted(report.cells, key=lambda cell: -cell.size)[:SHOWN]
     for cell in largest:
@@ -153,9 +153,11 @@ def _notes(report: ClusterReport) -> Iterator[str]:
 
 
 def _top(shares: dict[str, float]) -> str:
-    """The two largest shares."""
-    order = sorted(shares.items(), key=lambda item: -item[1])[:2]
-    return ", ".join(f"{name} {share:.0%}" for name, share in order)
+    """The largest share."""
+    if not shares:
+        return "-"
+    name, share = max(shares.items(), key=lambda item: item[1])
+    return f"{name} {share:.0%}"
 
 
 def _span(layers: Sequence[float]) -> str:

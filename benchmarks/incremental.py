@@ -1,0 +1,195 @@
+"""Clustering again after new data: how much is kept, how long it takes, beside clustering from scratch.
+
+    python benchmarks/incremental.py storage/many [--json]
+
+RUN is a recorded run of the shipped model with at least ten live segments in every slice (`record.segment: 16`,
+`record.max_live: 10` on the demo's configuration). A copy gets the first nine tenths of each slice, is scored and
+clustered, then gets the rest, is scored and clustered again from the stored centres. Beside it all of the run is
+clustered from scratch with two seeds. A second copy lacks one slice at first.
+
+Agreement is the adjusted Rand index of the weights' cells outside the trunk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sklearn.metrics import adjusted_rand_score
+
+from benchmarks.report import Goal, at_least, at_most, finish
+from tinyonn.cluster.stage import ClusterReport, cluster_run
+from tinyonn.config import ClusterConfig, ScoreConfig
+from tinyonn.engine import EngineOptions
+from tinyonn.run import open_run
+from tinyonn.score.stage import score_run
+from tinyonn.store.arrays import SegmentWriter, bands
+from tinyonn.store.manifest import Segment
+from tinyonn.store.repository import Store
+
+
+def main() -> None:
+    """Parse and carry out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--share", type=float, default=0.1, help="of the samples that come later")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tinyonn-incremental-") as folder:
+        report(options, Path(folder))
+
+
+def report(options: Any, folder: Path) -> None:
+    """Carry it out and print."""
+    engine = EngineOptions("threads", options.threads)
+    source = Store.open(options.run / "store")
+    late = last_segments(source, options.share)
+    early = [segment for segment in source.segments() if segment not in late]
+    whole: dict[int, np.ndarray] = {}
+    reports: dict[int, tuple[ClusterReport, float]] = {}
+    for seed in (0, 1):
+        place = folder / f"scratch{seed}"
+        copy_segments(source, place, source.segments())
+        score_and_cluster(place, ClusterConfig(seed=seed), engine)
+        reports[seed] = clustered_again(place, ClusterConfig(seed=seed), engine)
+        whole[seed] = labels_of(place)
+    place = folder / "grown"
+    copy_segments(source, place, early)
+    score_and_cluster(place, ClusterConfig(), engine)
+    before = labels_of(place)
+    copy_segments(source, place, late)
+    score_run(str(place), ScoreConfig(), engine)
+    began = time.perf_counter()
+    grown = cluster_run(str(place), ClusterConfig(), engine)
+    seconds = time.perf_counter() - began
+    after = labels_of(place)
+    agreement = adjusted_rand_score(whole[0], after)
+    seeds = adjusted_rand_score(whole[0], whole[1])
+    scratch = reports[0][1]
+    kept = float(np.mean(before == after))
+    rows: list[list[Any]] = [
+        [
+            "from scratch, seed 0",
+            f"{scratch:.2f}",
+            reports[0][0].iterations,
+            f"{reports[0][0].inertia:.6g}",
+            "",
+            "",
+        ],
+        [
+            "from scratch, seed 1",
+            "",
+            reports[1][0].iterations,
+            f"{reports[1][0].inertia:.6g}",
+            f"{seeds:.4f}",
+            "",
+        ],
+        [
+            f"{100 * options.share:.0f} % more, from the stored centres",
+            f"{seconds:.2f}",
+            grown.iterations,
+            f"{grown.inertia:.6g}",
+            f"{agreement:.4f}",
+            f"{1 - kept:.2%}",
+        ],
+    ]
+    goals = [
+        at_least("agreement with from scratch, over that of two seeds", agreement / seeds, 1.0),
+        at_most("seconds over from scratch", seconds / scratch, 0.4),
+        at_least("weights that keep their cell's number", kept, 0.5),
+    ]
+    rows, goals = new_slice(source, folder / "slice", engine, rows, goals)
+    headings = ("", "seconds", "iterations", "inertia", "Rand index with seed 0", "churn")
+    finish("incremental", headings, rows, goals, options.json, {"kept": kept})
+
+
+def new_slice(
+    source: Store, place: Path, engine: EngineOptions, rows: list[list[Any]], goals: list[Goal]
+) -> tuple[list[list[Any]], list[Goal]]:
+    """A slice that comes later: is it to be seen in a cell?"""
+    name = list(source.manifest.slices)[0]
+    copy_segments(source, place, [segment for segment in source.segments() if segment.slice != name])
+    score_and_cluster(place, ClusterConfig(), engine)
+    copy_segments(source, place, [segment for segment in source.segments() if segment.slice == name])
+    score_run(str(place), ScoreConfig(), engine)
+    found = cluster_run(str(place), ClusterConfig(), engine)
+    share = max(cell.slices.get(name, 0.0) for cell in found.cells)
+    assert found.churn is not None
+    line = [
+        f"slice {name} added",
+        "",
+        found.iterations,
+        f"{found.inertia:.6g}",
+        "",
+        f"{found.churn.share:.2%}",
+    ]
+    goal = at_least(f"largest share of slice {name} in a cell", share, 0.5)
+    return [*rows, line], [*goals, goal]
+
+
+def last_segments(store: Store, share: float) -> list[Segment]:
+    """The last segments of every slice that make up a share of it."""
+    found = []
+    for name in store.manifest.slices:
+        live = store.segments(name)
+        count = max(1, round(share * len(live)))
+        if len(live) < 2 * count:
+            raise SystemExit(f"slice {name} has {len(live)} live segments; record with record.max_live: 10")
+        found += live[-count:]
+    return found
+
+
+def copy_segments(source: Store, place: Path, segments: Iterable[Segment]) -> None:
+    """Commit segments of one store to another, which is made if it is not there."""
+    location = place / "store"
+    if Store.exists(location):
+        target = Store.open(location, read_only=False)
+    else:
+        target = Store.create(location, source.manifest)
+        target.commit_calibration(source.calibration or {})
+    reader, calibration = source.reader(), source.calibration or {}
+    for segment in segments:
+        fork = target.begin(segment)
+        writer = SegmentWriter(fork, segment.slice, segment.first, segment.last)
+        for parameter in source.manifest.parameters if segment.samples else ():
+            array = reader.array(segment, parameter.name)
+            chunks = ((first, np.asarray(array[first:last])) for first, last in bands(parameter.shape))
+            books = reader.codebooks(segment, parameter.name)
+            writer.write(parameter.name, parameter.shape, calibration[parameter.name], books, chunks)
+        target.commit(fork, segment)
+
+
+def score_and_cluster(place: Path, config: ClusterConfig, engine: EngineOptions) -> ClusterReport:
+    """Both stages."""
+    score_run(str(place), ScoreConfig(), engine)
+    return cluster_run(str(place), config, engine, fresh=True)
+
+
+def clustered_again(place: Path, config: ClusterConfig, engine: EngineOptions) -> tuple[ClusterReport, float]:
+    """From scratch again, with all kernels compiled; its seconds."""
+    began = time.perf_counter()
+    found = cluster_run(str(place), config, engine, fresh=True)
+    return found, time.perf_counter() - began
+
+
+def labels_of(place: Path) -> np.ndarray:
+    """Cells of all weights outside the trunk."""
+    run = open_run(place)
+    labels = np.concatenate([np.asarray(run.labels(p.name)).reshape(-1) for p in run.parameters])
+    return labels[labels != 255]
+
+
+if __name__ == "__main__":
+    main()

@@ -188,7 +188,7 @@ def labels_of(place: Path) -> np.ndarray:
     """Cells of all weights outside the trunk."""
     run = open_run(place)
     labels = np.concatenate([np.asarray(run.labels(p.name)).reshape(-1) for p in run.parameters])
-    return labels[labels != 255]
+    return np.asarray(labels[labels != 255])
 
 
 if __name__ == "__main__":

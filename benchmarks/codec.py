@@ -11,7 +11,7 @@ import sys
 import time
 
 import numpy as np
-from numcodecs import Blosc, blosc  # type: ignore[import-untyped]
+from numcodecs import Blosc, blosc
 
 from benchmarks.simulated import codebooks_of, encode, segment_means
 from tinyonn.store.records import UInt16

@@ -88,7 +88,9 @@ def main() -> None:
         three = commands.add_parser(name, help=f"{what}, beside the same reading and writing alone")
         three.add_argument("run", type=Path)
         three.add_argument("--memory", default="2GiB")
-        three.add_argument("--workers", type=int, default=2)
+        three.add_argument(
+            "--workers", type=int, default=4, help="threads of ours and of the input and output"
+        )
         three.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.command is None:

@@ -119,7 +119,7 @@ def new_slice(
     source: Store, place: Path, engine: EngineOptions, rows: list[list[Any]], goals: list[Goal]
 ) -> tuple[list[list[Any]], list[Goal]]:
     """A slice that comes later: is it to be seen in a cell?"""
-    name = list(source.manifest.slices)[0]
+    name = next(iter(source.manifest.slices))
     copy_segments(source, place, [segment for segment in source.segments() if segment.slice != name])
     score_and_cluster(place, ClusterConfig(), engine)
     copy_segments(source, place, [segment for segment in source.segments() if segment.slice == name])

@@ -139,7 +139,7 @@ EngineOption = Annotated[
     str, typer.Option("--engine", help="Where Dask runs the tasks: threads, distributed or ray.")
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Tasks at a time; else one per CPU.")
+    int | None, typer.Option("--workers", min=1, help="Tasks at a time; else one per CPU, of threads two.")
 ]
 MemoryOption = Annotated[
     str | None,

@@ -24,6 +24,7 @@ from tinyonn.sizes import MiB, format_size
 Kind = Literal["threads", "distributed", "ray"]
 KINDS: tuple[Kind, ...] = ("threads", "distributed", "ray")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+WORKERS_PER_CPU = 2  # threads: while one waits for the disk, another computes
 PROCESS_BYTES = 450 * MiB  # Python with the store, Numba's kernels and Dask, before any data
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -39,7 +40,7 @@ class EngineOptions:
     kind : str
         ``threads``, ``distributed`` or ``ray``.
     workers : int or None
-        Tasks at a time; None: one per CPU.
+        Tasks at a time; None: one per CPU, of threads two.
     memory : int or None
         Bytes that the whole may use; None: what is free.
     address : str or None
@@ -69,9 +70,9 @@ class EngineOptions:
         CapacityError
             Not even one task fits.
         """
-        wanted = self.workers or usable_cpus()
         limit = free_ram() if self.memory is None else self.memory
         processes = 1 if self.kind == "threads" else 0
+        wanted = self.workers or (WORKERS_PER_CPU if processes else 1) * usable_cpus()
         own = fixed_bytes + processes * PROCESS_BYTES
         each = task_bytes + (0 if processes else PROCESS_BYTES)
         if not processes:

@@ -12,7 +12,7 @@ from numba import njit
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import BUCKETS, KEYS, bucket_edges, bucket_number
-from tinyonn.store.arrays import BandWriter, band_rows, bands, read_together
+from tinyonn.store.arrays import BandWriter, band_rows, bands, read_chunks
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import UInt8, UInt16
 
@@ -89,14 +89,14 @@ def _spans(
     edges = bucket_edges(shape[0], grid.rows)
     bucket = 0
     for first, last in bands(shape):
-        rows, affinity = read_together(arrays, first, last)
+        rows, affinity = read_chunks(arrays, first, last)
         begin = first
         while begin < last:
             end = min(last, edges[bucket][1])
             part = slice(begin - first, end - first)
             ends = end == edges[bucket][1]
             flat = rows[part].reshape(end - begin, -1), affinity[part].reshape(end - begin, -1)
-            yield begin, end, bucket, ends, flat[0], flat[1]  # type: ignore[misc]
+            yield begin, end, bucket, ends, flat[0], flat[1]
             bucket += ends
             begin = end
 
@@ -139,7 +139,7 @@ def label_tensors(
     -------
     fork : icechunk.ForkSession
     moves : list of int64 [256, 256]
-        For each tensor: weights by old label (255 also where there was none) and new label.
+        For each tensor: weights by old and new label; all 0 where there were none.
     """
     return fork, [label_tensor(reader, fork, parameter, tables, grid, old) for parameter, tables in tensors]
 
@@ -193,9 +193,8 @@ def label_tensor(
 
 def _compare(before: Any, parameter: Parameter, first: int, labels: UInt8, moves: np.ndarray) -> None:
     if before is None:
-        moves[TRUNK] += np.bincount(labels.reshape(-1), minlength=256)
         return
-    (old,) = read_together([(before, f"{parameter.name} of labels")], first, first + labels.shape[0])
+    (old,) = read_chunks([(before, f"{parameter.name} of labels")], first, first + labels.shape[0])
     _count_moves(old.reshape(-1), labels.reshape(-1), moves)
 
 

@@ -22,7 +22,7 @@ from tinyonn.errors import InputError
 from tinyonn.places import local_folder, store_location
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
 from tinyonn.sizes import MiB, format_seconds
-from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_into
+from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_chunk
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.reader import Reader
@@ -311,7 +311,7 @@ def _read(arrays: list[tuple[Any, str]], first: int, last: int) -> UInt16:
     """Rows of all parts, flat: uint16 [parts, weights]."""
     out = np.empty((len(arrays), (last - first) * prod(arrays[0][0].shape[1:])), np.uint16)
     for row, (array, what) in zip(out, arrays, strict=True):
-        read_into(array, first, last, row, what)
+        read_chunk(array, first, last, row, what)
     return out
 
 

@@ -13,9 +13,11 @@ from itertools import product
 from math import ceil, prod
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from icechunk import ForkSession
+from numcodecs import blosc
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import StorePath
@@ -267,16 +269,40 @@ def read_rows(array: zarr.Array[Any], first: int, last: int, what: str) -> UInt1
         raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
 
 
-def read_into(array: zarr.Array[Any], first: int, last: int, out: np.ndarray, what: str) -> None:
-    """Read rows of an array into a contiguous array of the same number of elements; errors as in `read_rows`."""
-    buffer = default_buffer_prototype().nd_buffer.from_numpy_array(
-        out.reshape(last - first, *array.shape[1:])
-    )
-    try:
-        with translated(f"reading {what}"):
-            array.get_basic_selection(slice(first, last), out=buffer)
-    except StoreDamagedError as error:
-        raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
+def read_chunk(array: zarr.Array[Any], first: int, last: int, out: np.ndarray, what: str) -> None:
+    """Read the rows of exactly one chunk into a contiguous array of as many elements; errors as in `read_rows`.
+
+    The codecs are undone here, straight into `out`: Zarr's way, which also serves parts of chunks and other codecs,
+    copies each chunk twice more and takes a third longer (docs/decisions/009-score-and-cluster.md).
+    """
+    rows = array.chunks[0]
+    assert first % rows == 0 and last == min(first + rows, array.shape[0]) and out.flags.c_contiguous
+    number = first // rows
+    key = f"{array.store_path.path}/c/{number}{'/0' * (array.ndim - 1)}"
+    with translated(f"reading {what}, chunk {number}"):
+        data = sync(array.store_path.store.get(key, default_buffer_prototype()))
+        if data is None:
+            raise StoreDamagedError(
+                f"reading {what}: chunk {number} is missing from the store; restore it from a copy, "
+                "or record into another folder"
+            )
+        stored = np.asarray(data.as_numpy_array())
+        if int(google_crc32c.value(stored[:-4])) != int.from_bytes(stored[-4:].tobytes(), "little"):
+            raise ValueError("stored and computed checksum do not match")
+        whole = out if last - first == rows else np.empty(rows * (out.size // (last - first)), array.dtype)
+        blosc.decompress(stored[:-4], whole)
+        if whole is not out:  # the last chunk is stored in full
+            out.reshape(-1)[:] = whole[: out.size]
+
+
+def read_chunks(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last: int) -> list[np.ndarray]:
+    """`read_chunk` of several (array, name), in the arrays' own shape."""
+    found = []
+    for array, what in arrays:
+        out = np.empty((last - first, *array.shape[1:]), array.dtype)
+        read_chunk(array, first, last, out, what)
+        found.append(out)
+    return found
 
 
 def read_together(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last: int) -> list[UInt16]:

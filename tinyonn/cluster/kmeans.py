@@ -31,7 +31,7 @@ from numba import njit
 from tinyonn.cluster.features import CODE_AXES, Space
 from tinyonn.store.records import Float64, UInt8
 
-SEEDING_ROWS = 1 << 16  # drawn in proportion to their number, that k-means++ chooses among
+SEEDING_ROWS = 1 << 14  # drawn in proportion to their number, that k-means++ chooses among
 BATCHES = 16  # of the mini-batch pass
 BALANCING_ROUNDS = 200
 ROOM = 2.0**49  # of comparable distances; prices may take eight times as much

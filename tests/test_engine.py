@@ -1,0 +1,63 @@
+"""Where tasks run: the same results in the same order, a dashboard, refusals."""
+
+from __future__ import annotations
+
+import urllib.request
+
+import pytest
+
+from tinyonn.engine import PROCESS_BYTES, EngineOptions, computing
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.machine import usable_cpus
+from tinyonn.sizes import GiB, MiB
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+@pytest.mark.parametrize("kind", ["threads", "distributed"])
+def test_results_come_in_the_order_of_the_calls(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    options = EngineOptions(kind, 2, progress=True)  # type: ignore[arg-type]
+    with computing(options, 2) as compute:
+        assert compute([(square, (i,)) for i in range(20)]) == [i * i for i in range(20)]
+    assert "Completed" in "".join(capfd.readouterr())  # the progress bar
+
+
+def test_the_dask_dashboard_answers(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINYONN_DASHBOARD", "127.0.0.1:0")
+    pages = []
+    with computing(EngineOptions("distributed", 1, progress=True), 1) as compute:
+        compute([(square, (2,))])
+        link = capfd.readouterr().err.split("dashboard: ")[1].split()[0]
+        pages.append(urllib.request.urlopen(link, timeout=20).read().decode())
+    assert "Dask" in pages[0]
+
+
+def test_workers_are_as_many_as_fit() -> None:
+    assert EngineOptions(memory=64 * GiB).fitting_workers(GiB, 0, "it") == 2 * usable_cpus()
+    assert EngineOptions(workers=7, memory=64 * GiB).fitting_workers(GiB, 0, "it") == 7
+    assert EngineOptions(workers=7, memory=PROCESS_BYTES + 3 * GiB).fitting_workers(GiB, 0, "it") == 3
+    each = GiB + PROCESS_BYTES  # workers of a cluster are processes
+    options = EngineOptions("distributed", 7, memory=PROCESS_BYTES + 3 * each)
+    assert options.fitting_workers(GiB, 0, "it") == 3
+
+
+def test_what_does_not_fit_or_is_unknown_is_refused() -> None:
+    with pytest.raises(CapacityError, match=r"it needs 1\.\d+ GiB .* does not fit in 700 MiB of --memory"):
+        EngineOptions(memory=700 * MiB).fitting_workers(GiB, 0, "it")
+    with (
+        pytest.raises(InputError, match="--engine 'spark' is unknown; choose threads, distributed, ray"),
+        computing(
+            EngineOptions("spark"),  # type: ignore[arg-type]
+            1,
+        ),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"),
+        computing(EngineOptions("distributed", address="tcp://127.0.0.1:1"), 1),
+    ):
+        pass

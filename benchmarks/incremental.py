@@ -1,11 +1,11 @@
 """Clustering again after new data: how much is kept, how long it takes, beside clustering from scratch.
 
-    python benchmarks/incremental.py storage/many [--json]
+    python benchmarks/incremental.py [storage/many] [--json]
 
-RUN is a recorded run of the shipped model with at least ten live segments in every slice (`record.segment: 16`,
-`record.max_live: 10` on the demo's configuration). A copy gets the first nine tenths of each slice, is scored and
-clustered, then gets the rest, is scored and clustered again from the stored centres. Beside it all of the run is
-clustered from scratch with two seeds. A second copy lacks one slice at first.
+RUN is a recorded run of the shipped model with ten live segments in every slice (`record.segment: 16`,
+`record.max_live: 10` on the demo's configuration); it is recorded if it is not there. A copy gets the first nine
+tenths of each slice, is scored and clustered, then gets the rest, is scored and clustered again from the stored
+centres. Beside it all of the run is clustered from scratch with two seeds. A second copy lacks one slice at first.
 
 Agreement is the adjusted Rand index of the weights' cells outside the trunk.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.report import Goal, at_least, at_most, finish
+from benchmarks.synthetic import recorded
 from tinyonn.cluster.stage import ClusterReport, cluster_run
 from tinyonn.config import ClusterConfig, ScoreConfig
 from tinyonn.engine import EngineOptions
@@ -42,11 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("storage/many"))
     parser.add_argument("--share", type=float, default=0.1, help="of the samples that come later")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    recorded(options.run, segment=16, max_live=10)
     with tempfile.TemporaryDirectory(prefix="tinyonn-incremental-") as folder:
         report(options, Path(folder))
 

@@ -1,6 +1,6 @@
 """Clustering the same rows with Tiny-ONN and with the libraries that people use, in one run.
 
-    python benchmarks/kmeans_peers.py storage/demo [--cells 100] [--exact] [--json]
+    python benchmarks/kmeans_peers.py [storage/demo] [--cells 100] [--exact] [--json]
 
 RUN is a recorded and merged run of the shipped model. From its statistics a store of one layer of Qwen1.5-4B's shape
 is drawn (`synthetic.py`), 79 million rows outside the trunk, and scored. Ours reads it from the store, clusters it,
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.large_run import PeakWatch
 from benchmarks.report import Goal, at_least, at_most, finish
-from benchmarks.synthetic import synthesise
+from benchmarks.synthetic import recorded, synthesise
 from tinyonn.base.source import SHAPES
 from tinyonn.cluster.features import Space, space_of
 from tinyonn.cluster.histogram import count_tensors
@@ -58,13 +58,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a recorded, merged run of the shipped model")
+    parser.add_argument(
+        "run",
+        type=Path,
+        nargs="?",
+        default=Path("storage/demo"),
+        help="a recorded, merged run of the shipped model; recorded if it is not there",
+    )
     parser.add_argument("--cells", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    recorded(options.run)
     if options.exact:
         exact(options)
         return

@@ -28,6 +28,21 @@ from tinyonn.store.repository import Store
 SAMPLES = 1024  # that each slice claims
 
 
+def recorded(run: Path, **options: Any) -> Path:
+    """The run, recorded and merged with the demo's configuration and these options of ``record`` if it is not there."""
+    from tinyonn.cli import DEMO_CONFIG
+    from tinyonn.config import load_config
+    from tinyonn.merging import merge_run
+    from tinyonn.record.driver import record
+
+    if not Store.exists(run / "store"):
+        config = load_config(DEMO_CONFIG)
+        changed = config.model_copy(update={"record": config.record.model_copy(update=options)})
+        record(str(run), changed, progress=False)
+        merge_run(str(run))
+    return run
+
+
 def synthesise(
     reference: Path, parameters: tuple[Parameter, ...], slices: int, location: Path, threads: int
 ) -> int:

@@ -2,10 +2,10 @@
 
     python benchmarks/incremental.py [storage/many] [--json]
 
-RUN is a recorded run of the shipped model with ten live segments in every slice (`record.segment: 16`,
-`record.max_live: 10` on the demo's configuration); it is recorded if it is not there. A copy gets the first nine
-tenths of each slice, is scored and clustered, then gets the rest, is scored and clustered again from the stored
-centres. Beside it all of the run is clustered from scratch with two seeds. A second copy lacks one slice at first.
+RUN holds ten segments of 16 samples in every slice, not merged; it is recorded, with the shipped model and corpus, if
+it is not there. A copy gets the first nine tenths of each slice, is scored and clustered, then gets the rest, is scored
+and clustered again from the stored centres. Beside it all of the run is clustered from scratch with two seeds. A second
+copy lacks one slice at first.
 
 Agreement is the adjusted Rand index of the weights' cells outside the trunk.
 """
@@ -27,15 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.report import Goal, at_least, at_most, finish
-from benchmarks.synthetic import recorded
+from tinyonn.base.corpus import prepare_corpus
+from tinyonn.base.load import fingerprint_model, load_tokenizer
+from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import ClusterReport, cluster_run
-from tinyonn.config import ClusterConfig, ScoreConfig
+from tinyonn.config import ClusterConfig, RecordConfig, ScoreConfig, load_config
 from tinyonn.engine import EngineOptions
+from tinyonn.record.worker import Worker
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.arrays import SegmentWriter, bands
-from tinyonn.store.manifest import Segment
+from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.repository import Store
+
+SEGMENT = 16
 
 
 def main() -> None:
@@ -48,9 +53,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    recorded(options.run, segment=16, max_live=10)
+    if not Store.exists(options.run / "store"):
+        record_leaves(options.run, options.threads)
     with tempfile.TemporaryDirectory(prefix="tinyonn-incremental-") as folder:
         report(options, Path(folder))
+
+
+def record_leaves(folder: Path, threads: int) -> None:
+    """Record the demo's samples in segments of 16 and merge none of them."""
+    demo = load_config(DEMO_CONFIG)
+    config = demo.model_copy(update={"record": RecordConfig(segment=SEGMENT, threads=threads)})
+    corpus = prepare_corpus(config, load_tokenizer(config.model), folder / "corpus.arrow")
+    worker = Worker(config.model, threads, config.record.seed)
+    parameters = worker.load().parameters
+    manifest = Manifest(fingerprint_model(config.model), {}, {}, corpus.slices, SEGMENT, parameters)
+    store = Store.create(folder / "store", manifest)
+    windows = [[parameter.name for parameter in parameters]]
+    store.commit_calibration(worker.calibrate(corpus.calibration(config.record.calibration), windows))
+    worker.prepare(store.calibration or {}, windows)
+    for name in corpus.slices:
+        for leaf in manifest.leaves(name):
+            bad = worker.record(corpus.range(name, leaf.first, leaf.last), 0, {})
+            segment = Segment(name, leaf.first, leaf.last, leaf.last - leaf.first - len(bad))
+            store.commit(worker.write(store.begin(segment), segment, 0), segment)
+        print(f"recorded {name}", file=sys.stderr, flush=True)
 
 
 def report(options: Any, folder: Path) -> None:
@@ -148,7 +174,7 @@ def last_segments(store: Store, share: float) -> list[Segment]:
         live = store.segments(name)
         count = max(1, round(share * len(live)))
         if len(live) < 2 * count:
-            raise SystemExit(f"slice {name} has {len(live)} live segments; record with record.max_live: 10")
+            raise SystemExit(f"slice {name} has {len(live)} live segments, too few")
         found += live[-count:]
     return found
 

@@ -10,7 +10,8 @@ as one matrix in memory; only their own work is timed, not the loading.
 - scikit-learn `MiniBatchKMeans`: `partial_fit` over all blocks once, then `predict` of all blocks;
 - faiss `Kmeans`: without subsampling, 25 iterations (its default), then assignment; and with its default of 256 rows
   to a centre, then assignment of all rows;
-- dask-ml `KMeans` with k-means||, 10 iterations, on the blocks as a Dask array, then its labels.
+- dask-ml `KMeans` with k-means||, 10 iterations, on the blocks as a Dask array, then its labels; ended after
+  ``--limit`` seconds, and then without an inertia.
 
 Inertia is over all rows in float64 with the final centres. ``--exact`` clusters RUN itself instead, all its rows
 outside the trunk, ours and scikit-learn's `KMeans` in float64 on the expanded rows from the same start.
@@ -20,7 +21,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
 import os
+import queue
 import sys
 import tempfile
 import time
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for dask-ml")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -154,20 +159,15 @@ def compare(options: Any, folder: Path) -> None:
     cluster_run(str(run), ClusterConfig(cells=options.cells, iterations=1), engine)  # compiles the kernels
     results: list[dict[str, Any]] = []
 
-    def measure(name: str, sees_all: bool, work: Callable[[], tuple[Float64, float]]) -> None:
+    def measure(name: str, sees_all: bool, work: Callable[[], tuple[Float64 | None, float]]) -> None:
         watch = PeakWatch(PID)
         centres, seconds = work()
         peak = watch.stop()
+        value = math.inf if centres is None else inertia(blocks, centres)
         results.append(
-            {
-                "name": name,
-                "sees_all": sees_all,
-                "seconds": seconds,
-                "peak": peak,
-                "inertia": inertia(blocks, centres),
-            }
+            {"name": name, "sees_all": sees_all, "seconds": seconds, "peak": peak, "inertia": value}
         )
-        print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{name}: {seconds:.1f} s, inertia {value:.6g}", file=sys.stderr, flush=True)
 
     rows, space = rows_in(run, config)
     blocks = Blocks(run, config, space)
@@ -272,19 +272,34 @@ def faiss_kmeans(blocks: Blocks, options: Any, most: int) -> tuple[Float64, floa
     return np.asarray(model.centroids, np.float64), time.perf_counter() - began
 
 
-def dask_ml(blocks: Blocks, options: Any) -> tuple[Float64, float]:
-    """k-means|| and ten iterations on a Dask array of the same blocks."""
+def dask_ml(blocks: Blocks, options: Any) -> tuple[Float64 | None, float]:
+    """k-means|| and ten iterations on a Dask array of the same blocks, in a process that is ended after a while."""
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+    process = context.Process(target=_dask_ml, args=(blocks.matrix(), options, results))
+    process.start()
+    try:
+        centres, seconds = results.get(timeout=options.limit)
+    except queue.Empty:
+        process.kill()
+        return None, float(options.limit)
+    finally:
+        process.join()
+    return centres, seconds
+
+
+def _dask_ml(rows: Float32, options: Any, results: Any) -> None:
     import dask
     import dask.array
     from dask_ml.cluster import KMeans as DaskKMeans
 
-    matrix = dask.array.from_array(blocks.matrix(), chunks=(1 << 22, -1))  # type: ignore[no-untyped-call]
+    matrix = dask.array.from_array(rows, chunks=(1 << 22, -1))  # type: ignore[no-untyped-call]
     with dask.config.set(scheduler="threads", num_workers=options.threads):
         began = time.perf_counter()
         model = DaskKMeans(options.cells, max_iter=10, tol=0.0, random_state=0)
         model.fit(matrix)
         np.asarray(model.labels_)
-        return np.asarray(model.cluster_centers_, np.float64), time.perf_counter() - began
+        results.put((np.asarray(model.cluster_centers_, np.float64), time.perf_counter() - began))
 
 
 def report(options: Any, rows: Rows, results: list[dict[str, Any]]) -> None:

@@ -33,7 +33,7 @@ from tinyonn.config import ModelConfig
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import Bases, embedding_gradient, mean_square, normalised, token_share, weight_of
+from tinyonn.record.sites import embedding_gradient, mean_square, normalised, token_share, weight_of
 from tinyonn.record.taps import attach
 
 QWEN_LAYER = {
@@ -149,9 +149,7 @@ def ours(dense: DenseModel, threads: int, samples: Sequence[Sample]) -> tuple[Re
     """A calibrated recorder with its sums open, and the bytes a weight that they take."""
     recorder = Recorder(dense, threads)
     calibration = calibrate(recorder, samples[:4], [list(recorder.sites)])
-    recorder.open(
-        {n: Bases(c.act_base, c.grad_base, c.freq_threshold) for n, c in calibration.items()}, spills=True
-    )
+    recorder.open(calibration, spills=True)
     weights = sum(parameter.size for parameter in recorder.parameters)
     beside = spilled = 0
     for site in recorder.sites.values():

@@ -55,13 +55,13 @@ class EngineOptions:
     address: str | None = None
     progress: bool = False
 
-    def fitting_workers(self, task_bytes: int, fixed_bytes: int, what: str) -> int:
+    def fitting_workers(self, task_bytes: int, what: str) -> int:
         """How many tasks may run at a time.
 
         Parameters
         ----------
-        task_bytes, fixed_bytes : int
-            Of each task while it runs, and of all else beside the process itself.
+        task_bytes : int
+            Of each task while it runs, beside its process.
         what : str
             Named in the error.
 
@@ -71,12 +71,10 @@ class EngineOptions:
             Not even one task fits.
         """
         limit = free_ram() if self.memory is None else self.memory
-        processes = 1 if self.kind == "threads" else 0
-        wanted = self.workers or (WORKERS_PER_CPU if processes else 1) * usable_cpus()
-        own = fixed_bytes + processes * PROCESS_BYTES
-        each = task_bytes + (0 if processes else PROCESS_BYTES)
-        if not processes:
-            own += PROCESS_BYTES  # this process, beside the workers'
+        in_process = self.kind == "threads"
+        wanted = self.workers or (WORKERS_PER_CPU if in_process else 1) * usable_cpus()
+        own = PROCESS_BYTES
+        each = task_bytes if in_process else task_bytes + PROCESS_BYTES
         if own + each > limit:
             source = "--memory" if self.memory is not None else "free RAM"
             raise CapacityError(

@@ -17,7 +17,6 @@ from tinyonn.record.activations import column_tables, frequency_curve, level_cur
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.levels import levels
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import Bases
 from tinyonn.store.records import TensorCalibration
 
 SAMPLES = 6
@@ -39,8 +38,7 @@ def record_levels(
     recorder: Recorder, samples: list[Sample], calibration: dict[str, TensorCalibration]
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Mean act level, mean grad level and freq of every weight, before any INT4 code."""
-    bases = {name: Bases(c.act_base, c.grad_base, c.freq_threshold) for name, c in calibration.items()}
-    recorder.open(bases, spills=False)
+    recorder.open(calibration, spills=False)
     assert recorder.record(samples) == {}
     found = {}
     for name, site in recorder.sites.items():
@@ -53,8 +51,10 @@ def record_levels(
             rows, columns = site.matrix_shape
             bins = weight_bins(recorder.weights(site.parameter)(0, rows))
             inputs = np.arange(rows)[:, None] if site.by_row else np.arange(columns)[None, :]
-            act = column_tables(sums.histograms, level_curve(bases[name].act))[inputs, bins]
-            freq = column_tables(sums.histograms, frequency_curve(bases[name].freq_threshold))[inputs, bins]
+            act = column_tables(sums.histograms, level_curve(calibration[name].act_base))[inputs, bins]
+            freq = column_tables(sums.histograms, frequency_curve(calibration[name].freq_threshold))[
+                inputs, bins
+            ]
         shape = site.parameter.shape
         found[name] = (act.reshape(shape), grad.reshape(shape), freq.reshape(shape))
     return found

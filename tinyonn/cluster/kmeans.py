@@ -26,18 +26,15 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
-from numba import njit
 
 from tinyonn.cluster.features import CODE_AXES, Space
+from tinyonn.cluster.passes import NUMBER_BITS, advance_place, assign_place
 from tinyonn.store.records import Float64, UInt8
 
 SEEDING_ROWS = 1 << 14  # drawn in proportion to their number, that k-means++ chooses among
 BATCHES = 16  # of the mini-batch pass
 BALANCING_ROUNDS = 200
 ROOM = 2.0**49  # of comparable distances; prices may take eight times as much
-NUMBER_BITS = 8
-NUMBERS = (1 << NUMBER_BITS) - 1
-ROUND_UP, ROUND_DOWN = 1 + 2.0**-20, 1 - 2.0**-20  # bounds are kept in float32
 
 T = TypeVar("T")
 
@@ -169,7 +166,7 @@ class KMeans:
         def work(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
             sizes, sums = np.zeros(k, np.int64), np.zeros((k, self.space.axes), np.int64)
             for place in range(*span):
-                found = _assign_place(
+                found = assign_place(
                     *self._rows_of(place), first, step, *tables, self._near(centres, place), price, self._unit, labels,
                     rows.places[place], self.space.layer_axis, sizes, sums,
                 )  # fmt: skip
@@ -313,7 +310,7 @@ class KMeans:
             sizes, sums = np.zeros(k, np.int64), np.zeros((k, self.space.axes), np.int64)
             changed = 0
             for place in range(*span):
-                changed += _advance_place(
+                changed += advance_place(
                     *self._rows_of(place), *tables, self._near(centres, place), self._unit, moved, others, labels,
                     upper, lower, rows.places[place], self.space.layer_axis, sizes, sums,
                 )  # fmt: skip
@@ -367,111 +364,3 @@ def _even_spans(offsets: np.ndarray, parts: int) -> list[tuple[int, int]]:
     cuts = np.searchsorted(offsets, np.arange(1, parts) * (offsets[-1] / parts))
     edges = np.unique(np.concatenate([[0], np.clip(cuts, 0, places), [places]]))
     return [(int(a), int(b)) for a, b in pairwise(edges)]
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _code_distances(
-    code: Any,
-    score: Any,
-    score_table: Any,
-    act_table: Any,
-    grad_table: Any,
-    freq_table: Any,
-    near: Any,
-    base: Any,
-) -> None:
-    act, grad, freq = code >> 8, code >> 4 & 15, code & 15
-    for c in range(base.size):
-        base[c] = (
-            score_table[score, c] + act_table[act, c] + grad_table[grad, c] + freq_table[freq, c] + near[c]
-        )
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _least(base: Any, affinity_row: Any) -> Any:
-    least = np.int64(0x7FFFFFFFFFFFFFFF)
-    for c in range(base.size):
-        least = min(least, base[c] + affinity_row[c])
-    return least
-
-
-@njit(inline="always")  # type: ignore[untyped-decorator]
-def _add_row(sizes: Any, sums: Any, label: Any, count: Any, score: Any, key: Any) -> None:
-    sizes[label] += count
-    sums[label, 0] += count * score
-    sums[label, 1] += count * (key >> 16 & 15)
-    sums[label, 2] += count * (key >> 12 & 15)
-    sums[label, 3] += count * (key >> 8 & 15)
-    sums[label, CODE_AXES + (key >> 4 & 15)] += count * (key & 15)
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _assign_place(
-    keys: Any, scores: Any, counts: Any, begin: int, end: int, first: int, step: int,
-    score_table: Any, act_table: Any, grad_table: Any, freq_table: Any, affinity_table: Any, near: Any, price: Any,
-    unit: float, labels: Any, place: Any, layer_axis: int, sizes: Any, sums: Any,
-) -> Any:  # fmt: skip
-    base = np.empty(near.size, np.int64)
-    own = np.zeros(near.size, np.int64)
-    inertia, far, far_row, code = 0.0, -1.0, begin, np.int64(-1)
-    for row in range(begin + (first - begin) % step, end, step):
-        key = np.int64(keys[row])
-        if key >> 8 != code:
-            code = key >> 8
-            _code_distances(code, scores[row], score_table, act_table, grad_table, freq_table, near, base)
-        least = _least(base, affinity_table[key & 255])
-        label = least & NUMBERS
-        distance = max((least >> NUMBER_BITS) / unit - price[label], 0.0)
-        count = np.int64(counts[row])
-        inertia += count * distance
-        labels[row] = label
-        if distance > far:
-            far, far_row = distance, row
-        _add_row(own, sums, label, count, np.int64(scores[row]), key)
-    for c in range(near.size):
-        sizes[c] += own[c]
-        for axis in range(place.size):
-            sums[c, layer_axis + axis] += own[c] * place[axis]
-    return inertia, far_row, far
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _advance_place(
-    keys: Any, scores: Any, counts: Any, begin: int, end: int,
-    score_table: Any, act_table: Any, grad_table: Any, freq_table: Any, affinity_table: Any, near: Any, unit: float,
-    moved: Any, others: Any, labels: Any, upper: Any, lower: Any, place: Any, layer_axis: int, sizes: Any, sums: Any,
-) -> int:  # fmt: skip
-    base = np.empty(near.size, np.int64)
-    own = np.zeros(near.size, np.int64)
-    changed, code = 0, np.int64(-1)
-    for row in range(begin, end):
-        label = np.int64(labels[row])
-        above = (upper[row] + moved[label]) * ROUND_UP
-        below = (lower[row] - others[label]) * ROUND_DOWN
-        if above < below:
-            upper[row], lower[row] = above, below
-            continue
-        key = np.int64(keys[row])
-        if key >> 8 != code:
-            code = key >> 8
-            _code_distances(code, scores[row], score_table, act_table, grad_table, freq_table, near, base)
-        affinity_row = affinity_table[key & 255]
-        least = _least(base, affinity_row)
-        nearest = least & NUMBERS
-        kept = base[nearest]
-        base[nearest] = np.int64(0x3FFFFFFFFFFFFFFF)
-        second = _least(base, affinity_row)
-        base[nearest] = kept
-        upper[row] = math.sqrt((least >> NUMBER_BITS) / unit) * ROUND_UP
-        lower[row] = math.sqrt((second >> NUMBER_BITS) / unit) * ROUND_DOWN
-        if nearest != label:
-            count, score = np.int64(counts[row]), np.int64(scores[row])
-            changed += int(count)
-            labels[row] = nearest
-            _add_row(own, sums, nearest, count, score, key)
-            _add_row(own, sums, label, -count, score, key)
-    for c in range(near.size):
-        sizes[c] += own[c]
-        for axis in range(place.size):
-            sums[c, layer_axis + axis] += own[c] * place[axis]
-    return changed

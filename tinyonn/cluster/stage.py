@@ -179,7 +179,7 @@ class _Job:
         slices = list(store.manifest.slices)
         self.space = space_of(self.tensors.inside, parameters, slices, config.features)
         need = max(count_bytes(parameter.shape, self.tensors.grid) for parameter in parameters)
-        self.workers = options.fitting_workers(need, 0, "clustering")
+        self.workers = options.fitting_workers(need, "clustering")
         limit = free_ram() if options.memory is None else options.memory
         self.row_budget = max(0, limit - PROCESS_BYTES - self.workers * need)
 

@@ -28,7 +28,6 @@ from tinyonn.record.gradients import is_finite
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.loss import check_head, head_backward
 from tinyonn.record.sites import (
-    Bases,
     Site,
     WithRows,
     embedding_gradient,
@@ -41,6 +40,7 @@ from tinyonn.record.sites import (
 )
 from tinyonn.record.taps import attach
 from tinyonn.record.vectors import VectorSums
+from tinyonn.store.records import TensorCalibration
 
 
 class BadSampleError(Exception):
@@ -94,15 +94,15 @@ class Recorder:
         check_head(model)
         self._attach()
 
-    def open(self, bases: dict[str, Bases], spills: bool) -> None:
-        """Start sums for the tensors named in `bases`; the others are left alone."""
+    def open(self, calibration: dict[str, TensorCalibration], spills: bool) -> None:
+        """Start sums for the tensors named in `calibration`; the others are left alone."""
         for name, site in self.sites.items():
             site.close()
-            if name in bases:
-                site.open(bases[name], self.device, spills, self._pool)
-        vectors = [site for name, site in self.sites.items() if name in bases and site.vector]
+            if name in calibration:
+                site.open(calibration[name], self.device, spills, self._pool)
+        vectors = [site for name, site in self.sites.items() if name in calibration and site.vector]
         self._vectors = VectorSums(vectors, self.device)
-        self._active = set(bases)
+        self._active = set(calibration)
         self._spills = spills
 
     def open_counts(self, names: Iterable[str]) -> None:

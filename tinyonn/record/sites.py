@@ -15,19 +15,11 @@ from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
 from tinyonn.record.encode import TensorSums
 from tinyonn.record.gradients import CountSink, LevelSink, Top, product_bands, spill
 from tinyonn.record.levels import levels_torch
+from tinyonn.store.records import TensorCalibration
 
 Sink = LevelSink | CountSink
 EIGHTHS = 1024  # bins of 1/8 octave around 1
 COUNTED_ROWS = 512  # rows of a dense site that its calibration looks at
-
-
-@dataclass(frozen=True)
-class Bases:
-    """The frozen bases of one tensor's levels; see `TensorCalibration`."""
-
-    act: int
-    grad: int
-    freq_threshold: int
 
 
 @dataclass
@@ -55,7 +47,7 @@ class Site:
     histograms: np.ndarray | None = None  # uint16 [inputs, 256], host
     act_counts: np.ndarray | None = None  # int64 [512], calibration of a dense site
     act_batch: np.ndarray | None = None  # of the batch under way
-    bases: Bases | None = None
+    calibration: TensorCalibration | None = None
     sink: Sink | None = None
 
     @property
@@ -94,13 +86,15 @@ class Site:
         """Number of inputs the tensor meets."""
         return self.matrix_shape[0 if self.by_row else 1]
 
-    def open(self, bases: Bases, device: torch.device, spills: bool, pool: Executor | None) -> None:
+    def open(
+        self, calibration: TensorCalibration, device: torch.device, spills: bool, pool: Executor | None
+    ) -> None:
         """Allocate the sums of a segment; `spills` says that more than 17 samples may come."""
-        self.bases = bases
+        self.calibration = calibration
         shape = self.matrix_shape
         if not self.vector:
             self.grad = torch.zeros(shape, dtype=torch.uint8, device=device)
-            self.sink = LevelSink(self.grad, bases.grad, pool)
+            self.sink = LevelSink(self.grad, calibration.grad_base, pool)
         if self.tied:
             self.act, self.freq = torch.zeros_like(self.grad), torch.zeros_like(self.grad)  # type: ignore[arg-type]
         if not self.dense:
@@ -172,14 +166,16 @@ class Site:
             eighths = (values[values > 0].log2() * 8).floor().long() + EIGHTHS // 2
             self.act_batch += torch.bincount(eighths.clamp_(0, EIGHTHS - 1), minlength=EIGHTHS).cpu().numpy()
             return
-        assert self.act is not None and self.freq is not None and self.bases is not None
-        threshold = 2.0 ** (self.bases.freq_threshold / 8)
+        assert self.act is not None and self.freq is not None and self.calibration is not None
+        threshold = 2.0 ** (self.calibration.freq_threshold / 8)
         if weights.device.type == "cpu":
             arrays = (weights.float().numpy(), row_square.numpy(), column_square.numpy())
-            add_dense_levels(*arrays, self.bases.act, threshold, self.act.numpy(), self.freq.numpy())
+            add_dense_levels(
+                *arrays, self.calibration.act_base, threshold, self.act.numpy(), self.freq.numpy()
+            )
             return
         values = weights.float().abs() * (row_square[:, None] + column_square[None, :]).sqrt()
-        self.act += levels_torch(values, self.bases.act)
+        self.act += levels_torch(values, self.calibration.act_base)
         self.freq += (values > threshold).to(torch.uint8)
 
 

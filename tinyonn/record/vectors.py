@@ -23,7 +23,7 @@ class VectorSums:
     Parameters
     ----------
     sites : sequence of Site
-        Vectors with their bases set; their sums become views of this object's.
+        Vectors with their calibration set; their sums become views of this object's.
     device : torch.device
     """
 
@@ -33,9 +33,9 @@ class VectorSums:
         self._sums = torch.zeros((3, sum(sizes)), dtype=torch.uint8, device=device)
         for site, sums in zip(sites, self._sums.split(sizes, dim=1), strict=True):
             site.act, site.grad, site.freq = (part[None] for part in sums)
-        bases = [site.bases for site in sites]
-        assert all(bases)
-        known = [(base.act, base.grad, 2.0 ** (base.freq_threshold / 8)) for base in bases if base]
+        calibration = [site.calibration for site in sites]
+        assert all(calibration)
+        known = [(c.act_base, c.grad_base, 2.0 ** (c.freq_threshold / 8)) for c in calibration if c]
         table = np.array(known, dtype=np.float32).reshape(-1, 3).T
         self._known = torch.from_numpy(np.repeat(table, sizes, axis=1)).to(device)  # [3, weights]
         weights = [weight_of(site.uses[0]).detach().abs().float().reshape(-1) for site in sites]

@@ -25,7 +25,6 @@ from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import Bases
 from tinyonn.store.arrays import SegmentWriter, band_rows
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, dither_seed
@@ -119,13 +118,10 @@ class Worker:
         """
         torch.set_num_threads(self._threads)  # a setting of the calling thread, and actors have several
         started = time.perf_counter()
-        bases = {
-            name: Bases(cal.act_base, cal.grad_base, cal.freq_threshold)
-            for name, cal in ((name, self._calibration[name]) for name in self._windows[window])
-        }
+        calibration = {name: self._calibration[name] for name in self._windows[window]}
         good = [sample for sample in samples if sample.index not in known_bad]
         try:
-            self.recorder.open(bases, spills=len(good) > SUM_SAMPLES)
+            self.recorder.open(calibration, spills=len(good) > SUM_SAMPLES)
             bad = self.recorder.record(good, self._count)
         except torch.cuda.OutOfMemoryError as error:
             raise CapacityError(

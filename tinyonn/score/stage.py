@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LOOKED_AT = 1 << 18  # weights of a tensor that its tables are fitted to
 LOOKED_AT_BANDS = 8  # that they are taken from, evenly spread
@@ -196,7 +197,7 @@ def _score(
     order = sorted(segments, key=lambda segment: names.index(segment.slice))
     placed = tuple((segment, names.index(segment.slice)) for segment in order)
     need = max(task_bytes(parameter.shape, len(placed)) for parameter in manifest.parameters)
-    workers = options.fitting_workers(need, 0, "scoring")
+    workers = options.fitting_workers(need, "scoring")
     weights = ScoreWeights(*config.weights())
     tasks = [
         ScoreTask(tuple(group), {p.name: calibration[p.name] for p in group}, placed, len(names), weights)
@@ -285,11 +286,11 @@ def _score_tensor(reader: Reader, fork: ForkSession, task: ScoreTask, parameter:
         affinity.write(first, compared.reshape(band))
 
 
-def spread(spans: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many, evenly spread."""
-    if len(spans) <= most:
-        return list(spans)
-    return [spans[(2 * i + 1) * len(spans) // (2 * most)] for i in range(most)]
+    if len(items) <= most:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
 
 def row_attributes(task: ScoreTask, name: str, tables: ScoreTables) -> dict[str, Any]:

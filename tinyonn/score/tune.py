@@ -8,9 +8,9 @@ stopped.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import rankdata
@@ -24,7 +24,8 @@ from tinyonn.score.stage import spread
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import Float64
 
-LOG = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from tinyonn.record.recorder import Recorder
 
 PROFILE_SAMPLES = 14  # taken in turns from the slices
 PROFILE_TENSORS = 24  # matrices, evenly spread over the model
@@ -124,25 +125,14 @@ def profile_of(run: Run, config: Config, folder: Path) -> list[Profile]:
     from tinyonn.base.corpus import prepare_corpus
     from tinyonn.base.load import load_tokenizer
     from tinyonn.record.levels import SUM_SAMPLES
-    from tinyonn.record.sites import Bases
     from tinyonn.record.worker import Worker
 
-    calibration = run.calibration
     corpus = prepare_corpus(config, load_tokenizer(config.model), folder / "corpus.arrow")
     samples = corpus.calibration(min(PROFILE_SAMPLES, SUM_SAMPLES))
     worker = Worker(config.model, config.record.threads, config.record.seed)
     worker.load()
-    matrices = [p for p in run.parameters if p.kind == "linear"]
-    chosen = [
-        matrices[first] for first, _ in spread([(i, i + 1) for i in range(len(matrices))], PROFILE_TENSORS)
-    ]
-    bases = {
-        p.name: Bases(
-            calibration[p.name].act_base, calibration[p.name].grad_base, calibration[p.name].freq_threshold
-        )
-        for p in chosen
-    }
-    worker.recorder.open(bases, spills=False)
+    chosen = spread([p for p in run.parameters if p.kind == "linear"], PROFILE_TENSORS)
+    worker.recorder.open({p.name: run.calibration[p.name] for p in chosen}, spills=False)
     bad = worker.recorder.record(samples)
     if len(bad) == len(samples):
         raise InputError(
@@ -151,13 +141,13 @@ def profile_of(run: Run, config: Config, folder: Path) -> list[Profile]:
     return [_profile(run, worker.recorder, p, len(samples) - len(bad)) for p in chosen]
 
 
-def _profile(run: Run, recorder: object, parameter: Parameter, samples: int) -> Profile:
-    sums = recorder.sites[parameter.name].sums(samples)  # type: ignore[attr-defined]
+def _profile(run: Run, recorder: Recorder, parameter: Parameter, samples: int) -> Profile:
+    sums = recorder.sites[parameter.name].sums(samples)
     first, last = next(iter(bands(parameter.shape)))
     rows = np.unique(
         np.linspace(first, last - 1, max(1, PROFILE_WEIGHTS // parameter.shape[1])).astype(np.int64)
     )
-    weights = recorder.weights(parameter)(first, last)[rows - first]  # type: ignore[attr-defined]
+    weights = recorder.weights(parameter)(first, last)[rows - first]
     means = run.mean_rows(parameter.name, first, last)[:, rows - first].reshape(3, -1)
     deviation = means.std(axis=1, keepdims=True)
     z = (means - means.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1)

@@ -9,10 +9,11 @@ import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
 from tinyonn.cluster.features import kind_of, space_of
+from tinyonn.cluster.histogram import Grid, count_bytes
 from tinyonn.cluster.incremental import churn_of, match_numbers, stored_centres
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, FeatureWeights, ScoreConfig, parse_config
-from tinyonn.engine import EngineOptions
+from tinyonn.engine import PROCESS_BYTES, EngineOptions
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
@@ -191,6 +192,20 @@ def test_what_cannot_be_clustered_is_refused(tmp_path: Path) -> None:
         cluster_run(str(tmp_path), CONFIG)
     with pytest.raises(CapacityError, match=r"clustering needs .* does not fit in 64.0 MiB of --memory"):
         cluster_run(str(tmp_path), CONFIG, EngineOptions(memory=64 * MiB))
+
+
+def test_distinct_rows_that_do_not_fit_are_refused_before_the_clustering(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    score_run(str(tmp_path), ScoreConfig())
+    task = max(count_bytes(parameter.shape, Grid(1, 1)) for parameter in parameters())
+    need = PROCESS_BYTES + task
+    tight = EngineOptions(workers=1, memory=need + 1000)
+    with pytest.raises(
+        CapacityError, match=r"distinct rows of .* weights take .* 0.977 KiB are left.*--memory"
+    ):
+        cluster_run(str(tmp_path), CONFIG, tight)
+    assert open_run(tmp_path).store.reader().stage("labels") is None
+    assert cluster_run(str(tmp_path), CONFIG, EngineOptions(workers=1, memory=2 * need)).fresh
 
 
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf"), "much"])

@@ -43,9 +43,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-ROW_BYTES = (
-    12  # of a distinct row in memory: key, score, count, labels before and now, one table for the tasks
-)
+# Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
+ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
 WAVES = 8  # in which the counting is done, so that what does not fit is found early
 
 

@@ -80,7 +80,7 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> P
     return tokenizer
 
 
-def make_model(name: str, folder: str | Path, seed: int = 0) -> Path:
+def make_model(name: str, folder: str | Path, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of an architecture, float32 safetensors, and its tokenizer.
 
     Parameters
@@ -91,6 +91,8 @@ def make_model(name: str, folder: str | Path, seed: int = 0) -> Path:
         Made if it does not exist.
     seed : int
         Of the weights. Norms and biases, which start as ones and zeros, are random too.
+    **changes
+        Of the configuration.
 
     Returns
     -------
@@ -100,7 +102,7 @@ def make_model(name: str, folder: str | Path, seed: int = 0) -> Path:
     kind, options = {**ARCHITECTURES, **REFUSED}[name]
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**options | changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

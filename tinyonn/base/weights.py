@@ -1,0 +1,124 @@
+"""The dense model's tensors one at a time, as the loaded model would have them; never the whole model.
+
+Names are those of the loaded model. A linear layer's weight is [out, in] here whatever the checkpoint stores (a
+``Conv1D`` of GPT-2 stores [in, out]), and after quantization to NF4 and back where the run has NF4.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyonn.base.load import DTYPES, load_shape
+from tinyonn.base.nf4 import BLOCK, round_to_nf4
+from tinyonn.base.source import model_folder
+from tinyonn.config import ModelConfig
+from tinyonn.errors import InputError
+
+
+class BaseWeights:
+    """A checkpoint's tensors by name.
+
+    Parameters
+    ----------
+    config : ModelConfig
+
+    Raises
+    ------
+    InputError
+        No such model, or no safetensors.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.folder = model_folder(config)
+        self.dtype = DTYPES[config.dtype]
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Weights that the checkpoint stores as [in, out]."""
+        from transformers.pytorch_utils import Conv1D
+
+        plain = load_shape(self.config.model_copy(update={"quantization": "none"}))
+        return frozenset(f"{name}.weight" for name, module in plain.named_modules() if type(module) is Conv1D)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A linear layer's weight, dequantized: [out, in] in the model's dtype.
+
+        Raises
+        ------
+        InputError
+            The checkpoint has no such tensor.
+        """
+        weight = self.tensor(name)
+        if name in self.transposed:
+            weight = weight.T.contiguous()
+        return round_to_nf4(weight) if self.config.quantization == "nf4" else weight
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of `matrix`, without reading the rest."""
+        from safetensors import safe_open
+
+        path, key = self._find(name)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            part = file.get_slice(key)
+            across = name in self.transposed
+            extent, width = part.get_shape()[::-1] if across else part.get_shape()
+            step = BLOCK // gcd(BLOCK, width) if self.config.quantization == "nf4" else 1  # blocks stay whole
+            begin, end = first // step * step, min(-(-last // step) * step, extent)
+            weight: torch.Tensor = part[:, begin:end].T.contiguous() if across else part[begin:end]
+        weight = weight.to(self.dtype)
+        if self.config.quantization == "nf4":
+            weight = round_to_nf4(weight)
+        return weight[first - begin : last - begin]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as the checkpoint has it, in the model's dtype if it is floating."""
+        from safetensors import safe_open
+
+        path, key = self._find(name)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has the tensor; a tied one it may leave out."""
+        return any(key in self._files for key in self._keys(name))
+
+    def _find(self, name: str) -> tuple[Path, str]:
+        for key in self._keys(name):
+            if key in self._files:
+                return self._files[key], key
+        raise InputError(
+            f"{self.config.path}: no tensor {name} in {self.folder}, which has {len(self._files)}; "
+            "save a complete checkpoint that fits its config.json"
+        )
+
+    def _keys(self, name: str) -> tuple[str, ...]:
+        """Names that a checkpoint may use: with or without the base model's prefix."""
+        return name, name.partition(".")[2]
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """File of every tensor."""
+        from safetensors import SafetensorError, safe_open
+
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            tree: dict[str, Any] = json.loads(index.read_text("utf-8"))
+            return {key: self.folder / file for key, file in tree["weight_map"].items()}
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    found.update(dict.fromkeys(file.keys(), path))
+            except SafetensorError as error:
+                raise InputError(
+                    f"{path}: not a readable safetensors file ({error}); fetch it again"
+                ) from None
+        return found

@@ -79,6 +79,12 @@ def test_four_billion_record() -> None:
     assert 0 < tree["figures"]["stored_bytes"] < 2 * tree["figures"]["record_bytes"]
 
 
+def test_decode() -> None:
+    tree = run("benchmarks/decode.py", "--small")
+    assert len(tree["goals"]) == 2 * 5
+    assert tree["figures"]["shares"]["1.0"]["forms"] == ["dense"]
+
+
 def test_exact_statistics_are_autograds(qwen2: Path) -> None:
     """Two samples: means of log2 act and log2 |grad| and shares, beside autograd in float64."""
     config = ModelConfig(path=str(qwen2), dtype="float32", device="cpu")

@@ -1,0 +1,156 @@
+"""Configuration of a model that is cut into sparse experts; saved beside exported models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+MAX_EXPERTS = 254
+PATHS = ("auto", "dense", "sparse")
+GATES_PER = ("prompt", "token")
+GATE_RULE = (
+    "no router yet: the top_k experts of the largest expert_prior are on with gate 1, all if top_k is null"
+)
+
+
+class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
+    """What the model is made of: a base architecture, and which of its linear layers are sparse.
+
+    Attributes of the base's configuration (``vocab_size``, ``hidden_size``, ...) can be read here too.
+
+    Parameters
+    ----------
+    base_config : dict or PretrainedConfig
+        The base's ``config.json``, with its ``model_type``.
+    experts : int
+        k, at most 254. The core, always on, is group k.
+    sparse_layers : dict
+        Module name in the base -> ``{"out": int, "in": int, "entries": int}``.
+    expert_sizes : list of int
+        Weights of each expert and, last, of the core: k + 1.
+    expert_prior : list of float
+        Orders the experts until a router is trained: k. Empty counts as all the same.
+    top_k : int, optional
+        Experts on per prompt; None is all.
+    reroute_every : int, optional
+        A router chooses again after so many generated tokens; None is never.
+    gate_rule : str
+        Says where gates come from.
+    gates_per : str
+        ``prompt`` or, for comparison, ``token``.
+    forward_path : str
+        ``auto``, ``dense`` or ``sparse``.
+    assembly : dict
+        Where the weights come from. Its ``id`` is that in the metadata of every shard.
+
+    Raises
+    ------
+    ValueError
+        Values that contradict each other; names value, limit and remedy.
+    """
+
+    model_type = "tiny_onn"
+    sub_configs = {"base_config": AutoConfig}  # noqa: RUF012 as transformers declares it
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        base_config: dict[str, Any] | PretrainedConfig | None = None,
+        experts: int = 0,
+        sparse_layers: dict[str, dict[str, int]] | None = None,
+        expert_sizes: list[int] | None = None,
+        expert_prior: list[float] | None = None,
+        top_k: int | None = None,
+        reroute_every: int | None = None,
+        gate_rule: str = GATE_RULE,
+        gates_per: str = "prompt",
+        forward_path: str = "auto",
+        assembly: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(base_config, dict):
+            if "model_type" not in base_config:
+                raise ValueError("base_config has no model_type; give the base model's whole config.json")
+            base_config = AutoConfig.for_model(**base_config)
+        self.base_config = base_config
+        self.experts = experts
+        self.sparse_layers = sparse_layers or {}
+        self.expert_sizes = expert_sizes or [0] * (experts + 1)
+        self.expert_prior = expert_prior or [0.0] * experts
+        self.top_k = top_k
+        self.reroute_every = reroute_every
+        self.gate_rule = gate_rule
+        self.gates_per = gates_per
+        self.forward_path = forward_path
+        self.assembly = assembly or {}
+        self._check()
+        # The base's own setting says whether its embeddings are tied; the model around it ties nothing.
+        kwargs.pop("tie_word_embeddings", None)
+        super().__init__(tie_word_embeddings=getattr(base_config, "tie_word_embeddings", False), **kwargs)
+
+    def _check(self) -> None:
+        k = self.experts
+        if not 0 <= k <= MAX_EXPERTS:
+            raise ValueError(f"experts = {k}; from 0 to {MAX_EXPERTS} fit, labels are bytes")
+        for name, values, wanted in (
+            ("expert_sizes", self.expert_sizes, k + 1),
+            ("expert_prior", self.expert_prior, k),
+        ):
+            if len(values) != wanted:
+                raise ValueError(f"{name} has {len(values)} values but {k} experts need {wanted}")
+        if not all(math.isfinite(value) for value in self.expert_prior):
+            raise ValueError("expert_prior has a value that is not finite; give each expert a number")
+        if self.top_k is not None and not 0 <= self.top_k <= k:
+            raise ValueError(f"top_k = {self.top_k}; from 0 to {k} experts can be on, null is all")
+        if self.reroute_every is not None and self.reroute_every < 1:
+            raise ValueError(
+                f"reroute_every = {self.reroute_every}; give at least 1 token, or null for never"
+            )
+        if self.gates_per not in GATES_PER:
+            raise ValueError(f"gates_per = {self.gates_per!r}; choose {' or '.join(GATES_PER)}")
+        if self.forward_path not in PATHS:
+            raise ValueError(f"forward_path = {self.forward_path!r}; choose one of {', '.join(PATHS)}")
+        for name, layer in self.sparse_layers.items():
+            if set(layer) != {"out", "in", "entries"}:
+                raise ValueError(f"sparse_layers[{name!r}] has {sorted(layer)}; it needs out, in and entries")
+            if not 0 <= layer["entries"] <= layer["out"] * layer["in"]:
+                raise ValueError(
+                    f"sparse_layers[{name!r}] has {layer['entries']} entries but only "
+                    f"{layer['out']} x {layer['in']} places; assemble the model again"
+                )
+        kept = sum(layer["entries"] for layer in self.sparse_layers.values())
+        if any(self.expert_sizes) and sum(self.expert_sizes) != kept:
+            raise ValueError(
+                f"expert_sizes add up to {sum(self.expert_sizes)} but sparse_layers hold {kept} entries; "
+                "assemble the model again"
+            )
+
+    @property
+    def chosen_experts(self) -> list[int]:
+        """Numbers of the experts that the stated rule switches on, ascending."""
+        if self.top_k is None:
+            return list(range(self.experts))
+        by_prior = sorted(range(self.experts), key=lambda expert: (-self.expert_prior[expert], expert))
+        return sorted(by_prior[: self.top_k])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, the base's nested; without the folder that the base came from."""
+        tree: dict[str, Any] = super().to_dict()
+        if isinstance(tree.get("base_config"), dict):
+            tree["base_config"].pop("_name_or_path", None)
+        return tree
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's configuration, which caches and generation read."""
+        return self if self.base_config is None else self.base_config
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__.get("base_config")
+        if base is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(base, name)
+
+
+TinyONNConfig.register_for_auto_class()

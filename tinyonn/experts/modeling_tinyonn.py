@@ -1,0 +1,384 @@
+"""A causal language model whose linear layers are sums of sparse experts, a few of them on at a time.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with model.gates([1.0, 0.0, 0.5]):
+        model.generate(**tokenizer(text, return_tensors="pt"))
+
+Attention, norms, embeddings, head and caches are the base architecture's own, from ``transformers``. Without gates
+the rule in ``config.gate_rule`` decides. This file is saved beside exported models, with those it imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from .configuration_tinyonn import PATHS, TinyONNConfig
+from .expert_tinyonn import TinyONNExpert
+from .gates_tinyonn import Routing, Switch, read_gates
+from .linear_tinyonn import ExpertLinear, swap
+from .shards_tinyonn import ASSEMBLY, check_shards, stamp
+
+Gates = torch.Tensor | Sequence[Any]
+
+
+class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The base architecture with sparse layers in the place of its linear ones.
+
+    Attributes
+    ----------
+    base : PreTrainedModel
+        The base's own causal language model.
+    router : module or None
+        ``forward(input_ids, attention_mask) -> gates``, float [batch, k], called on the prompt and again after every
+        ``config.reroute_every`` generated tokens; with ``config.gates_per == "token"`` called on the whole sequence
+        at every step, float [batch, tokens, k].
+
+    Raises
+    ------
+    ValueError
+        The configuration names layers that the base does not have.
+    """
+
+    config_class = TinyONNConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: TinyONNConfig) -> None:
+        if config.base_config is None:
+            raise ValueError("TinyONNConfig has no base_config; give the base model's config.json")
+        super().__init__(config)
+        target = torch.get_default_device()
+        with torch.device("meta"):
+            self.base = AutoModelForCausalLM.from_config(
+                config.base_config,
+                dtype=torch.get_default_dtype(),
+                attn_implementation=config._attn_implementation,
+                trust_remote_code=False,
+            )
+            self.switch = Switch(config)
+            swap(self.base, config.sparse_layers, config.experts + 1, self.switch)
+        config.base_config = self.base.config
+        self.generation_config = self.base.generation_config
+        self.router: nn.Module | None = None
+        self._gates: torch.Tensor | None = None
+        self._routing = Routing()
+        if target.type != "meta":
+            self.base.to_empty(device=target)
+            for layer in self.sparse_layers.values():
+                layer.reset_parameters()
+        self.post_init()
+
+    @property
+    def sparse_layers(self) -> dict[str, ExpertLinear]:
+        """The sparse layers by their names in the base."""
+        return {name: self.base.get_submodule(name) for name in self.config.sparse_layers}
+
+    def expert(self, number: int) -> TinyONNExpert:
+        """One expert, or the core, which has the number k.
+
+        Raises
+        ------
+        ValueError
+            No such expert.
+        """
+        if not 0 <= number <= self.config.experts:
+            raise ValueError(
+                f"no expert {number}; there are 0 to {self.config.experts - 1}, {self.config.experts} is the core"
+            )
+        return TinyONNExpert(self, number)
+
+    # Gates and paths
+
+    def set_gates(self, gates: Gates | None) -> None:
+        """Use these gates until told otherwise; None goes back to the router or the stated rule.
+
+        Parameters
+        ----------
+        gates : float [experts], [batch, experts] or [batch, tokens, experts], optional
+
+        Raises
+        ------
+        ValueError
+            Another shape; a value negative or not finite.
+        """
+        self._gates = None if gates is None else read_gates(gates, self.config.experts)
+
+    @contextlib.contextmanager
+    def gates(self, gates: Gates | None) -> Iterator[None]:
+        """`set_gates` for what runs inside."""
+        before = self._gates
+        self.set_gates(gates)
+        try:
+            yield
+        finally:
+            self._gates = before
+
+    def set_path(self, path: str) -> None:
+        """Force a way to compute: ``dense``, ``sparse``, or ``auto`` for what the cost model finds quickest.
+
+        Raises
+        ------
+        ValueError
+            Not one of these.
+        """
+        if path not in PATHS:
+            raise ValueError(f"path = {path!r}; choose one of {', '.join(PATHS)}")
+        self.switch.path = self.config.forward_path = path
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the merged and dense weights that inference keeps while gates stay; they come back when needed."""
+        for layer in self.sparse_layers.values():
+            layer.forget()
+
+    def train(self, mode: bool = True) -> TinyONNForCausalLM:
+        """As in Torch; in training nothing is kept for inference."""
+        if mode:
+            self.forget()
+        super().train(mode)
+        return self
+
+    # Running
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        gates: Gates | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward pass, with gates.
+
+        Parameters
+        ----------
+        gates : float [experts], [batch, experts] or [batch, tokens, experts], optional
+            Instead of `set_gates`, the router or the stated rule.
+        input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep
+            As for the base, and so are all others.
+
+        Returns
+        -------
+        CausalLMOutputWithPast
+
+        Raises
+        ------
+        ValueError
+            Gates that do not fit, or more tokens than the model's context or the cache.
+        """
+        active = self._prepare(
+            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, labels, gates
+        )
+        with self.switch.use(active):
+            return self.base(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+        labels: torch.Tensor | None,
+        gates: Gates | None,
+    ) -> Any:
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ValueError("neither input_ids nor inputs_embeds are given; give one of them")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        batch, tokens = given.shape[:2]
+        self._check_length(past, tokens, attention_mask, position_ids, cache)
+        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
+        if chosen is None and self.router is not None:
+            chosen = self._routed(input_ids, attention_mask, past)
+        if chosen is None:
+            chosen = self.switch.rule(given.device)
+        return self.switch.sorted(chosen.to(given.device), batch, tokens)
+
+    def _routed(self, input_ids: torch.Tensor | None, attention_mask: Any, past: int) -> torch.Tensor:
+        if input_ids is None:
+            raise ValueError("the router reads input_ids but inputs_embeds are given; pass gates= too")
+        ids = self._routing.along(input_ids, past)
+        return self._route(ids, attention_mask, past == 0, input_ids.shape[1])
+
+    def _route(self, ids: torch.Tensor, attention_mask: Any, first: bool, tokens: int) -> torch.Tensor:
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        if self.config.gates_per == "token":
+            self._routing.ids = ids
+            assert self.router is not None
+            return read_gates(self.router(ids, mask)[:, -tokens:], self.config.experts)
+        every = self.config.reroute_every
+        return read_gates(self._routing.choose(self.router, ids, mask, first, every), self.config.experts)
+
+    def _check_length(
+        self, past: int, tokens: int, attention_mask: Any, position_ids: torch.Tensor | None, cache: Any
+    ) -> None:
+        length, context = past + tokens, getattr(self.config.base_config, "max_position_embeddings", None)
+        if context is not None and length > context:
+            if position_ids is not None and position_ids.dim() == 2:  # padding takes no position
+                length = int(position_ids.max()) + 1
+            elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+                length = int(attention_mask.sum(1).max())
+            if length > context:
+                raise ValueError(
+                    f"{length} tokens do not fit the model's context of {context} (max_position_embeddings); "
+                    "give a shorter prompt or fewer max_new_tokens"
+                )
+        for layer in getattr(cache, "layers", ()):
+            room = getattr(layer, "max_cache_len", None)
+            if room is not None and not layer.is_sliding and past + tokens > room:
+                raise ValueError(
+                    f"{past + tokens} tokens do not fit a cache of {room} (max_cache_len); "
+                    "make a larger cache, or give fewer tokens"
+                )
+
+    def generate(self, *args: Any, gates: Any = None, **kwargs: Any) -> Any:
+        """As in ``transformers``; `gates` as in `forward`, one row for each prompt."""
+        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
+        if chosen is None:
+            return super().generate(*args, **kwargs)
+        if chosen.dim() == 1 or len(chosen) == 1:  # several sequences per prompt would repeat its rows
+            with self.gates(chosen):
+                return super().generate(*args, **kwargs)
+        return super().generate(*args, gates=chosen, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """As in ``transformers``, with the router's gates, which depend on the whole sequence."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if self.router is None or inputs.get("gates") is not None or self._gates is not None:
+            return inputs
+        cache = kwargs.get("past_key_values")
+        first = kwargs.get("is_first_iteration") or (cache is not None and int(cache.get_seq_length()) == 0)
+        if inputs.get("input_ids") is not None:
+            tokens = inputs["input_ids"].shape[1]
+            inputs["gates"] = self._route(input_ids, kwargs.get("attention_mask"), bool(first), tokens)
+        return inputs
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        switch = self.switch
+
+        def with_gates(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+            active = switch.now
+
+            def again(*inner: Any, **named: Any) -> Any:  # runs a second time when the pass is long over
+                with switch.use(active):
+                    return function(*inner, **named)
+
+            return gradient_checkpointing_func(again, *args, **options)
+
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=with_gates, **kwargs)
+
+    # The base's own
+
+    def get_input_embeddings(self) -> Any:
+        """Of the base."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Of the base."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> Any:
+        """Of the base."""
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Of the base."""
+        self.base.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> Any:
+        """Of the base."""
+        return self.base.get_decoder()
+
+    # Files
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in ``transformers``; shards are checked before and their entries after they are read.
+
+        Raises
+        ------
+        ValueError
+            Names the shard that is missing, damaged or of another assembly.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, layer in model.sparse_layers.items():
+            layer.check(name)
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if checkpoint_files is not None:
+            shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+            check_shards(
+                checkpoint_files, shapes, model.config.assembly.get("id"), model.all_tied_weights_keys
+            )
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in ``transformers``, with the modelling code and the assembly's id in every shard."""
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        identity = self.config.assembly.get("id")
+        if identity is not None and is_main_process:
+            stem = "model" if kwargs.get("variant") is None else f"model.{kwargs['variant']}"
+            for path in sorted(Path(save_directory).glob("model*.safetensors")):
+                if re.fullmatch(re.escape(stem) + r"(-\d{5}-of-\d{5})?", path.stem):
+                    stamp(path, {ASSEMBLY: identity})
+        if push_to_hub:  # what is pushed is saved once more, by this method
+            self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name, token=kwargs.get("token"))
+
+    def save_shell(self, folder: str | Path) -> None:
+        """Save all but the weights: configuration, generation settings, code. Works on the meta device."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.architectures = [type(self).__name__]
+        custom_object_save(self, folder, config=self.config)
+        self.config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+
+
+TinyONNForCausalLM.register_for_auto_class("AutoModelForCausalLM")

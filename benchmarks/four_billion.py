@@ -4,6 +4,7 @@
     python benchmarks/four_billion.py synth storage/large --reference storage/demo
     python benchmarks/four_billion.py score storage/large [--json]
     python benchmarks/four_billion.py cluster storage/large [--json]
+    python benchmarks/four_billion.py assemble storage/large [--json]
 
 ``record`` builds the model in NF4, calibrates, records, commits the segment of 3.95 billion records, reads it back
 whole, compares the checksum of every band with what was written, and writes the same bytes raw to a file, in blocks
@@ -12,6 +13,8 @@ what `tinyonn plan` says. It needs 16 GB of disk, and gives them back.
 
 ``synth`` writes a recorded run of the same shape (`synthetic.py`); ``score`` and ``cluster`` run on it what ``tinyonn``
 runs, in a process of its own with a limit of 2 GiB, beside the same reading and writing alone (`large_run.py`).
+``assemble`` does so with 4 GiB, from a random base model that it makes: another 8 GB of disk, and 5 GB for a while
+(`large_assembly.py`).
 """
 
 from __future__ import annotations
@@ -92,14 +95,23 @@ def main() -> None:
             "--workers", type=int, default=4, help="threads of ours and of the input and output"
         )
         three.add_argument("--json", action="store_true")
+    four = commands.add_parser("assemble", help="assemble it, beside the same reading and writing alone")
+    four.add_argument("run", type=Path)
+    four.add_argument("--budget", type=float, default=1e9)
+    four.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")
+    four.add_argument("--memory", default="4GiB")
+    four.add_argument("--workers", type=int, default=4, help="threads of ours and of the input and output")
+    four.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.command is None:
         parser.print_help()
         return
     if options.command != "record":
+        from benchmarks.large_assembly import assemble
         from benchmarks.large_run import cluster, score, synth
 
-        {"synth": synth, "score": score, "cluster": cluster}[options.command](options)
+        stages = {"synth": synth, "score": score, "cluster": cluster, "assemble": assemble}
+        stages[options.command](options)
         return
     with tempfile.TemporaryDirectory(prefix="tinyonn-4b-", dir=options.folder) as folder:
         options.run(options, Path(folder))

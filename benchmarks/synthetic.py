@@ -68,9 +68,8 @@ def synthesise(
         )
     names = [list(live)[i * len(live) // slices] for i in range(slices)]
     twins = {parameter.name: _twin(parameter, parameters, run) for parameter in parameters}
-    manifest = Manifest(
-        {"synthetic": str(reference)}, {}, {}, dict.fromkeys(names, SAMPLES), SAMPLES, parameters
-    )
+    # No fingerprint of a model: any base of the same shape will do.
+    manifest = Manifest({}, {}, {}, dict.fromkeys(names, SAMPLES), SAMPLES, parameters)
     store = Store.create(location, manifest)
     store.commit_calibration({name: run.calibration[twin.name] for name, twin in twins.items()})
     reader = run.store.reader()

@@ -1,4 +1,4 @@
-"""Cluster a clusterd run on a Ray cluster: Dask's tasks run as Ray tasks.
+"""Cluster a scored run on a Ray cluster: Dask's tasks run as Ray tasks.
 
     ray job submit --working-dir . -- python jobs/cluster.py storage/my-run
 

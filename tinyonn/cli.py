@@ -224,6 +224,74 @@ def cluster(
 
 
 @app.command()
+def assemble(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    engine: EngineOption = "threads",
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    address: DaskAddressOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", help="Folder of the model, instead of the run's experts/.", metavar="FOLDER"
+        ),
+    ] = None,
+) -> None:
+    """Keep the best weights of every cell and write them as experts of a model that `transformers` loads."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.experts.assemble import assemble_run
+
+        chosen = _engine(engine, workers, memory, address)
+        return assemble_run(location, settings.model, settings.experts, chosen, output)
+
+    _run_stage("assemble", run, config, as_json, stage)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    folder: Annotated[Path, typer.Argument(help="New folder.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="hub (the sparse model), dense (a checkpoint of the base architecture), npz or parquet (masks).",
+        ),
+    ] = "hub",
+    experts: Annotated[
+        str | None,
+        typer.Option("--experts", help="Numbers such as 0,4,17; the core is always there. Else all."),
+    ] = None,
+    slices: Annotated[
+        str | None, typer.Option("--slices", help="Take the experts of these slices, such as python,prose.")
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", help="The assembled model, if it is not in the run's experts/.", metavar="FOLDER"
+        ),
+    ] = None,
+) -> None:
+    """Write an assembled model for others: for a hub, as a dense checkpoint that every tool reads, or as masks."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.base.source import model_folder
+        from tinyonn.experts.export import export_model, numbers_of
+        from tinyonn.run import open_run
+
+        source = model if model is not None else local_folder(location) / "experts"
+        numbers = numbers_of(experts, slices, lambda: open_run(location))
+        return export_model(source, folder, format, numbers, model_folder(settings.model, weights=False))
+
+    _run_stage("export", run, config, as_json, stage, log=False)
+
+
+@app.command()
 def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Show what is committed: samples per slice, live segments, samples set aside, disk use."""
 

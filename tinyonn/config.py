@@ -123,6 +123,24 @@ class ClusterConfig(Section):
     seed: int = 0
 
 
+class ExpertsConfig(Section):
+    """Which weights are kept, and how the experts they become are switched on."""
+
+    budget: float = Field(
+        0.315, gt=0, allow_inf_nan=False
+    )  # share of the linear weights; above 1 their number
+    score: Literal["S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"] = (
+        "S"  # what the kept ones are best in
+    )
+    within: Literal["cell", "tensor", "row"] = "cell"  # what competes
+    balance: float = Field(0.05, ge=0, le=1)  # within cells: how far a cell's part follows its size
+    allocation: Literal["global", "uniform", "outlier"] = "global"  # of the budget across tensors
+    core: float = Field(0.5, ge=0, le=1)  # share of the budget that is always on
+    seed: int = 0  # of ties
+    top_k: PositiveInt | None = None  # experts on for a prompt; null switches all on
+    reroute_every: PositiveInt | None = None  # tokens after which a router chooses again; null: never
+
+
 class StorageConfig(Section):
     """Where runs live."""
 
@@ -146,6 +164,7 @@ class Config(Section):
     record: RecordConfig = RecordConfig()
     score: ScoreConfig = ScoreConfig()
     cluster: ClusterConfig = ClusterConfig()
+    experts: ExpertsConfig = ExpertsConfig()
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
 

@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file, save_file
 
-from tests.base.architectures import ARCHITECTURES, VOCAB
+from tests.base.architectures import ARCHITECTURES, VOCAB, make_model
 from tests.base.conftest import ModelFactory
 from tinyonn.base.load import (
     choose_device,
@@ -24,7 +24,7 @@ from tinyonn.base.load import (
     resolve_model,
 )
 from tinyonn.base.parameters import list_parameters, list_uses
-from tinyonn.base.source import REFERENCE_MODEL, SHAPES
+from tinyonn.base.source import REFERENCE_MODEL, SHAPES, sha256
 from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
 
@@ -155,6 +155,29 @@ def test_the_fingerprint_follows_the_content_alone(model_of: ModelFactory, tmp_p
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     changed = fingerprint_model(config_of(copy))
     assert [key for key in first if first[key] != changed[key]] == ["model.safetensors"]
+
+
+def test_digests_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, known = config_of(make_model("llama", tmp_path / "model")), tmp_path / "known.json"
+    read: list[str] = []
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr("tinyonn.base.source.sha256", counted)
+    first = fingerprint_model(config, known)
+    assert sorted(read) == sorted(first)
+    read.clear()
+    assert fingerprint_model(config, known) == first
+    assert read == []
+    settings = tmp_path / "model" / "generation_config.json"
+    settings.write_text(settings.read_text("utf-8") + " ", "utf-8")
+    again = fingerprint_model(config, known)
+    assert read == ["generation_config.json"]
+    assert again["generation_config.json"] != first["generation_config.json"]
+    known.write_text("not JSON", "utf-8")
+    assert fingerprint_model(config, known) == again
 
 
 def test_a_gpu_that_is_not_there() -> None:

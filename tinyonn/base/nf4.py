@@ -2,7 +2,7 @@
 
 Every 64 values share a scale ``absmax``, their largest absolute value; a value becomes the nearest of sixteen codes
 (Dettmers et al. 2023, QLoRA, appendix E) times that scale. Bit for bit the same as
-``dequantize_4bit(quantize_4bit(...))``, which a test compares, and several times faster on a CPU.
+``dequantize_4bit(quantize_4bit(...))``, which a test compares, and some twenty times faster on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from numba import njit
 
 BLOCK = 64
-STEPS = 1024  # far finer than the codes lie: a step has at most one bound between two of them
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -23,7 +22,7 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     Parameters
     ----------
     weight : bfloat16 or float32 tensor
-        Contiguous; blocks of 64 follow its order in memory.
+        Blocks of 64 follow its order in memory.
 
     Returns
     -------
@@ -32,64 +31,84 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes.functional import get_4bit_type
 
     codes = get_4bit_type("nf4", device="cpu").float().numpy()
-    bounds = np.append((codes[1:] + codes[:-1]) / 2, np.inf).astype(np.float32)
-    places = _places(bounds)
+    bounds = ((codes[1:] + codes[:-1]) / 2).astype(np.float32)
     flat = weight.detach().contiguous().reshape(-1)
     if weight.dtype == torch.bfloat16:
         bits = flat.view(torch.uint16).numpy()
         rounded = np.empty_like(bits)
-        _round_bfloat16(bits, bounds, codes, places, rounded)
+        _round_bfloat16(bits, bounds, codes, rounded)
         return torch.from_numpy(rounded).view(torch.bfloat16).reshape(weight.shape)
     values = flat.float().numpy()
     out = np.empty_like(values)
-    _round_float32(values, bounds, codes, places, out)
+    _round_float32(values, bounds, codes, out)
     return torch.from_numpy(out).to(weight.dtype).reshape(weight.shape)
 
 
-def _places(bounds: np.ndarray) -> np.ndarray:
-    """For each of 1,024 steps from -1 to 1 the lowest code in or just before it: uint8 [1025]."""
-    lowest = np.arange(STEPS + 1) * (2 / STEPS) - 1 - 1e-3
-    return np.searchsorted(bounds, lowest).astype(np.uint8)
+@njit(inline="always")  # type: ignore[untyped-decorator]
+def _round_block(values: Any, largest: Any, bounds: Any, codes: Any, out: Any) -> None:
+    """Round 64 values, which are scaled in place; loops have a fixed length, so that they are vectorised."""
+    scale = np.float32(1) / max(largest, np.float32(1e-38))
+    for i in range(BLOCK):
+        values[i] = values[i] * scale
+        out[i] = codes[0]
+    for code in range(15):
+        bound, above = bounds[code], codes[code + 1]
+        for i in range(BLOCK):
+            out[i] = above if values[i] > bound else out[i]
+    for i in range(BLOCK):
+        out[i] = out[i] * largest
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
-def _round_block(values: Any, bounds: Any, codes: Any, places: Any) -> None:
-    """Round a block of float32 in place; bounds end with infinity."""
+def _round_rest(values: Any, count: Any, bounds: Any, codes: Any, out: Any) -> None:
+    """Round the last, shorter block, which bitsandbytes divides instead of multiplying."""
     largest = np.float32(0)
-    for i in range(values.size):
+    for i in range(count):
         largest = max(largest, abs(values[i]))
-    floor = max(largest, np.float32(1e-38))
-    scale = np.float32(1) / floor
-    if values.size == BLOCK:  # as bitsandbytes does, to the last bit
-        for i in range(BLOCK):
-            values[i] = values[i] * scale
-    else:
-        for i in range(values.size):
-            values[i] = values[i] / floor
-    middle = np.float32(STEPS // 2)
-    for i in range(values.size):
-        value = min(max(values[i], np.float32(-1)), np.float32(1))
-        place = places[np.int32(value * middle + middle)]
-        values[i] = codes[place + (value > bounds[place])] * largest
+    largest = max(largest, np.float32(1e-38))
+    for i in range(count):
+        place = 0
+        for bound in bounds:
+            place += values[i] / largest > bound
+        out[i] = codes[place] * largest
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _round_bfloat16(bits: Any, bounds: Any, codes: Any, places: Any, rounded: Any) -> None:
-    wide = np.empty(BLOCK, np.uint32)
-    values = wide.view(np.float32)
-    half, one = np.uint32(0x7FFF), np.uint32(1)
+def _round_bfloat16(bits: Any, bounds: Any, codes: Any, rounded: Any) -> None:
+    given, found = np.zeros(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
+    values, out = given.view(np.float32), found.view(np.float32)
+    top = np.empty(1, np.uint32)
+    largest = top.view(np.float32)
+    half, one, shift = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
     for begin in range(0, bits.size, BLOCK):
-        n = min(BLOCK, bits.size - begin)
-        for i in range(n):
-            wide[i] = np.uint32(bits[begin + i]) << np.uint32(16)
-        _round_block(values[:n], bounds, codes, places)
-        for i in range(n):  # to the nearest, ties to even
-            rounded[begin + i] = (wide[i] + half + ((wide[i] >> np.uint32(16)) & one)) >> np.uint32(16)
+        count = min(BLOCK, bits.size - begin)
+        if count == BLOCK:
+            most = np.uint32(0)
+            for i in range(BLOCK):
+                given[i] = np.uint32(bits[begin + i]) << shift
+                most = max(most, given[i] & np.uint32(0x7FFFFFFF))  # positive floats order like their bits
+            top[0] = most
+            _round_block(values, largest[0], bounds, codes, out)
+        else:
+            for i in range(count):
+                given[i] = np.uint32(bits[begin + i]) << shift
+            _round_rest(values, count, bounds, codes, out)
+        for i in range(count):  # to the nearest, ties to even
+            rounded[begin + i] = np.uint16((found[i] + half + ((found[i] >> shift) & one)) >> shift)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _round_float32(given: Any, bounds: Any, codes: Any, places: Any, out: Any) -> None:
+def _round_float32(given: Any, bounds: Any, codes: Any, rounded: Any) -> None:
+    values, out = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for begin in range(0, given.size, BLOCK):
-        end = min(begin + BLOCK, given.size)
-        out[begin:end] = given[begin:end]
-        _round_block(out[begin:end], bounds, codes, places)
+        count = min(BLOCK, given.size - begin)
+        largest = np.float32(0)
+        for i in range(count):
+            values[i] = given[begin + i]
+            largest = max(largest, abs(values[i]))
+        if count == BLOCK:
+            _round_block(values, largest, bounds, codes, out)
+        else:
+            _round_rest(values, count, bounds, codes, out)
+        for i in range(count):
+            rounded[begin + i] = out[i]

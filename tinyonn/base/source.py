@@ -127,10 +127,16 @@ def context_length(folder: Path) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
-def fingerprint_model(config: ModelConfig) -> dict[str, str]:
+def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[str, str]:
     """SHA-256 of every file that decides the model: weights, configuration and tokenizer.
 
     Reads all the weights. A folder that was moved or copied keeps its fingerprint.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    known : Path, optional
+        A JSON file that remembers digests by path, size and time of change, so that files are not read again.
 
     Returns
     -------
@@ -139,10 +145,34 @@ def fingerprint_model(config: ModelConfig) -> dict[str, str]:
     """
     folder = model_folder(config)
     files = {path for pattern in NEEDED for path in folder.glob(pattern) if path.is_file()}
-    prints = {path.name: sha256(path) for path in sorted(files)}
+    digest = sha256 if known is None else _Remembered(known).digest
+    prints = {path.name: digest(path) for path in sorted(files)}
     if folder.parent.name == "snapshots":
         prints["commit"] = folder.name
     return prints
+
+
+class _Remembered:
+    """Digests of files, remembered as long as size and time of change stay."""
+
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
+        try:
+            self._known: dict[str, Any] = json.loads(memory.read_text("utf-8"))
+        except (OSError, ValueError):
+            self._known = {}
+
+    def digest(self, path: Path) -> str:
+        state = path.stat()
+        key, mark = str(path.resolve()), [state.st_size, state.st_mtime_ns]
+        entry = self._known.get(key)
+        if isinstance(entry, dict) and entry.get("mark") == mark:
+            return str(entry["sha256"])
+        self._known[key] = {"mark": mark, "sha256": sha256(path)}
+        side = self._memory.with_suffix(".part")
+        side.write_text(json.dumps(self._known), "utf-8")
+        side.replace(self._memory)
+        return str(self._known[key]["sha256"])
 
 
 def sha256(path: Path) -> str:

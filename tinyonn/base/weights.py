@@ -12,6 +12,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tinyonn.base.load import DTYPES, load_shape
@@ -59,6 +60,17 @@ class BaseWeights:
         if name in self.transposed:
             weight = weight.T.contiguous()
         return round_to_nf4(weight) if self.config.quantization == "nf4" else weight
+
+    def recorded_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows [first, last) as recorded, float32: those of a ``Conv1D`` that was not quantized are its inputs."""
+        if name in self.recorded_across:
+            return self.tensor(name)[first:last].float().numpy()
+        return self.rows(name, first, last).float().numpy()
+
+    @property
+    def recorded_across(self) -> frozenset[str]:
+        """Weights that were recorded as [in, out]."""
+        return frozenset() if self.config.quantization == "nf4" else self.transposed
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of `matrix`, without reading the rest."""

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.experts.arrays import arrays, attributes, make_source
+from tinyonn.base.parameters import Parameter
+from tinyonn.errors import InputError
+from tinyonn.experts.absolute import LEVEL_SHIFT, gradient_sizes, look_at
+from tinyonn.experts.scores import SCORES, ScoreSettings, core_ranks, score_named, score_table
+from tinyonn.experts.source import ArraySource, Float32
+
+NAME = "l.0.up_proj.weight"
+
+
+def scored(source: ArraySource, score: str, name: str = NAME, **settings: Any) -> Float32:
+    parameter = next(p for p in source.parameters if p.name == name)
+    chosen = SCORES[score]
+    band = source.band(name, 0, parameter.shape[0], chosen.needs)
+    return chosen.prepare(source, parameter, ScoreSettings(**settings))(band)
+
+
+def decoded(source: ArraySource) -> list[np.ndarray]:
+    """z of act, grad and freq."""
+    fields, records = source.attributes(NAME)["fields"], source.arrays[NAME]["records"]
+    score = fields["score"]
+    return [
+        (np.array(fields[name]["codebook"])[records >> shift & 15] - score["mean"][s]) / score["deviation"][s]
+        for s, (name, shift) in enumerate((("act", 12), ("grad", 8), ("freq", 4)))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("score", "settings", "weights"),
+    [
+        ("S", {}, (0.5, -0.1, 0.4)),
+        ("S", {"weights": (1.0, 3.0, 0.0)}, (0.25, -0.75, 0.0)),
+        ("seed", {}, (1 / 3, -1 / 3, 1 / 3)),
+        ("activation", {}, (1.0, 0.0, 0.0)),
+    ],
+)
+def test_s_is_the_weighted_sum_of_standardised_statistics(
+    score: str, settings: dict[str, Any], weights: tuple[float, float, float]
+) -> None:
+    source = make_source()
+    wanted = sum(weight * z for weight, z in zip(weights, decoded(source), strict=True))
+    np.testing.assert_allclose(scored(source, score, **settings), wanted, rtol=1e-5, atol=1e-6)
+
+
+def recorded_as(weights: np.ndarray, rms: np.ndarray, base: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Records and attributes of a tensor whose act is |W| · rms in every sample."""
+    levels = np.clip(2 * np.log2(np.maximum(np.abs(weights) * rms, 1e-30)) + 254 - base - LEVEL_SHIFT, 0, 15)
+    book = np.maximum.accumulate(np.quantile(levels, (np.arange(16) + 0.5) / 16)) + np.arange(16) * 1e-9
+    codes = np.abs(levels[..., None] - book).argmin(-1)
+    found = attributes()
+    found["fields"]["act"] = {"codebook": book.tolist(), "base": base}
+    return (codes << 12).astype(np.uint16), found
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_inputs_rms_is_restored_from_its_weights_codes(transposed: bool) -> None:
+    rng = np.random.default_rng(0)
+    rms = np.exp2(rng.normal(-1, 0.8, 96))
+    weights = rng.normal(0, 0.03, (1500, 96)).astype(np.float32)
+    records, its = recorded_as(weights, rms, base=int(2 * np.log2(0.01) + 254 - 7))
+    if transposed:
+        weights, records = np.ascontiguousarray(weights.T), np.ascontiguousarray(records.T)
+    parameter = Parameter("w", (weights.shape[0], weights.shape[1]), 0, "linear")
+    source = ArraySource(
+        (parameter,),
+        {"w": {"records": records, "weights": weights}},
+        {"w": its},
+        transposed=frozenset({"w"} if transposed else ()),
+    )
+    restored = look_at(source, parameter).rms
+    error = np.abs(np.log2(restored / rms))
+    assert np.median(error) < 0.02
+    assert error.max() < 0.1
+    wanted = np.abs(weights) * (rms[:, None] if transposed else rms)
+    np.testing.assert_allclose(scored(source, "wanda", "w"), wanted, rtol=0.08)
+    energy = scored(source, "energy", "w")
+    assert float((energy.astype(np.float64) ** 2).mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_an_input_below_all_levels_gets_a_small_size_and_one_without_weights_none() -> None:
+    rng = np.random.default_rng(0)
+    rms = np.full(20, 0.5)
+    rms[3] = 1e-6
+    weights = rng.normal(0, 0.03, (400, 20)).astype(np.float32)
+    weights[:, 5] = 0
+    records, its = recorded_as(weights, rms, base=230)
+    parameter = Parameter("w", (400, 20), 0, "linear")
+    source = ArraySource((parameter,), {"w": {"records": records, "weights": weights}}, {"w": its})
+    restored = look_at(source, parameter).rms
+    assert restored[5] == 0
+    assert restored[3] < 0.1 * restored[0]
+
+
+def test_gradients_have_absolute_sizes() -> None:
+    sizes = gradient_sizes(attributes())
+    field = attributes()["fields"]["grad"]
+    wanted = 2 ** ((np.array(field["codebook"]) + field["base"] - 254 + LEVEL_SHIFT) / 2)
+    np.testing.assert_allclose(sizes, wanted, rtol=2e-3)
+
+
+def test_weight_times_gradient_and_blended_wanda() -> None:
+    source = make_source()
+    size, weights = source.arrays[NAME], np.abs(source.arrays[NAME]["weights"])
+    g = gradient_sizes(source.attributes(NAME))[size["records"] >> 8 & 15]
+    np.testing.assert_allclose(scored(source, "wg"), weights * g, rtol=1e-6)
+    np.testing.assert_array_equal(scored(source, "magnitude"), weights)
+    look = look_at(source, next(p for p in source.parameters if p.name == NAME))
+    for alpha in (0.0, 2.0):
+        wanted = weights * (look.rms / look.rms.mean() + alpha * g / g.mean())
+        np.testing.assert_allclose(scored(source, "gblm", alpha=alpha), wanted, rtol=1e-5)
+
+
+def test_random_scores_are_uniform_and_depend_on_seed_and_tensor() -> None:
+    shape = (300, 200)
+    parameters = tuple(Parameter(name, shape, 0, "linear") for name in ("a", "b"))
+    data = {p.name: arrays(shape, 0) for p in parameters}
+    source = ArraySource(parameters, data, {p.name: attributes() for p in parameters})
+    one, other, third = (
+        scored(source, "random", "a"),
+        scored(source, "random", "b"),
+        scored(source, "random", "a", seed=1),
+    )
+    assert one.std() == pytest.approx(one.max() / 12**0.5, rel=0.02)
+    assert max(abs(np.corrcoef(one.ravel(), x.ravel())[0, 1]) for x in (other, third)) < 0.02
+    part = SCORES["random"].prepare(source, parameters[0], ScoreSettings())(
+        source.band("a", 7, 20, {"records"})
+    )
+    np.testing.assert_array_equal(part, one[7:20])
+
+
+def test_the_core_ranks_by_s_less_the_margin() -> None:
+    ranks, S = core_ranks(attributes()).astype(int), score_table(attributes())
+    keys = np.arange(1 << 16)
+    wanted = S[keys >> 4] - np.float32(0.25) * (keys & 15).astype(np.float32)
+    order = np.argsort(wanted, kind="stable")
+    assert (np.diff(ranks[order]) == (np.diff(wanted[order]) > 0)).all()
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(InputError, match=r"no score is called 'wander'.*wanda"):
+        score_named("wander")
+    source = make_source()
+    bare = ArraySource(
+        source.parameters, {NAME: {"records": source.arrays[NAME]["records"]}}, source.attribute
+    )
+    with pytest.raises(InputError, match=f"weights of {NAME}"):
+        scored(bare, "magnitude")

@@ -1,0 +1,1 @@
+"""How good a cut model is: held-out loss of every method at every budget."""

@@ -1,0 +1,157 @@
+"""The model card of an assembled model: what was kept, on what data, figures, limits, licence of the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+with model.gates([1.0] + [0.0] * (model.config.experts - 1)):  # the first expert and the core alone
+    model.generate(**inputs)
+```
+
+The code in this folder needs Torch and transformers alone; with Numba it has faster kernels. With Tiny-ONN installed,
+`import tinyonn.experts` makes `trust_remote_code` unnecessary."""
+
+
+def write_card(
+    folder: Path, assembly: dict[str, Any], base: Path, top_k: int | None, figures: Any = None
+) -> None:
+    """Write ``README.md``.
+
+    Parameters
+    ----------
+    folder : Path
+    assembly : dict
+        Of the model's configuration.
+    base : Path
+        Folder of the base model, whose card says its licence.
+    top_k : int or None
+    figures : dict, optional
+        Held-out loss in nats by line, from `tinyonn evaluate`: ``{"line": {"slice": loss, ..., "mean": loss}}``.
+    """
+    front, licence = _front(base, assembly)
+    (folder / "README.md").write_text(
+        "\n".join(
+            [
+                "---",
+                yaml.safe_dump(front, sort_keys=False).strip(),
+                "---",
+                "",
+                f"# {_name(assembly)} as sparse experts",
+                "",
+                *_kept(assembly, top_k),
+                "",
+                "## Use",
+                "",
+                LOADING,
+                "",
+                "## Quality",
+                "",
+                *_quality(figures),
+                "",
+                "## Limits",
+                "",
+                "- Nothing was trained after the cut. What the model knew through the dropped weights is lost, and",
+                "  perplexity does not show all of it.",
+                "- Scores come from the samples named above. On other kinds of text more is lost.",
+                "- Speed and memory gain as fewer experts are on; with all on, the model runs as a dense one.",
+                "",
+                "## Licence",
+                "",
+                licence,
+                "",
+            ]
+        ),
+        "utf-8",
+    )
+
+
+def _front(base: Path, assembly: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Front matter, and a sentence on the licence."""
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sparse", "mixture-of-experts", "tiny-onn"],
+    }
+    path = assembly["base"]["path"]
+    if "/" in path and not Path(path).exists():
+        front["base_model"] = path
+    theirs = _front_matter(base / "README.md")
+    licence = theirs.get("license")
+    if licence is None:
+        return (
+            front,
+            "The weights are those of the base model; its licence holds for them. See the base model's card.",
+        )
+    front["license"] = licence
+    for key in ("license_name", "license_link", "language"):
+        if key in theirs:
+            front[key] = theirs[key]
+    return (
+        front,
+        f"The weights are those of the base model, whose card names the licence `{licence}`; it holds here too.",
+    )
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    parts = path.read_text("utf-8").split("---", 2)
+    try:
+        tree = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except yaml.YAMLError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _name(assembly: dict[str, Any]) -> str:
+    path = str(assembly["base"]["path"]).rstrip("/")
+    return "The reference model" if path == "reference" else path.rsplit("/", 1)[-1]
+
+
+def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
+    report, selection = assembly["report"], assembly["selection"]
+    experts = len(report["sizes"]) - 1
+    on = "all experts are on" if top_k is None else f"{top_k} of {experts} experts are on"
+    slices = ", ".join(f"{name} ({count:,})" for name, count in assembly["slices"].items())
+    base, share = assembly["base"], report["budget"] / report["linear"]
+    rounded = " after NF4" if base["quantization"] == "nf4" else ""
+    what = (
+        f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of `{base['path']}`, "
+        f"in {experts} experts and a core of {report['sizes'][-1]:,} weights that is always on. Values are the base's"
+        f"{rounded}; none was trained. Embeddings, head, norms and biases ({report['trunk']:,}) are whole. "
+        f"By default {on}."
+    )
+    made = (
+        f"Made with Tiny-ONN {assembly['tinyonn']} from what every weight did on {assembly['samples']:,} samples: "
+        f"{slices}. Score `{selection['score']}`, best within each {selection['within']}, budget across tensors "
+        f"`{selection['allocation']}`, core {selection['core']:.0%} of the budget, seed {selection['seed']}."
+    )
+    lines = [what, "", made, "", "| kind | weights | kept | share |", "|---|---|---|---|"]
+    for kind, (kept, every) in report["kinds"].items():
+        lines.append(f"| {kind} | {every:,} | {kept:,} | {kept / every:.1%} |")
+    return lines
+
+
+def _quality(figures: Any) -> list[str]:
+    if not figures:
+        return ["Not measured yet: `tinyonn evaluate` measures it, `tinyonn export` puts the figures here."]
+    slices = list(next(iter(figures.values())))
+    lines = [
+        "Held-out loss, nats a token:",
+        "",
+        f"| | {' | '.join(slices)} |",
+        f"|---|{'---|' * len(slices)}",
+    ]
+    for name, losses in figures.items():
+        lines.append(f"| {name} | {' | '.join(f'{losses[s]:.3f}' for s in slices)} |")
+    return lines

@@ -1,0 +1,341 @@
+"""``tinyonn export``: an assembled model for others: for a hub, as a dense checkpoint, or as masks.
+
+``hub``      the sparse model's folder, its card filled with the figures of `tinyonn evaluate`
+``dense``    chosen experts and the core merged into a checkpoint of the base architecture, which every tool reads
+``npz``      per layer an archive with every matrix's groups, uint8 [out, in]: expert, k for the core, 255 dropped
+``parquet``  per layer a table of the kept weights: tensor, row, column, expert, value
+
+Shard by shard: memory is bounded by one layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tinyonn.errors import InputError
+from tinyonn.experts.card import write_card
+from tinyonn.experts.compress import Compressed, expand
+from tinyonn.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tinyonn.run import Run
+
+FORMATS = ("hub", "dense", "npz", "parquet")
+MARKER = "selection.json"  # of the assembled folder; of no use elsewhere
+PARTS = ("values", "columns", "row_pointer")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What a call of `export_model` wrote."""
+
+    source: str
+    folder: str
+    format: str
+    experts: list[int]
+    weights: int
+    files: int
+    bytes: int
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For people."""
+        from rich.table import Table
+
+        table = Table(title=f"exported {self.folder}", title_justify="left")
+        for heading in ("format", "experts", "weights of matrices", "files", "on disk"):
+            table.add_column(heading, justify="right")
+        table.add_row(
+            self.format,
+            str(len(self.experts)),
+            f"{self.weights:,}",
+            str(self.files),
+            format_size(self.bytes),
+        )
+        return table
+
+
+class Assembled:
+    """An assembled folder, shard by shard, without building the model.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Raises
+    ------
+    InputError
+        No assembled model is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+            index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            raise InputError(f"{folder} holds no assembled model; run `tinyonn assemble` first") from None
+        if self.config.get("model_type") != "tiny_onn":
+            raise InputError(
+                f"{folder} holds a model of type {self.config.get('model_type')!r}, not tiny_onn; give the folder that "
+                "`tinyonn assemble` wrote"
+            )
+        self.experts: int = self.config["experts"]
+        self.layers: dict[str, dict[str, int]] = self.config["sparse_layers"]
+        self.files: dict[str, list[str]] = {}
+        for key, file in index["weight_map"].items():
+            self.files.setdefault(file, []).append(key)
+
+    def shards(self) -> Iterator[tuple[str, dict[str, Compressed], dict[str, torch.Tensor]]]:
+        """File name, matrices by module, and other tensors by their name in the base."""
+        from safetensors import SafetensorError, safe_open
+
+        for file, keys in sorted(self.files.items()):
+            path = self.folder / file
+            try:
+                with safe_open(path, framework="pt") as stream:
+                    self._check(path, stream.metadata() or {})
+                    tensors = {key.removeprefix("base."): stream.get_tensor(key) for key in keys}
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{path} is missing or damaged ({error}); run `tinyonn assemble` again"
+                ) from None
+            matrices = {}
+            for module, layer in self.layers.items():
+                if f"{module}.values" in tensors:
+                    values, columns, pointer = (tensors.pop(f"{module}.{part}") for part in PARTS)
+                    sizes = np.diff(pointer[:: layer["out"]].numpy())
+                    matrices[module] = Compressed(values, columns, pointer, sizes)
+            yield file, matrices, tensors
+
+    def _check(self, path: Path, metadata: dict[str, str]) -> None:
+        wanted = self.config["assembly"].get("id")
+        if metadata.get("assembly") != wanted:
+            raise InputError(
+                f"{path} belongs to assembly {metadata.get('assembly', 'unknown')} but config.json to {wanted}; "
+                "run `tinyonn assemble` again"
+            )
+
+
+def export_model(
+    source: Path,
+    folder: Path,
+    format: str,
+    experts: Sequence[int] | None = None,
+    base: Path | None = None,
+    figures: Any = None,
+) -> ExportReport:
+    """Export an assembled model.
+
+    Parameters
+    ----------
+    source : Path
+        Folder of the assembled model.
+    folder : Path
+        New, or empty.
+    format : str
+        See the module.
+    experts : sequence of int, optional
+        For ``dense``, ``npz`` and ``parquet``: those beside the core; by default all.
+    base : Path, optional
+        Folder of the base model, whose card says its licence.
+    figures : dict, optional
+        For the card; see `write_card`.
+
+    Raises
+    ------
+    InputError
+        Unknown format or expert; `folder` is not empty; the assembled model is not there, damaged or mixed.
+    """
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r} is unknown; choose {', '.join(FORMATS)}")
+    assembled = Assembled(source)
+    chosen = list(range(assembled.experts)) if experts is None else sorted(set(experts))
+    if wrong := [number for number in chosen if not 0 <= number < assembled.experts]:
+        raise InputError(f"there is no expert {wrong[0]}; there are 0 to {assembled.experts - 1}")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
+    if format == "hub":
+        _copy(source, folder)
+        write_card(folder, assembled.config["assembly"], base or source, assembled.config["top_k"], figures)
+        weights = sum(assembled.config["expert_sizes"])
+    else:
+        write = {"dense": _write_dense, "npz": _write_npz, "parquet": _write_parquet}[format]
+        weights = write(assembled, folder, flags)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return ExportReport(
+        str(source),
+        str(folder),
+        format,
+        chosen,
+        weights,
+        len(files),
+        sum(path.stat().st_size for path in files),
+    )
+
+
+def experts_of_slices(
+    cells: Sequence[dict[str, Any]], slices: Sequence[str], known: Sequence[str]
+) -> list[int]:
+    """Experts in which the slices are dominant for a larger share of the weights than in all cells together.
+
+    Parameters
+    ----------
+    cells : sequence of dict
+        ``size`` and ``slices`` (share by dominant slice) of every cell, as the labels' attributes have them.
+    slices : sequence of str
+    known : sequence of str
+
+    Raises
+    ------
+    InputError
+        No such slice.
+    """
+    if wrong := [name for name in slices if name not in known]:
+        raise InputError(f"no slice {wrong[0]!r} in this run; there are {', '.join(known)}")
+    shares = np.array([sum(cell["slices"].get(name, 0.0) for name in slices) for cell in cells])
+    sizes = np.array([cell["size"] for cell in cells], dtype=np.float64)
+    return [int(number) for number in np.flatnonzero(shares > shares @ sizes / sizes.sum())]
+
+
+def numbers_of(experts: str | None, slices: str | None, run: Callable[[], Run]) -> list[int] | None:
+    """Numbers of experts from the command line's texts, comma-separated; None takes all.
+
+    Raises
+    ------
+    InputError
+        Both are given, or one is no number, or no slice of the run.
+    """
+    if experts is not None and slices is not None:
+        raise InputError("--experts and --slices exclude each other; give one")
+    if experts is not None:
+        parts = [part.strip() for part in experts.split(",") if part.strip()]
+        if wrong := [part for part in parts if not part.isdigit()]:
+            raise InputError(
+                f"--experts {experts!r}: {wrong[0]!r} is not a number; give numbers such as 0,4,17"
+            )
+        return [int(part) for part in parts]
+    if slices is None:
+        return None
+    opened = run()
+    stored = opened.store.reader().stage("labels")
+    if stored is None:
+        raise InputError(f"{opened.store.location} is not clustered; run `tinyonn cluster` first")
+    return experts_of_slices(stored["cells"], [name.strip() for name in slices.split(",")], opened.slices)
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.name != MARKER:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
+    """A checkpoint of the base architecture; weights in it that were kept."""
+    from safetensors.torch import save_file
+
+    across = _conv1d(assembled.config["base_config"])
+    weight_map: dict[str, str] = {}
+    weights = total = 0
+    for file, matrices, tensors in assembled.shards():
+        for module, matrix in matrices.items():
+            layer = assembled.layers[module]
+            dense, _ = expand(matrix, layer["out"], layer["in"], chosen)
+            tensors[f"{module}.weight"] = dense.T.contiguous() if module in across else dense
+            weights += int(matrix.sizes[chosen].sum())
+        save_file(tensors, folder / file, {"format": "pt"})
+        (folder / file).chmod(0o644)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    for path in assembled.folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (
+            "config.json",
+            MARKER,
+            "model.safetensors.index.json",
+        ):
+            shutil.copyfile(path, folder / path.name)
+    base_config = assembled.config["base_config"] | {"dtype": assembled.config["dtype"]}
+    (folder / "config.json").write_text(json.dumps(base_config, indent=2), "utf-8")
+    return weights
+
+
+def _conv1d(base_config: dict[str, Any]) -> set[str]:
+    """Modules of the base whose weight is [in, out]."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base_config))
+    return {name for name, module in model.named_modules() if type(module) is Conv1D}
+
+
+def _write_npz(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
+    weights = 0
+    for file, matrices, _ in assembled.shards():
+        arrays: dict[str, Any] = {}
+        for module, matrix in matrices.items():
+            layer = assembled.layers[module]
+            _, groups = expand(matrix, layer["out"], layer["in"], chosen)
+            kept = np.append(chosen, np.zeros(256 - chosen.size, np.bool_))[groups]
+            arrays[f"{module}.weight"] = np.where(kept, groups, np.uint8(255))
+            weights += int(kept.sum())
+        if arrays:
+            np.savez_compressed(folder / file.replace(".safetensors", ".npz"), **arrays)
+    return weights
+
+
+def _write_parquet(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    weights = 0
+    for file, matrices, _ in assembled.shards():
+        if not matrices:
+            continue
+        schema = pa.schema(
+            [
+                ("tensor", pa.dictionary(pa.int16(), pa.string())),
+                ("row", pa.int32()),
+                ("column", pa.int32()),
+                ("expert", pa.uint8()),
+                ("value", pa.float32()),
+            ]
+        )
+        with pq.ParquetWriter(
+            folder / file.replace(".safetensors", ".parquet"), schema, compression="zstd"
+        ) as out:
+            for module, matrix in matrices.items():
+                rows, expert = _places(matrix, assembled.layers[module]["out"])
+                kept = chosen[expert]
+                count = int(kept.sum())
+                tensor = pa.DictionaryArray.from_arrays(np.zeros(count, np.int16), [f"{module}.weight"])
+                columns = matrix.columns.numpy().astype(np.int32)[kept]
+                values = matrix.values.float().numpy()[kept]
+                arrays = [tensor, rows[kept], columns, expert[kept], values]
+                out.write_table(pa.table(arrays, schema=schema))
+                weights += count
+    return weights
+
+
+def _places(matrix: Compressed, out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row (int32) and group (uint8) of every entry."""
+    lengths = np.diff(matrix.row_pointer.numpy())
+    lines = np.repeat(np.arange(lengths.size), lengths)
+    return (lines % out).astype(np.int32), (lines // out).astype(np.uint8)

@@ -1,0 +1,255 @@
+"""Which weights are kept: exactly a budget, cut to the weight, in bounded memory.
+
+1. The budget is allocated across tensors (``tinyonn.experts.allocation``); after that every tensor is cut on its own.
+2. In a tensor (or each of its output rows) the highest scores up to its budget are marked.
+3. The core's share of them goes to those that stand highest in every slice: S less the margin by which the dominant
+   slice stands above the others.
+4. The rest: within tensors or rows it stays as marked, and goes to the experts of its labels. Within cells, every cell
+   in the tensor gets a part of the rest, and its highest scores outside the core.
+
+Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tensor's few cuts, in any band order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.engine import Call, Compute
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.experts.allocation import (
+    apportion,
+    given_counts,
+    global_counts,
+    outlier_counts,
+    outliers_of,
+    solve,
+    uniform_counts,
+)
+from tinyonn.experts.cuts import GATHERED
+from tinyonn.experts.cutting import HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
+from tinyonn.experts.options import Selection, SelectOptions
+from tinyonn.experts.source import Band, Source, tensors_outside
+from tinyonn.score.stage import task_groups
+from tinyonn.store.arrays import band_rows, bands
+from tinyonn.store.records import UInt8
+
+__all__ = ["SelectOptions", "Selection", "TensorGroups", "groups_of", "select", "select_bytes"]
+
+LOG = logging.getLogger(__name__)
+WORTH = {"global": "wg", "outlier": "wanda"}
+
+
+class TensorGroups:
+    """The groups of a tensor's weights.
+
+    Parameters
+    ----------
+    selection : Selection
+    source : Source
+        The one it was made from, or another with the same records, labels and weights.
+    name : str
+
+    Raises
+    ------
+    InputError
+        Other records or labels; or the tensor is in the trunk.
+    """
+
+    def __init__(self, selection: Selection, source: Source, name: str) -> None:
+        if selection.identity != source.identity:
+            raise InputError(
+                f"the selection was made from other records or labels than the present ones ({selection.identity}, now "
+                f"{source.identity}); select again, or restore the run that it was made from"
+            )
+        if name not in selection.tensors:
+            raise InputError(f"{name} is in the trunk of the selection and has no groups")
+        self.cuts = selection.tensors[name]
+        self._view = TensorView(source, parameter_named(source, name), selection.options)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a band must hold."""
+        return self._view.needs
+
+    def of(self, first: int, last: int) -> UInt8:
+        """Groups of rows [first, last): uint8 [rows, columns]; k is the core, 255 dropped."""
+        return self.of_band(self._view.band(first, last))
+
+    def of_band(self, band: Band) -> UInt8:
+        """The same for a band that was read with `needs`."""
+        return self._view.assign(self._view.part(band), self.cuts)
+
+
+def groups_of(
+    selection: Selection, source: Source, name: str, first: int = 0, last: int | None = None
+) -> UInt8:
+    """Groups of some rows of a tensor; for many bands of one, `TensorGroups` looks at it only once.
+
+    Parameters
+    ----------
+    selection : Selection
+    source : Source
+    name : str
+    first, last : int
+        Rows; by default all.
+
+    Returns
+    -------
+    uint8 [rows, columns]
+        0 to k − 1: the expert; k: the core; 255: dropped.
+    """
+    rows = parameter_named(source, name).shape[0]
+    return TensorGroups(selection, source, name).of(first, rows if last is None else last)
+
+
+def parameter_named(source: Source, name: str) -> Parameter:
+    """A tensor of the source.
+
+    Raises
+    ------
+    InputError
+        There is none of this name.
+    """
+    found = next((parameter for parameter in source.parameters if parameter.name == name), None)
+    if found is None:
+        raise InputError(f"the model has no tensor {name}")
+    return found
+
+
+def select(source: Source, options: SelectOptions, compute: Compute | None = None) -> Selection:
+    """Choose exactly the budget.
+
+    Parameters
+    ----------
+    source : Source
+    options : SelectOptions
+    compute : callable, optional
+        From `tinyonn.engine.computing`, with as many workers as `select_bytes` leaves room for; without it, one task
+        after another in this thread. The result does not depend on it.
+
+    Raises
+    ------
+    InputError
+        As `SelectOptions.weights_of`; a score that needs what the source lacks, or that is not a number.
+    """
+    run = compute if compute is not None else _one_by_one
+    budget = options.weights_of(source)
+    tensors = tensors_outside(source.parameters, options.trunk)
+    large = next((p for p in tensors if p.size >= 1 << 32), None)
+    if large is not None:
+        raise CapacityError(
+            f"{large.name} has {large.size:,} weights; at most {2**32:,} of a tensor can be told apart"
+        )
+    sizes = np.array([parameter.size for parameter in tensors])
+    counts = dict(
+        zip([p.name for p in tensors], _allocate(source, tensors, options, budget, run), strict=True)
+    )
+    names = list(counts)
+    core = dict(
+        zip(
+            names,
+            apportion(round(options.core * budget), list(counts.values()), list(counts.values())),
+            strict=True,
+        )
+    )
+    groups = task_groups(tensors)
+    calls: list[Call] = [
+        (cut_tensors, (source, tuple((p, int(counts[p.name]), int(core[p.name])) for p in group), options))
+        for group in groups
+    ]
+    found = {
+        parameter.name: cuts
+        for group, result in zip(groups, run(calls), strict=True)
+        for parameter, cuts in zip(group, result, strict=True)
+    }
+    experts = max(source.cells, 1)
+    selection = Selection(options, source.identity, experts, budget, {name: found[name] for name in names})
+    assert sum(selection.group_sizes) == budget and sizes.sum() >= budget
+    if empty := selection.empty_experts:
+        LOG.warning(
+            "%d of %d experts are empty: %s; a larger budget, a smaller core or fewer cells would fill them",
+            *(len(empty), experts, ", ".join(map(str, empty))),
+        )
+    return selection
+
+
+def select_bytes(source: Source, options: SelectOptions) -> int:
+    """Memory of the largest task."""
+    tensors = tensors_outside(source.parameters, options.trunk)
+    return max((_task_bytes(p, source, options) for p in tensors), default=0)
+
+
+def _task_bytes(parameter: Parameter, source: Source, options: SelectOptions) -> int:
+    band = band_rows(parameter.shape) * prod(parameter.shape[1:])
+    whole = parameter.size if options.within == "row" and parameter.name in source.transposed else 0
+    held = max(min(HELD_BYTES, WEIGHT_BYTES * parameter.size), (2 * WEIGHT_BYTES + 10) * whole)
+    histograms = max(source.cells, 1) * (1 << 16) * 4
+    # A band's records, weights, scores, keys, ranks, labels, groups, and a chunk while it is decoded.
+    return held + histograms + GATHERED * 8 + band * (2 + 4 + 4 + 4 + 2 + 1 + 1 + 4)
+
+
+def _one_by_one(calls: Sequence[Call]) -> list[Any]:
+    return [function(*arguments) for function, arguments in calls]
+
+
+def _allocate(
+    source: Source, tensors: Sequence[Parameter], options: SelectOptions, budget: int, run: Compute
+) -> np.ndarray:
+    sizes = np.array([parameter.size for parameter in tensors])
+    if options.allocation == "given":
+        return given_counts(tensors, options.shares, budget)
+    if options.allocation == "measured":
+        solved = solve(options.curves, {p.name: p.size for p in tensors}, budget)
+        return np.array([solved[parameter.name] for parameter in tensors])
+    if options.allocation == "uniform":
+        return uniform_counts(sizes, budget)
+    groups = task_groups(tensors)
+    results = run([(worth_histograms, (source, tuple(group), options)) for group in groups])
+    by_name = {
+        parameter.name: histogram
+        for group, result in zip(groups, results, strict=True)
+        for parameter, histogram in zip(group, result, strict=True)
+    }
+    histograms = [by_name[parameter.name] for parameter in tensors]
+    if options.allocation == "global":
+        return global_counts(histograms, budget)
+    values = _bin_values()
+    outliers = [outliers_of(bins, counts, values, options.outlier_times) for bins, counts in histograms]
+    return outlier_counts([p.layer for p in tensors], sizes, outliers, budget, options.outlier_spread)
+
+
+def worth_histograms(
+    source: Source, parameters: tuple[Parameter, ...], options: SelectOptions
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A task: how many weights of each tensor lie in each bin (upper 16 bits of the key) of the worth."""
+    found = []
+    for parameter in parameters:
+        worth = options.worth or WORTH[options.allocation]
+        view = TensorView(source, parameter, options, worth)
+        counts = np.zeros(1 << 16, np.int64)
+        for first, last in bands(parameter.shape):
+            _count_bins(view.keys(view.band(first, last)).reshape(-1), counts)
+        bins = np.flatnonzero(counts)
+        found.append((bins.astype(np.uint16), counts[bins]))
+    return found
+
+
+def _bin_values() -> np.ndarray:
+    """The score in the middle of every bin, float64 [65536]; those that no score has are 0."""
+    keys = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(1 << 15)
+    bits = np.where(keys >> np.uint32(31), keys & np.uint32(0x7FFFFFFF), ~keys)
+    values = bits.astype(np.uint32).view(np.float32)
+    return np.where(np.isfinite(values), values, np.float32(0)).astype(np.float64)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _count_bins(keys: Any, counts: Any) -> None:
+    for i in range(keys.size):
+        counts[keys[i] >> np.uint32(16)] += 1

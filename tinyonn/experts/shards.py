@@ -1,0 +1,264 @@
+"""The weights of an assembled model, shard by shard: one for each decoder layer, one for what lies outside the layers.
+
+A shard is written to a side file and renamed, so that it is whole or not there; its metadata name the assembly and hold
+what is known of it, so that a later call can go on without it. A worker holds one tensor and one shard at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.base.weights import BaseWeights
+from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
+from tinyonn.experts.options import Selection
+from tinyonn.experts.select import TensorGroups
+from tinyonn.experts.shards_tinyonn import ASSEMBLY
+from tinyonn.experts.source import RunSource
+from tinyonn.store.arrays import bands
+from tinyonn.store.records import Float64, UInt8
+
+TYPES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+CONTENT = "content"  # in a shard's metadata, beside "assembly"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights.
+
+    Attributes
+    ----------
+    path : Path
+    cut : tuple of Parameter
+        Matrices that are stored by expert.
+    whole : tuple of str
+        Names of tensors that are stored as they are.
+    """
+
+    path: Path
+    cut: tuple[Parameter, ...]
+    whole: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a matrix that is stored by expert.
+
+    Attributes
+    ----------
+    module : str
+        Name of the base's module.
+    out, inputs : int
+    sizes : list of int
+        Weights of every expert, the core last.
+    worth : list of float
+        Share of the layer's recorded output energy, Σ (|W| rms x)², that goes through each of them.
+    """
+
+    module: str
+    out: int
+    inputs: int
+    sizes: list[int]
+    worth: list[float]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a shard's bytes come from; sent to the workers."""
+
+    assembly: str
+    source: RunSource
+    base: BaseWeights
+    selection: Selection
+    quantized: frozenset[str]
+
+
+def plan_shards(
+    folder: Path, parameters: Sequence[Parameter], cut: Sequence[str], others: Sequence[str]
+) -> list[Shard]:
+    """One shard per layer, and one for the rest if there is any.
+
+    Parameters
+    ----------
+    folder : Path
+    parameters : sequence of Parameter
+        All of the model.
+    cut : sequence of str
+        Names of those that are stored by expert.
+    others : sequence of str
+        Names of persistent buffers.
+    """
+    by_layer: dict[int, list[Parameter]] = {}
+    for parameter in parameters:
+        by_layer.setdefault(-1 if parameter.layer is None else parameter.layer, []).append(parameter)
+    if others:
+        by_layer.setdefault(-1, [])
+    shards = []
+    for number, layer in enumerate(sorted(by_layer), start=1):
+        its = by_layer[layer]
+        whole = [p.name for p in its if p.name not in cut] + (list(others) if layer == -1 else [])
+        path = folder / f"model-{number:05d}-of-{len(by_layer):05d}.safetensors"
+        shards.append(Shard(path, tuple(p for p in its if p.name in cut), tuple(whole)))
+    return shards
+
+
+def write_shard(shard: Shard, sources: Sources) -> list[Layer]:
+    """A task: write a shard, unless it is there already; what is known of its matrices."""
+    if (known := read_content(shard.path, sources.assembly)) is not None:
+        return known
+    tensors: dict[str, torch.Tensor] = {}
+    layers = []
+    for parameter in shard.cut:
+        layer, parts = _cut(parameter, sources)
+        layers.append(layer)
+        tensors |= {f"base.{layer.module}.{name}": part for name, part in parts.items()}
+    for name in shard.whole:
+        tensors[f"base.{name}"] = _whole(name, sources)
+    content = json.dumps([vars(layer) for layer in layers])
+    write_tensors(shard.path, tensors, {"format": "pt", ASSEMBLY: sources.assembly, CONTENT: content})
+    return layers
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    The library's own writer puts metadata in another order each time; here equal tensors and metadata give equal files.
+
+    Parameters
+    ----------
+    path : Path
+    tensors : mapping of str to contiguous tensor
+    metadata : mapping of str to str
+    """
+    order = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # keeps all of them aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    side = path.with_suffix(".part")
+    with side.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            if tensors[name].numel():
+                content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
+                stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    side.replace(path)
+
+
+def read_content(path: Path, assembly: str) -> list[Layer] | None:
+    """What is known of a shard's matrices; None if it is not there, damaged or of another assembly."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    if metadata.get(ASSEMBLY) != assembly or CONTENT not in metadata:
+        return None
+    return [Layer(**layer) for layer in json.loads(metadata[CONTENT])]
+
+
+def _cut(parameter: Parameter, sources: Sources) -> tuple[Layer, dict[str, torch.Tensor]]:
+    name, selection = parameter.name, sources.selection
+    groups = selection.experts + 1
+    group, worth = _grouped(parameter, sources, groups)
+    if name in sources.source.transposed:
+        group = np.ascontiguousarray(group.T)
+    found = compress(sources.base.matrix(name), group, groups)
+    wanted = selection.tensors[name].kept.tolist()
+    assert found.sizes.tolist() == wanted, f"{name}: {found.sizes.sum()} weights cut, {sum(wanted)} selected"
+    module = name.removesuffix(".weight")
+    out, inputs = group.shape
+    layer = Layer(module, out, inputs, found.sizes.tolist(), (worth[:-1] / worth.sum()).tolist())
+    return layer, {"values": found.values, "columns": found.columns, "row_pointer": found.row_pointer}
+
+
+def _grouped(parameter: Parameter, sources: Sources, groups: int) -> tuple[UInt8, Float64]:
+    """Every weight's group in the recorded orientation, and what each group is worth, float64 [groups + 1]."""
+    name = parameter.name
+    view = TensorGroups(sources.selection, sources.source, name)
+    codebook = np.array(sources.source.attributes(name)["fields"]["act"]["codebook"], dtype=np.float64)
+    energy = np.exp2(codebook)  # two levels to the octave
+    group = np.empty(parameter.shape, np.uint8)
+    worth = np.zeros(groups + 1)
+    for first, last in bands(parameter.shape):
+        band = sources.source.band(name, first, last, view.needs | {"records"})
+        assert band.records is not None
+        group[first:last] = view.of_band(band)
+        worth += sums_by_group(group[first:last], band.records, energy, groups)
+    return group, worth
+
+
+def _whole(name: str, sources: Sources) -> torch.Tensor:
+    """A tensor of the trunk as the dense model computes with it."""
+    if name not in sources.quantized:
+        return sources.base.tensor(name).contiguous()
+    matrix = sources.base.matrix(name)
+    return matrix.T.contiguous() if name in sources.base.transposed else matrix
+
+
+def shard_bytes(shard: Shard, sources: Sources) -> int:
+    """What the matrices of a shard take by the format's arithmetic, without the trunk and the file's header."""
+    selection, across = sources.selection, sources.source.transposed
+    total = 0
+    for parameter in shard.cut:
+        out, inputs = parameter.shape[::-1] if parameter.name in across else parameter.shape
+        entries = int(selection.tensors[parameter.name].kept.sum())
+        total += stored_bytes(out, inputs, selection.experts + 1, entries, sources.base.dtype.itemsize)
+    return total
+
+
+def task_bytes(shard: Shard, sources: Sources, sizes: Mapping[str, int]) -> int:
+    """Memory of a task that writes a shard: its tensors, and the largest matrix while it is cut.
+
+    Parameters
+    ----------
+    shard : Shard
+    sources : Sources
+    sizes : mapping of str to int
+        Weights of every tensor.
+    """
+    width = sources.base.dtype.itemsize
+    largest = max((prod(p.shape) for p in shard.cut), default=0)
+    # Of a matrix: as read and rounded, its groups twice, and its entries before they are joined to the shard.
+    own = largest * (3 * width + 2)
+    return shard_bytes(shard, sources) + width * sum(sizes.get(name, 0) for name in shard.whole) + own
+
+
+def contents(shard: Shard) -> dict[str, Any]:
+    """Names of a shard's tensors, for the index, and its bytes without the header."""
+    with safe_open(shard.path, framework="pt") as file:
+        names = list(file.keys())
+    with shard.path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return {"names": names, "bytes": shard.path.stat().st_size - 8 - header}

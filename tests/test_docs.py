@@ -29,7 +29,7 @@ from tests.documents import (
 from tests.record.runs import config_of, serial_run, write_rows
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import Config, known_keys, parse_config
+from tinyonn.config import Config, EvaluateConfig, known_keys, parse_config
 from tinyonn.score.stage import score_run
 
 PLAN_WIDTH = 100
@@ -43,6 +43,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = make_model("qwen2", folder / "model")
     write_rows(folder / "rows.jsonl", {"python": 9, "prose": 5})
     config = config_of(model, folder / "rows.jsonl")
+    write_rows(folder / "held.jsonl", {"python": 3, "prose": 3}, seed=1)
+    held_out = config.data.model_copy(update={"path": str(folder / "held.jsonl")})
+    measured = EvaluateConfig(data=held_out, methods=("default", "wanda"), budgets=(0.5,), oracle=None)
+    config = config.model_copy(update={"evaluate": measured})
     serial_run(folder / "storage" / "demo", config)
     score_run(str(folder / "storage" / "demo"), config.score)
     cluster_run(str(folder / "storage" / "demo"), config.cluster)

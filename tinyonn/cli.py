@@ -251,6 +251,54 @@ def assemble(
 
 
 @app.command()
+def evaluate(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    allocate: Annotated[
+        bool,
+        typer.Option(
+            "--allocate",
+            help="First search how experts.budget is best spread over the tensors, and keep that.",
+        ),
+    ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", help="Instead of evaluate.methods, such as default,wanda,sparsegpt."),
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="Instead of evaluate.budgets, such as 0.5,0.315.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Instead of evaluate.samples.")
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw loss against kept share into the run.")] = False,
+) -> None:
+    """Measure the held-out loss of the dense model and of what each way to choose weights leaves of it."""
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.evaluate.stage import evaluate_options, evaluate_run
+
+        given = dict(_given(methods=methods, budgets=budgets))
+        changes: dict[str, Any] = {}
+        if "methods" in given:
+            changes["methods"] = [name.strip() for name in given["methods"].split(",")]
+        if "budgets" in given:
+            changes["budgets"] = [part.strip() for part in given["budgets"].split(",")]
+        if samples is not None:
+            changes["samples"] = samples
+        settings = _changed(settings, "evaluate", changes)
+        if allocate:
+            from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
+
+            budget = settings.experts.budget
+            _show(allocate_run(location, settings, AllocateOptions((budget,)), _say))
+        return evaluate_run(location, settings, evaluate_options(location, settings, plot), _say)
+
+    _run_stage("evaluate", run, config, as_json, stage)
+
+
+@app.command()
 def export(
     run: RunArgument,
     folder: Annotated[Path, typer.Argument(help="New folder.")],
@@ -281,12 +329,15 @@ def export(
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.base.source import model_folder
-        from tinyonn.experts.export import export_model, numbers_of
+        from tinyonn.evaluate.report import card_figures
+        from tinyonn.experts.export import Assembled, export_model, numbers_of
         from tinyonn.run import open_run
 
         source = model if model is not None else local_folder(location) / "experts"
         numbers = numbers_of(experts, slices, lambda: open_run(location))
-        return export_model(source, folder, format, numbers, model_folder(settings.model, weights=False))
+        figures = card_figures(local_folder(location), Assembled(source).config["assembly"].get("selection"))
+        base = model_folder(settings.model, weights=False)
+        return export_model(source, folder, format, numbers, base, figures)
 
     _run_stage("export", run, config, as_json, stage, log=False)
 
@@ -305,10 +356,12 @@ def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = 
 
 @app.command()
 def demo(as_json: JsonOption = False) -> None:
-    """Record the shipped corpus with the shipped model into storage/demo, merge, score and cluster it."""
+    """Record the shipped corpus with the shipped model, cluster its weights, cut it into experts, measure them."""
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.cluster.stage import cluster_run
+        from tinyonn.evaluate.stage import evaluate_options, evaluate_run
+        from tinyonn.experts.assemble import assemble_run
         from tinyonn.merging import merge_run
         from tinyonn.score.stage import score_run
         from tinyonn.status import is_complete, read_status
@@ -322,7 +375,9 @@ def demo(as_json: JsonOption = False) -> None:
             _show(merge_run(location))
         _show(read_status(location))
         _show(score_run(location, settings.score))
-        return cluster_run(location, settings.cluster)
+        _show(cluster_run(location, settings.cluster))
+        _show(assemble_run(location, settings.model, settings.experts))
+        return evaluate_run(location, settings, evaluate_options(location, settings), _say)
 
     if not DEMO_CONFIG.is_file():
         _fail(
@@ -389,6 +444,14 @@ def _run_stage(
     else:
         _show(report)
     return report
+
+
+def _changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
+    """The configuration with options given on the command line in a section, validated like the file's."""
+    from tinyonn.config import parse_config
+
+    tree = settings.model_dump()
+    return parse_config({**tree, section: {**tree[section], **changes}}, "command line")
 
 
 def _engine(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError,
 from tinyonn.errors import InputError
 
 Auto = Literal["auto"]
+Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
 SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
@@ -129,16 +130,28 @@ class ExpertsConfig(Section):
     budget: float = Field(
         0.315, gt=0, allow_inf_nan=False
     )  # share of the linear weights; above 1 their number
-    score: Literal["S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"] = (
-        "S"  # what the kept ones are best in
-    )
+    score: Score = "root"  # what the kept ones are best in; root is |W| times the root of its gradient
     within: Literal["cell", "tensor", "row"] = "cell"  # what competes
-    balance: float = Field(0.05, ge=0, le=1)  # within cells: how far a cell's part follows its size
-    allocation: Literal["global", "uniform", "outlier"] = "global"  # of the budget across tensors
+    balance: float = Field(0.02, ge=0, le=1)  # within cells: how far a cell's part follows its size
+    allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
     core: float = Field(0.5, ge=0, le=1)  # share of the budget that is always on
     seed: int = 0  # of ties
     top_k: PositiveInt | None = None  # experts on for a prompt; null switches all on
     reroute_every: PositiveInt | None = None  # tokens after which a router chooses again; null: never
+
+
+class EvaluateConfig(Section):
+    """What the cut models are measured on, and beside what."""
+
+    data: DataConfig | None = None  # held-out data; null: the held-out split of the reference corpus
+    samples: PositiveInt | None = 252  # of them, evenly over the slices; null takes all
+    methods: tuple[str, ...] = (
+        "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
+        "default+update",
+    )  # fmt: skip
+    budgets: tuple[float, ...] = (0.5, 0.315, 0.25, 0.1)
+    calibration: PositiveInt = 112  # recorded samples for methods that update weights
+    oracle: str | None = "wg"  # score of masks made of one slice each; null leaves them out
 
 
 class StorageConfig(Section):
@@ -165,6 +178,7 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
     cluster: ClusterConfig = ClusterConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()
 

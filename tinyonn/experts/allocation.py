@@ -94,6 +94,26 @@ def _levelled(total: int, weights: Float64, limits: Float64) -> Float64:
         full |= over
 
 
+def cell_counts(rest: int, balance: float, marked: Counts, there: Counts) -> Counts:
+    """How many weights outside the core each cell of a tensor keeps.
+
+    Parameters
+    ----------
+    rest : int
+        Of all cells.
+    balance : float
+        How far this follows a cell's size rather than what the tensor as a whole would keep of it.
+    marked, there : int64 [cells]
+        What it would keep; what is outside the core.
+
+    Returns
+    -------
+    int64 [cells]
+    """
+    wanted = (1 - balance) * marked + balance * rest * (there / max(int(there.sum()), 1))
+    return apportion(rest, wanted, there)
+
+
 def uniform_counts(sizes: Any, total: int) -> Counts:
     """The same share of every tensor."""
     return apportion(total, sizes, sizes)

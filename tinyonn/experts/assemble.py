@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,17 +202,34 @@ def _short(text: str | None) -> str:
     return "none" if text is None else text[:12]
 
 
-def select_options(config: ExpertsConfig) -> SelectOptions:
-    """What the configuration asks of selection."""
+def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = None) -> SelectOptions:
+    """What the configuration asks of selection.
+
+    Parameters
+    ----------
+    config : ExpertsConfig
+    shares : mapping of str to float, optional
+        By tensor, as they were searched: for ``allocation: auto``, which is ``global`` without them.
+    """
+    auto = config.allocation == "auto"
+    given = dict(shares or {}) if auto else {}
     return SelectOptions(
         budget=config.budget,
         score=config.score,
         within=config.within,
         balance=config.balance,
         core=config.core,
-        allocation=config.allocation,
+        allocation="given" if given else "global" if auto else config.allocation,
+        shares=given,
         seed=config.seed,
     )
+
+
+def searched_shares(run: Run, location: str, budget: float) -> Mapping[str, float]:
+    """Shares by tensor that `tinyonn evaluate --allocate` found for a budget; empty if there are none."""
+    from tinyonn.evaluate.allocate import stored_shares
+
+    return stored_shares(local_folder(location), run.store.reader().stage("rows")).get(budget, {})
 
 
 def tree_of(options: SelectOptions) -> dict[str, Any]:
@@ -249,7 +266,7 @@ class _Assembly:
         self.source = source_of(run, self.base)
         self.fingerprint = check_base(run, location, model)
         self.shape = load_shape(model)
-        self.choice = select_options(config)
+        self.choice = select_options(config, searched_shares(run, location, config.budget))
         made_of = [
             FORMAT,
             tree_of(self.choice),

@@ -13,6 +13,7 @@ name           score of weight (i, j)                                           
                layer's output energy goes through the weight                                records, weights
 ``wg``         |W · g|, the root of the Fisher estimate of the loss (Molchanov et al.
                2019, https://arxiv.org/abs/1906.10771)                                      records, weights
+``root``       |W| · √g: the geometric mean of ``magnitude`` and ``wg``                     records, weights
 ``gblm``       |W| · (rms / mean rms + α · g / mean g), gradient-blended Wanda (Das et al.
                2023, https://arxiv.org/abs/2311.04902), both factors scaled to the tensor   records, weights
 ``random``     uniform, from a hash of seed, tensor and index                               nothing
@@ -24,7 +25,7 @@ Everything up to the products is integer arithmetic or tables, so that a score h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import fsum, prod
 from typing import Any
@@ -73,10 +74,13 @@ class Score:
     prepare : callable
         ``prepare(source, parameter, settings)`` looks at the tensor once and gives a function of its bands, float32
         [rows, columns].
+    table : callable or None
+        ``table(attributes, settings)``: the score of every 12-bit code, float32 [4096], where nothing else decides it.
     """
 
     needs: frozenset[str]
     prepare: Callable[[Source, Parameter, ScoreSettings], TensorScore]
+    table: Callable[[Mapping[str, Any], ScoreSettings], Float32] | None = None
 
 
 def score_named(name: str) -> Score:
@@ -130,8 +134,11 @@ def _codebooks(attributes: Any) -> Float64:
 
 
 def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] | None]) -> Score:
+    def of_codes(attributes: Mapping[str, Any], settings: ScoreSettings) -> Float32:
+        return score_table(attributes, weights_of(settings))
+
     def prepare(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
-        table = score_table(source.attributes(parameter.name), weights_of(settings))
+        table = of_codes(source.attributes(parameter.name), settings)
 
         def score(band: Band) -> Float32:
             assert band.records is not None
@@ -141,7 +148,7 @@ def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] |
 
         return score
 
-    return Score(frozenset({"records"}), prepare)
+    return Score(frozenset({"records"}), prepare, of_codes)
 
 
 def _magnitude(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
@@ -175,6 +182,12 @@ def _energy(source: Source, parameter: Parameter, settings: ScoreSettings) -> Te
 def _wg(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
     inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
     sizes = gradient_sizes(source.attributes(parameter.name))
+    return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
+
+
+def _root(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+    inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
+    sizes = np.sqrt(gradient_sizes(source.attributes(parameter.name)))
     return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
 
 
@@ -216,6 +229,7 @@ SCORES: dict[str, Score] = {
     "wanda": Score(frozenset({"records", "weights"}), _wanda),
     "energy": Score(frozenset({"records", "weights"}), _energy),
     "wg": Score(frozenset({"records", "weights"}), _wg),
+    "root": Score(frozenset({"records", "weights"}), _root),
     "gblm": Score(frozenset({"records", "weights"}), _gblm),
     "random": Score(frozenset({"records"}), _random),
 }

@@ -215,6 +215,19 @@ class ArraySource:
         return Band(first, **{field: np.ascontiguousarray(arrays[field][first:last]) for field in wanted})
 
 
+def check_labels(labels: UInt8, cells: int, name: str) -> None:
+    """Refuse labels that are no cell's.
+
+    Raises
+    ------
+    InputError
+    """
+    if (top := int(labels.max())) >= cells:
+        raise InputError(
+            f"{name} has a weight with the label {top}, but there are {cells} cells; run `tinyonn cluster` again"
+        )
+
+
 def missing_weights(name: str) -> InputError:
     """The error for a score that needs what the source cannot read."""
     return InputError(

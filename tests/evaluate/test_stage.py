@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tinyonn.config import Config, DataConfig
+from tinyonn.errors import InputError
+from tinyonn.evaluate.report import EvaluateReport
+from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
+from tinyonn.experts.options import SelectOptions
+
+
+@pytest.fixture(scope="module")
+def prepared(
+    recorded: tuple[Path, Config], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Config, EvaluateOptions]:
+    place, config = recorded
+    rows = tmp_path_factory.mktemp("texts") / "heldout.jsonl"
+    texts = [("code", "def g(y): return y * {}"), ("prose", "It snowed on the {}th night.")]
+    lines = [json.dumps({"text": text.format(n), "kind": kind}) for n in range(5) for kind, text in texts]
+    rows.write_text("\n".join(lines), "utf-8")
+    data = config.data.model_copy(update={"path": str(rows)})
+    options = EvaluateOptions(
+        methods=("default", "gblm", "sparsegpt", "default+update"),
+        budgets=(1.0, 0.3),
+        data=data,
+        samples=8,
+        calibration=4,
+        selection=SelectOptions(allocation="global", score="wg"),
+    )
+    return place, config, options
+
+
+@pytest.fixture(scope="module")
+def report(prepared: tuple[Path, Config, EvaluateOptions]) -> EvaluateReport:
+    place, config, options = prepared
+    return evaluate_run(str(place), config, options)
+
+
+def test_the_whole_budget_is_the_dense_model(report: EvaluateReport) -> None:
+    found = {(line.method, line.share): line for line in report.lines if line.mask_slice is None}
+    dense = found["dense", 1.0]
+    assert found["original", 1.0].losses != dense.losses
+    assert set(dense.losses.by_slice) == {"code", "prose"} and report.samples == 8
+    for method in ("default", "gblm", "sparsegpt", "default+update"):
+        assert found[method, 1.0].losses == dense.losses
+        assert found[method, 0.3].losses != dense.losses
+        assert found[method, 0.3].weights == round(0.3 * dense.weights)
+
+
+def test_masks_of_slices(report: EvaluateReport) -> None:
+    whole, cut = report.oracles
+    dense = next(line for line in report.lines if line.method == "dense").losses.mean
+    assert whole.own == whole.foreign == pytest.approx(dense)
+    masks = {line.mask_slice: line.losses.by_slice for line in report.lines if line.share == 0.3}
+    assert cut.own == pytest.approx((masks["code"]["code"] + masks["prose"]["prose"]) / 2)
+    assert cut.foreign == pytest.approx((masks["code"]["prose"] + masks["prose"]["code"]) / 2)
+    assert masks["code"] != masks["prose"]
+
+
+def test_lines_are_evaluated_once(
+    prepared: tuple[Path, Config, EvaluateOptions], report: EvaluateReport
+) -> None:
+    place, config, options = prepared
+    again = evaluate_run(str(place), config, options)
+    assert again.evaluated == 0 and again.lines == report.lines and again.oracles == report.oracles
+    told: list[str] = []
+    more = replace(options, methods=(*options.methods, "random"), oracle=None, plot=True)
+    found = evaluate_run(str(place), config, more, told.append)
+    assert found.evaluated == len(told) == 2 and all(line.startswith("random at") for line in told)
+    assert Path(found.plot or "").read_bytes()[:4] == b"\x89PNG"
+    assert found.table().row_count == 5
+    assert found.table().columns[1].header == "100.0%"
+    other = replace(options, methods=("random",), oracle=None, selection=SelectOptions(seed=1))
+    assert evaluate_run(str(place), config, other).evaluated == 2  # another draw
+
+
+def test_a_killed_evaluation_goes_on(prepared: tuple[Path, Config, EvaluateOptions], tmp_path: Path) -> None:
+    place, config, options = prepared
+    few = replace(options, methods=("magnitude", "wanda"), budgets=(0.4,), oracle=None)
+
+    class Kill(BaseException):
+        pass
+
+    def die(line: str) -> None:
+        raise Kill
+
+    with pytest.raises(Kill):
+        evaluate_run(str(place), config, few, die)
+    assert evaluate_run(str(place), config, few).evaluated == 1
+
+
+def test_shares_by_budget_replace_the_allocation(prepared: tuple[Path, Config, EvaluateOptions]) -> None:
+    place, config, options = prepared
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    given = {0.3: {kind: 0.6 if kind[1] == "_" else 0.2 for kind in kinds}}
+    few = replace(options, methods=("gblm",), budgets=(0.3,), oracle=None)
+    plain, changed = (
+        evaluate_run(str(place), config, one).lines[-1] for one in (few, replace(few, shares=given))
+    )
+    assert plain.weights == changed.weights and plain.losses != changed.losses
+
+
+def test_what_cannot_be_evaluated(
+    prepared: tuple[Path, Config, EvaluateOptions], report: EvaluateReport
+) -> None:
+    place, config, options = prepared
+    with pytest.raises(InputError, match="there are no held-out data"):
+        evaluate_run(str(place), config, replace(options, data=None))
+    with pytest.raises(InputError, match="is what was recorded"):
+        evaluate_run(str(place), config, replace(options, data=config.data))
+    with pytest.raises(InputError, match="'best', which is no method; there are default, S, "):
+        evaluate_run(str(place), config, replace(options, methods=("best",)))
+    with pytest.raises(InputError, match="needs calibration samples"):
+        evaluate_run(
+            str(place), config, replace(options, methods=("sparsegpt",), budgets=(0.2,), calibration=0)
+        )
+    other = config.model_copy(update={"model": config.model.model_copy(update={"path": "reference"})})
+    with pytest.raises(InputError, match="not the model that was recorded"):
+        evaluate_run(str(place), other, options)
+    lines = place / "evaluate" / "lines.json"
+    kept = lines.read_text()
+    lines.write_text("{")
+    with pytest.raises(InputError, match="not a readable file of results"):
+        evaluate_run(str(place), config, options)
+    lines.write_text(kept)
+
+
+def test_held_out_data_of_other_slices(
+    prepared: tuple[Path, Config, EvaluateOptions], tmp_path: Path
+) -> None:
+    place, config, options = prepared
+    rows = tmp_path / "other.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": f"Number {n} is odd.", "kind": "maths"}) for n in range(4)))
+    data: DataConfig = config.data.model_copy(update={"path": str(rows)})
+    few = replace(options, data=data, methods=(), budgets=(0.3,))
+    with pytest.raises(InputError, match="name the same slices in both"):
+        evaluate_run(str(place), config, few)

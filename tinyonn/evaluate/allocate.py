@@ -1,0 +1,256 @@
+"""``tinyonn evaluate --allocate``: search how a budget is best spread over the tensors, and keep what was found.
+
+Starts: one cut through all tensors (``global``), what measured curves predict, and the geometric mean of the two, which
+is mostly the best: the first sees all weights but no loss, the second the loss but one group of tensors at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyonn.base.corpus import Corpus, prepare_corpus
+from tinyonn.base.load import load_tokenizer
+from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.evaluate.baselines import kept_by_tensor
+from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.perplexity import batches_of
+from tinyonn.evaluate.sensitivity import (
+    DEPTHS,
+    ROUNDS,
+    SHARES,
+    Found,
+    Trials,
+    groups_by_depth,
+    measure,
+    most_passes_of_search,
+    passes_of_measuring,
+    predicted,
+    search,
+)
+from tinyonn.experts.allocation import Curve
+from tinyonn.experts.assemble import check_base
+from tinyonn.experts.options import SelectOptions
+from tinyonn.experts.select import select
+from tinyonn.experts.source import RunSource, digest
+from tinyonn.places import local_folder
+from tinyonn.run import open_run
+from tinyonn.sizes import format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AllocateOptions:
+    """What is searched.
+
+    Attributes
+    ----------
+    budgets : tuple of float
+        Shares of the linear weights.
+    samples : int
+        Recorded samples, in turns from the slices; the held-out ones are not seen.
+    score : str
+        That decides which of a tensor's weights are kept.
+    depths : int
+        Groups of layers.
+    rounds : int
+        Of the coordinate descent at each budget; 0 takes the best start.
+    selection : SelectOptions
+        Its ``worth``, settings and trunk count.
+    """
+
+    budgets: tuple[float, ...] = (0.315,)
+    samples: int = 56
+    score: str = "wg"
+    depths: int = DEPTHS
+    rounds: int = ROUNDS
+    selection: SelectOptions = field(default_factory=SelectOptions)
+
+
+@dataclass(frozen=True)
+class AllocateReport:
+    """What a call of `allocate_run` found: by budget, shares by tensor and the loss on the recorded samples."""
+
+    location: str
+    found: dict[float, Found]
+    dense: float
+    samples: int
+    passes: int
+    allocate_seconds: float
+    fresh: bool
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "found": {f"{b:g}": asdict(found) for b, found in self.found.items()}}
+
+    def table(self) -> Table:
+        """For people: shares by kind, the loss before and after the search."""
+        from rich.table import Table
+
+        table = Table(title=f"allocation of {self.location}", title_justify="left", caption_justify="left")
+        what = f"{self.passes:,} passes over {self.samples} recorded samples"
+        table.caption = f"dense {self.dense:.4f} nats; " + (
+            f"{what} in {format_seconds(self.allocate_seconds)}"
+            if self.fresh
+            else "nothing to do: searched already"
+        )
+        kinds = list(dict.fromkeys(n.split(".")[-2] for found in self.found.values() for n in found.shares))
+        for heading in ("budget", "start", "searched", *kinds):
+            table.add_column(heading, justify="right")
+        for budget, found in self.found.items():
+            spans = []
+            for kind in kinds:
+                its = [share for name, share in found.shares.items() if name.split(".")[-2] == kind]
+                spans.append(f"{min(its):.0%}–{max(its):.0%}")
+            table.add_row(f"{budget:.1%}", f"{found.start:.4f}", f"{found.loss:.4f}", *spans)
+        return table
+
+
+def allocate_run(
+    location: str,
+    config: Config,
+    options: AllocateOptions,
+    tell: Callable[[str], None] = lambda line: None,
+) -> AllocateReport:
+    """Search the allocation of a scored run for some budgets; what was measured and found before is taken over.
+
+    Parameters
+    ----------
+    location : str
+    config : Config
+        As the run was recorded.
+    options : AllocateOptions
+    tell : callable
+        Called with a line of text: first how many passes this takes, then what is found.
+
+    Raises
+    ------
+    InputError
+        The run is not scored, the model is not the recorded one, or a budget is no share.
+    """
+    started = time.monotonic()
+    wrong = [budget for budget in options.budgets if not 0 < budget < 1]
+    if wrong:
+        raise InputError(f"a budget of {wrong[0]:g} is no share of the linear weights; give one in (0, 1)")
+    run, folder = open_run(location), local_folder(location)
+    fingerprint = check_base(run, location, config.model)
+    scored = run.store.reader().stage("rows")
+    if scored is None:
+        raise InputError(f"{location} is not scored yet; run `tinyonn score` first")
+    path = folder / "corpus.arrow"
+    corpus = Corpus(path) if path.exists() else prepare_corpus(config, load_tokenizer(config.model), path)
+    samples = corpus.calibration(options.samples)
+    made_of = [fingerprint, scored, corpus.fingerprint, options.samples, options.score, options.depths]
+    kept = _Kept(folder / "allocation.json", digest(made_of), digest(scored))
+    wanted = [b for b in options.budgets if (b, options.rounds) not in kept.found]
+    passes = 0
+    if wanted:
+        dense = DenseWeights(config.model)
+        source = RunSource(run, dense.rows, dense.transposed, labels=False)
+        trials = Trials(dense, source, options.score, batches_of(samples), options.selection.settings)
+        groups = groups_by_depth(dense.parameters, options.depths)
+        measuring = 0 if kept.curves else passes_of_measuring(groups)
+        most = measuring + len(wanted) * most_passes_of_search(groups, 3, options.rounds)
+        tell(f"{len(groups)} groups of tensors: at most {most} passes over {len(samples)} samples")
+        if not kept.curves:
+            kept.put_curves(measure(trials, groups, SHARES))
+        for budget in wanted:
+            by_score = _global_shares(source, options.selection, budget)
+            by_loss = predicted(kept.curves, trials.sizes, budget)
+            between = {name: (by_score[name] * by_loss[name]) ** 0.5 for name in by_score}
+            found = search(trials, groups, [by_score, by_loss, between], budget, options.rounds)
+            kept.put(budget, options.rounds, found)
+            tell(f"{budget:.1%}: {found.start:.4f} → {found.loss:.4f} nats, {found.passes} passes")
+        passes = trials.passes
+    return AllocateReport(
+        location,
+        {budget: kept.found[budget, options.rounds] for budget in options.budgets},
+        kept.curves[0].losses[-1],
+        len(samples),
+        passes,
+        time.monotonic() - started,
+        bool(wanted),
+    )
+
+
+def stored_shares(folder: Path, scored: Any) -> dict[float, dict[str, float]]:
+    """By budget the shares by tensor that were found last; empty if nothing was searched.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    scored : dict
+        Attributes of its rows; what was searched on others counts for nothing.
+    """
+    path = folder / "allocation.json"
+    tree = _read(path) if path.exists() else {}
+    if tree.get("scored") != digest(scored):
+        return {}
+    return {item["budget"]: item["found"]["shares"] for item in tree["found"]}
+
+
+def _global_shares(source: RunSource, selection: SelectOptions, budget: float) -> Mapping[str, float]:
+    options = replace(
+        selection, allocation="global", shares={}, curves=(), budget=budget, within="tensor", core=0.0
+    )
+    sizes = {parameter.name: parameter.size for parameter in source.parameters}
+    kept = kept_by_tensor(select(source, options))
+    return {name: max(count, 1) / sizes[name] for name, count in kept.items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        assert isinstance(tree["found"], list)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise InputError(
+            f"{path}: not a readable allocation ({type(error).__name__}: {error}); delete it and search again"
+        ) from None
+    return dict(tree)
+
+
+class _Kept:
+    """Curves and what was found, on the disk; dropped once they were made of something else."""
+
+    def __init__(self, path: Path, made_of: str, scored: str) -> None:
+        self.path, self._made_of, self._scored = path, made_of, scored
+        tree = _read(path) if path.exists() else {}
+        if tree.get("made_of") != made_of:
+            tree = {}
+        self.curves = [
+            Curve(tuple(c["tensors"]), tuple(c["shares"]), tuple(c["losses"])) for c in tree.get("curves", [])
+        ]
+        self.found = {
+            (item["budget"], item["rounds"]): Found(**item["found"]) for item in tree.get("found", [])
+        }
+
+    def put_curves(self, curves: list[Curve]) -> None:
+        self.curves = curves
+        self._write()
+
+    def put(self, budget: float, rounds: int, found: Found) -> None:
+        self.found[budget, rounds] = found
+        self._write()
+
+    def _write(self) -> None:
+        items = [{"budget": b, "rounds": r, "found": asdict(found)} for (b, r), found in self.found.items()]
+        curves = [asdict(curve) for curve in self.curves]
+        tree = {"made_of": self._made_of, "scored": self._scored, "curves": curves, "found": items}
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        with partial.open("w", encoding="utf-8") as stream:
+            json.dump(tree, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(self.path)

@@ -1,0 +1,152 @@
+"""Held-out loss: the mean negative log-likelihood of the labelled tokens, slice by slice.
+
+For a slice with labelled tokens t, ``loss = -1/n Σ_t ln p(token_t | tokens before it)``, in nats; its perplexity is
+``exp(loss)``. Over several slices the mean of their losses counts, each slice once however many tokens it has, and the
+perplexity is ``exp`` of that mean. Samples of like lengths run in one batch, padded at the end: in a causal model no
+token sees what stands behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.corpus_file import Sample
+from tinyonn.errors import InputError
+
+BATCH_TOKENS = 2048  # of a batch, padding counted; larger ones leave the caches
+HEAD_BYTES = 64 << 20  # of logits held at a time, in float32
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss by slice.
+
+    Attributes
+    ----------
+    by_slice : dict of str to float
+        Nats per labelled token.
+    tokens : dict of str to int
+        Labelled tokens that each is the mean of.
+    """
+
+    by_slice: dict[str, float]
+    tokens: dict[str, int]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the slices, nats."""
+        return math.fsum(self.by_slice.values()) / len(self.by_slice)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the mean; infinite beyond what a float holds."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded samples: `ids_BT` int64, `labels_BT` int64 with -100 where nothing is labelled, slice of each row."""
+
+    ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    slices: tuple[str, ...]
+
+
+def batches_of(samples: Sequence[Sample], tokens: int = BATCH_TOKENS) -> list[Batch]:
+    """Put samples of like lengths together; the same batches for the same samples in any order.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+    tokens : int
+        Of a batch at most, padding counted; a longer sample is a batch alone.
+
+    Raises
+    ------
+    InputError
+        No sample has a labelled token after its first.
+    """
+    usable = [sample for sample in samples if (sample.labels[1:] != -100).any()]
+    if not usable:
+        raise InputError(
+            f"none of the {len(samples)} samples has a labelled token to predict; give evaluate.data longer texts"
+        )
+    groups: list[list[Sample]] = []
+    for sample in sorted(usable, key=lambda sample: (-sample.input_ids.size, sample.slice, sample.index)):
+        full = not groups or (len(groups[-1]) + 1) * groups[-1][0].input_ids.size > tokens
+        if full:
+            groups.append([])
+        groups[-1].append(sample)
+    return [_batch(group) for group in groups]
+
+
+def _batch(group: list[Sample]) -> Batch:
+    longest = group[0].input_ids.size
+    ids = np.zeros((len(group), longest), np.int64)
+    labels = np.full((len(group), longest), -100, np.int64)
+    for row, sample in enumerate(group):
+        ids[row, : sample.input_ids.size] = sample.input_ids
+        labels[row, : sample.labels.size] = sample.labels
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), tuple(sample.slice for sample in group))
+
+
+@torch.inference_mode()
+def losses(model: Any, batches: Iterable[Batch]) -> Losses:
+    """Loss of a model on every slice.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Causal; its logits are its head's output.
+    batches : iterable of Batch
+        From `batches_of`.
+
+    Returns
+    -------
+    Losses
+        A loss that is not finite comes out as it is.
+    """
+    device = model.get_output_embeddings().weight.device
+    sums: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for batch in batches:
+        names = sorted(set(batch.slices))
+        places = torch.tensor([names.index(name) for name in batch.slices])
+        hidden = model.base_model(input_ids=batch.ids_BT.to(device), use_cache=False).last_hidden_state
+        wanted = batch.labels_BT[:, 1:] != -100
+        of_token = places[:, None].expand_as(wanted)[wanted]
+        found = token_losses(model.get_output_embeddings(), hidden[:, :-1], batch.labels_BT[:, 1:]).cpu()
+        for number, name in enumerate(names):
+            own = found[of_token == number]
+            sums[name] = sums.get(name, 0.0) + float(own.double().sum())
+            counts[name] = counts.get(name, 0) + own.numel()
+    order = sorted(sums)
+    return Losses({name: sums[name] / counts[name] for name in order}, {name: counts[name] for name in order})
+
+
+def token_losses(head: Any, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Loss of every labelled token, float32 [labelled], row by row; logits come and go in chunks of tokens.
+
+    Parameters
+    ----------
+    head : torch.nn.Module
+        The output embeddings.
+    hidden_BTH : Tensor [B, T, H]
+        What predicts the label at the same place.
+    labels_BT : int64 [B, T]
+    """
+    labels = labels_BT.to(hidden_BTH.device)
+    wanted = labels != -100
+    hidden, labels = hidden_BTH[wanted], labels[wanted]
+    chunk = max(16, HEAD_BYTES // (4 * head.weight.shape[0]))
+    parts = [
+        torch.nn.functional.cross_entropy(head(some).float(), label, reduction="none")
+        for some, label in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

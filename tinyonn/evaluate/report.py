@@ -1,0 +1,218 @@
+"""What an evaluation shows: a table, JSON values, and a picture of loss against kept share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyonn.errors import InputError
+from tinyonn.evaluate.results import Line
+from tinyonn.sizes import format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CARDS = "cards.json"  # in the run's evaluate/: figures for model cards
+ORIGINAL, DENSE, ORACLE = "original", "dense", "oracle"
+PNG_DPI = 130
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Masks made of one slice's statistics, at one kept share.
+
+    Attributes
+    ----------
+    own : float
+        Mean over slices of the loss with the slice's own mask, nats.
+    foreign : float or None
+        With the masks of the other slices; None if there is one slice.
+    common : float or None
+        With the same score's mask of all slices, if that was evaluated.
+    """
+
+    share: float
+    own: float
+    foreign: float | None
+    common: float | None
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What a call of `evaluate_run` found.
+
+    Attributes
+    ----------
+    lines : tuple of Line
+        ``original`` and ``dense`` first, then methods and budgets as given.
+    oracles : tuple of Oracle
+    samples, tokens : int
+        Held-out samples, and their labelled tokens.
+    evaluated : int
+        Lines that were not there from an earlier call.
+    plot : str or None
+        Path of the picture.
+    """
+
+    location: str
+    lines: tuple[Line, ...]
+    oracles: tuple[Oracle, ...]
+    samples: int
+    tokens: int
+    evaluated: int
+    evaluate_seconds: float
+    plot: str | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "location": self.location,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "evaluated": self.evaluated,
+            "evaluate_seconds": self.evaluate_seconds,
+            "lines": [line.tree() for line in self.lines],
+            "oracles": [vars(oracle) for oracle in self.oracles],
+            "plot": self.plot,
+        }
+
+    def table(self) -> Table:
+        """For people: a row per method, a column per kept share; mean loss in nats and perplexity."""
+        from rich.table import Table
+
+        whole = {line.method: line for line in self.lines if line.method in (ORIGINAL, DENSE)}
+        cut = [line for line in self.lines if line.method not in whole and line.mask_slice is None]
+        shares = sorted({line.share for line in cut}, reverse=True)
+        table = Table(title=f"evaluated {self.location}", title_justify="left", caption_justify="left")
+        table.caption = "\n".join(self._caption(whole))
+        table.add_column("kept of the linear weights")
+        for share in shares:
+            table.add_column(f"{share:.3g}" if share < 0.001 else f"{share:.1%}", justify="right")
+        for method in dict.fromkeys(line.method for line in cut):
+            found = {line.share: line for line in cut if line.method == method}
+            table.add_row(method, *(cell_of(found.get(share)) for share in shares))
+        by_share = {oracle.share: oracle for oracle in self.oracles}
+        if by_share:
+            for what in ("own", "foreign"):
+                values = [getattr(by_share[s], what) if s in by_share else None for s in shares]
+                cells = ["" if value is None else f"{value:.4f}" for value in values]
+                table.add_row(f"mask of the {what} slice", *cells)
+        return table
+
+    def _caption(self, whole: dict[str, Line]) -> list[str]:
+        found = [
+            f"{what}: {line.losses.mean:.4f} nats, perplexity {line.losses.perplexity:.2f}"
+            for what, line in (
+                ("original", whole.get(ORIGINAL)),
+                ("dense, as recorded", whole.get(DENSE)),
+            )
+            if line is not None
+        ]
+        slices = len(self.lines[0].losses.by_slice) if self.lines else 0
+        found.append(
+            f"nats per held-out token (perplexity), mean over {slices} slices; "
+            f"{self.samples:,} samples, {self.tokens:,} labelled tokens"
+        )
+        what = (
+            f"{self.evaluated} lines in {format_seconds(self.evaluate_seconds)}"
+            if self.evaluated
+            else "nothing to do: evaluated already"
+        )
+        return [*found, what, *([f"picture: {self.plot}"] if self.plot else [])]
+
+
+def cell_of(line: Line | None) -> str:
+    """Loss and perplexity of a line, for a table."""
+    if line is None:
+        return ""
+    perplexity = line.losses.perplexity
+    return f"{line.losses.mean:.4f} ({perplexity:.2f})" if perplexity < 1e5 else f"{line.losses.mean:.4f}"
+
+
+def plot_lines(lines: Sequence[Line], path: Path) -> None:
+    """Draw mean loss against kept share, one curve per method, the dense loss as a level.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+        Masks of single slices are left out.
+    path : Path
+        A PNG; its folder is made.
+
+    Raises
+    ------
+    InputError
+        The extra is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs the package matplotlib: pip install 'tiny-onn[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    methods = dict.fromkeys(
+        line.method for line in lines if line.mask_slice is None and line.method not in (ORIGINAL, DENSE)
+    )
+    for number, method in enumerate(methods):
+        points = sorted(
+            (100 * line.share, line.losses.mean)
+            for line in lines
+            if line.method == method and not line.mask_slice
+        )
+        emphasis = {"linewidth": 2.5, "color": "black"} if method == "default" else {"linewidth": 1.2}
+        axes.plot(
+            *zip(*points, strict=True),
+            label=method,
+            marker="osD^v<>pX*hP"[number % 12],
+            markersize=4,
+            **emphasis,
+        )
+    for line in lines:
+        if line.method == DENSE:
+            axes.axhline(line.losses.mean, color="grey", linestyle=":", label="dense")
+    axes.set_xscale("log")
+    axes.set_yscale("log")  # else random's curve takes the picture
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    ticks = sorted({100 * line.share for line in lines if line.mask_slice is None})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("kept linear weights, %")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=PNG_DPI)
+    pyplot.close(figure)
+
+
+def card_figures(folder: Path, selection: Any) -> dict[str, dict[str, float]] | None:
+    """Losses for a model's card, by line and slice; None if this selection was not evaluated.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    selection : dict
+        As in the assembled model's configuration.
+    """
+    path = folder / "evaluate" / CARDS
+    try:
+        cards = json.loads(path.read_text("utf-8"))
+        lines = next((card["lines"] for card in cards if card["selection"] == selection), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if lines is None:
+        return None
+    names = {ORIGINAL: "dense, BF16", DENSE: "dense, as recorded"}
+    return {
+        names.get(line["method"], f"this model ({line['share']:.1%} kept)"): {
+            **line["losses"]["by_slice"],
+            "mean": line["mean"],
+        }
+        for line in lines
+    }

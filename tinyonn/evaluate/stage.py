@@ -1,0 +1,355 @@
+"""``tinyonn evaluate``: held-out loss of the dense model and of what each way to choose weights leaves of it.
+
+Data flow: held-out corpus → batches; run and base model → a selection for every method and budget, all with the same
+allocation across tensors → the dense model with these weights cut, evaluated → one line, on the disk at once. A line
+whose inputs have not changed is not evaluated again, so a killed call goes on and another method costs only itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyonn.base.corpus import Corpus, prepare_corpus
+from tinyonn.base.corpus_file import Sample
+from tinyonn.base.load import load_tokenizer
+from tinyonn.config import Config, DataConfig
+from tinyonn.errors import InputError
+from tinyonn.evaluate.allocate import stored_shares
+from tinyonn.evaluate.baselines import METHODS, Recipe, SliceSource, cut, recipe_of
+from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
+from tinyonn.evaluate.report import CARDS, DENSE, ORACLE, ORIGINAL, EvaluateReport, Oracle, plot_lines
+from tinyonn.evaluate.results import Line, Results
+from tinyonn.experts.assemble import check_base, select_options
+from tinyonn.experts.options import SelectOptions
+from tinyonn.experts.select import select
+from tinyonn.experts.source import RunSource
+from tinyonn.places import local_folder
+from tinyonn.run import Run, open_run
+
+LOG = logging.getLogger(__name__)
+BUDGETS = (0.5, 0.315, 0.25, 0.1)
+HELD_OUT = "heldout"  # split of the reference corpus
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated.
+
+    Attributes
+    ----------
+    methods : tuple of str
+        ``default``, scores, ``sparsegpt``, and ``default+update``; see `tinyonn.evaluate.baselines`.
+    budgets : tuple of float
+        As ``SelectOptions.budget``.
+    data : DataConfig or None
+        Held-out data; None takes the held-out split of the reference corpus, if that is what was recorded.
+    samples : int or None
+        Held-out samples, evenly over the slices; None takes all.
+    calibration : int
+        Recorded samples for methods that update weights, in turns from the slices.
+    oracle : str or None
+        Score for masks made of one slice each; None leaves these out.
+    selection : SelectOptions
+        What ``default`` is, and the allocation of all methods.
+    shares : mapping
+        By budget: shares by tensor, in place of the selection's allocation.
+    plot : bool
+        Draw ``loss.png`` in the run's folder.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    budgets: tuple[float, ...] = BUDGETS
+    data: DataConfig | None = None
+    samples: int | None = 252
+    calibration: int = 112
+    oracle: str | None = "wg"
+    selection: SelectOptions = field(default_factory=SelectOptions)
+    shares: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    plot: bool = False
+
+
+def evaluate_options(location: str, config: Config, plot: bool = False) -> EvaluateOptions:
+    """What the configuration asks for; budgets whose allocation was searched take what was found."""
+    wanted = config.evaluate
+    scored = open_run(location).store.reader().stage("rows")
+    searched = config.experts.allocation == "auto" and scored is not None
+    return EvaluateOptions(
+        methods=wanted.methods,
+        budgets=wanted.budgets,
+        data=wanted.data,
+        samples=wanted.samples,
+        calibration=wanted.calibration,
+        oracle=wanted.oracle,
+        selection=select_options(config.experts),
+        shares=stored_shares(local_folder(location), scored) if searched else {},
+        plot=plot,
+    )
+
+
+def evaluate_run(
+    location: str,
+    config: Config,
+    options: EvaluateOptions,
+    tell: Callable[[str], None] = lambda line: None,
+) -> EvaluateReport:
+    """Evaluate a scored run; may be killed at any moment and called again.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    config : Config
+        As the run was recorded.
+    options : EvaluateOptions
+    tell : callable
+        Called with a line of text as each model is evaluated.
+
+    Raises
+    ------
+    InputError
+        The run is not scored; ``default`` is wanted and it is not clustered; the model is not the recorded one; no
+        held-out data, or of other slices' words; an unknown method or a budget out of range.
+    """
+    return _Evaluation(open_run(location), location, config, options, tell).carry_out()
+
+
+def held_out_corpus(config: Config, options: EvaluateOptions, folder: Path) -> Corpus:
+    """Tokenise the held-out data, or open what was tokenised before.
+
+    Raises
+    ------
+    InputError
+        There are none, or they are what was recorded.
+    """
+    data = options.data
+    if data is None:
+        if config.data.path != "reference" or config.data.split == HELD_OUT:
+            raise InputError(
+                f"there are no held-out data for data.path = {config.data.path!r}; give some as evaluate.data, "
+                "for instance evaluate: {data: {path: heldout.jsonl}}"
+            )
+        data = config.data.model_copy(update={"split": HELD_OUT})
+    if options.samples is not None:
+        data = data.model_copy(update={"samples": options.samples})
+    if (data.path, data.name, data.split) == (config.data.path, config.data.name, config.data.split):
+        raise InputError(
+            f"evaluate.data is what was recorded ({data.path}, split {data.split}); give data that were held out"
+        )
+    settings = config.model_copy(update={"data": data})
+    return prepare_corpus(settings, load_tokenizer(config.model), folder / "heldout.arrow")
+
+
+def samples_of(corpus: Corpus) -> list[Sample]:
+    """All of a corpus."""
+    return [sample for name, count in corpus.slices.items() for sample in corpus.range(name, 0, count)]
+
+
+class _Evaluation:
+    """One call, line by line."""
+
+    def __init__(
+        self, run: Run, location: str, config: Config, options: EvaluateOptions, tell: Callable[[str], None]
+    ) -> None:
+        self.run, self.location, self.config, self.options, self.tell = run, location, config, options, tell
+        self.folder = local_folder(location)
+        self.corpus = held_out_corpus(config, options, self.folder)
+        self.fingerprint = check_base(run, location, config.model)
+        self.results = Results(self.folder / "evaluate" / "lines.json")
+        self.evaluated = 0
+        samples = samples_of(self.corpus)
+        self.batches: list[Batch] = batches_of(samples)
+        self.labelled = run.store.reader().stage("labels") is not None
+        model = {"model": self.fingerprint, **config.model.model_dump(include={"quantization", "dtype"})}
+        self.common = {"heldout": self.corpus.fingerprint, "model": model}
+        if "default" in {method.removesuffix("+update") for method in options.methods} and not self.labelled:
+            raise InputError(
+                f"{location} has no labels yet; run `tinyonn cluster` first, or leave out default"
+            )
+        self.recipes = [
+            recipe_of(method, options.selection, budget, options.shares.get(budget, {}))
+            for budget in options.budgets
+            for method in options.methods
+        ]
+
+    @cached_property
+    def dense(self) -> DenseWeights:
+        """Loaded once something is to be evaluated."""
+        return DenseWeights(self.config.model)
+
+    @cached_property
+    def plain_source(self) -> RunSource:
+        """Without labels: all weights of a tensor compete."""
+        return RunSource(self.run, self.rows, self.transposed, labels=False)
+
+    @cached_property
+    def cell_source(self) -> RunSource:
+        """With labels, as assembly reads it."""
+        return RunSource(self.run, self.rows, self.transposed)
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Of the loaded model."""
+        return self.dense.transposed
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of the loaded model's matrix."""
+        return self.dense.rows(name, first, last)
+
+    @cached_property
+    def calibration(self) -> list[Sample]:
+        """Recorded samples."""
+        path = self.folder / "corpus.arrow"
+        corpus = (
+            Corpus(path)
+            if path.exists()
+            else prepare_corpus(self.config, load_tokenizer(self.config.model), path)
+        )
+        return corpus.calibration(self.options.calibration)
+
+    def carry_out(self) -> EvaluateReport:
+        """All lines, then the picture and the report."""
+        started = time.monotonic()
+        lines = [*self._whole(), *(self._line(recipe) for recipe in self.recipes)]
+        oracles = []
+        if self.options.oracle is not None and len(self.run.slices) > 1:
+            for budget in self.options.budgets:
+                its = list(self._slices(self.options.oracle, budget))
+                lines += its
+                oracles.append(_oracle(its, lines, self.options.oracle))
+        self._remember(lines)
+        plot = self.folder / "evaluate" / "loss.png" if self.options.plot else None
+        if plot is not None:
+            plot_lines(lines, plot)
+        tokens = sum(lines[0].losses.tokens.values())
+        return EvaluateReport(
+            *(self.location, tuple(lines), tuple(oracles), len(self.corpus), tokens, self.evaluated),
+            *(time.monotonic() - started, None if plot is None else str(plot)),
+        )
+
+    def _remember(self, lines: list[Line]) -> None:
+        """Keep what an exported model's card shows: the losses of each default selection beside the dense model's."""
+        whole = [line for line in lines if line.method in (ORIGINAL, DENSE)]
+        cards = [
+            {"selection": _tree(recipe.options), "lines": [line.tree() for line in (*whole, kept)]}
+            for recipe, kept in zip(self.recipes, lines[len(whole) :], strict=False)
+            if recipe.method == "default"
+        ]
+        path = self.folder / "evaluate" / CARDS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cards), "utf-8")
+
+    def _whole(self) -> Iterator[Line]:
+        """The model as it was published, and as it was recorded."""
+        model = self.config.model
+
+        def original() -> Losses:
+            if model.quantization == "none":
+                return losses(self.dense.model, self.batches)
+            plain = DenseWeights(model.model_copy(update={"quantization": "none"}))
+            found = losses(plain.model, self.batches)
+            del plain
+            gc.collect()
+            return found
+
+        total = sum(p.size for p in self.run.parameters if p.kind == "linear" and p.layer is not None)
+        yield self._kept([ORIGINAL], lambda: Line(ORIGINAL, 1.0, total, original()))
+        yield self._kept([DENSE], lambda: Line(DENSE, 1.0, total, losses(self.dense.model, self.batches)))
+
+    def _line(self, recipe: Recipe) -> Line:
+        cells = recipe.method.startswith("default") and self.labelled
+        key: list[Any] = [recipe.method, _tree(recipe.options), self._statistics(cells)]
+        if recipe.needs_samples:
+            key.append([sample.index for sample in self.calibration])
+
+        def evaluate() -> Line:
+            source = self.cell_source if cells else self.plain_source
+            samples = self.calibration if recipe.needs_samples else []
+            with cut(self.dense, recipe, source, samples) as kept:
+                found = losses(self.dense.model, self.batches)
+            return Line(recipe.method, _share(recipe.options.budget, kept, source), kept, found)
+
+        return self._kept(key, evaluate)
+
+    def _slices(self, score: str, budget: float) -> Iterator[Line]:
+        """Masks of each slice, under the allocation of all slices."""
+        recipe = recipe_of(score, self.options.selection, budget, self.options.shares.get(budget, {}))
+        for name in self.run.slices:
+            key = [ORACLE, name, _tree(recipe.options), self._statistics(False)]
+
+            def evaluate(name: str = name) -> Line:
+                common = select(self.plain_source, recipe.options)
+                counts = {n: float(c.kept.sum()) for n, c in common.tensors.items()}
+                sizes = {p.name: p.size for p in self.run.parameters}
+                shares = {n: max(count, 1e-6) / sizes[n] for n, count in counts.items()}
+                own = recipe_of(score, self.options.selection, common.budget, shares)
+                weights = self.config.score.weights()
+                source = SliceSource(self.run, self.plain_source, name, weights)
+                with cut(self.dense, own, source, []) as kept:
+                    found = losses(self.dense.model, self.batches)
+                return Line(ORACLE, _share(budget, kept, source), kept, found, name)
+
+            yield self._kept(key, evaluate)
+
+    def _statistics(self, cells: bool) -> Any:
+        """What the run's part in a line is."""
+        reader = self.run.store.reader()
+        scored = reader.stage("rows")
+        if scored is None:
+            raise InputError(f"{self.location} is not scored yet; run `tinyonn score` first")
+        return [scored, reader.stage("labels") if cells else None]
+
+    def _kept(self, key: list[Any], evaluate: Callable[[], Line]) -> Line:
+        decided_by = [*key, self.common]
+        line = self.results.get(decided_by)
+        if line is None:
+            started = time.monotonic()
+            line = evaluate()
+            self.results.put(decided_by, line)
+            self.evaluated += 1
+            what = line.method if line.mask_slice is None else f"mask of {line.mask_slice}"
+            text = f"{what} at {line.share:.1%}: {line.losses.mean:.4f} nats"
+            LOG.debug("%s in %.1f s", text, time.monotonic() - started)
+            self.tell(text)
+        return line
+
+
+def _tree(options: SelectOptions) -> Any:
+    return json.loads(json.dumps(asdict(options) | {"shares": dict(options.shares)}))
+
+
+def _share(budget: float, kept: int, source: Any) -> float:
+    if budget <= 1:
+        return float(budget)
+    total = sum(p.size for p in source.parameters if p.kind == "linear" and p.layer is not None)
+    return float(kept / total)
+
+
+def _oracle(own: list[Line], lines: list[Line], score: str) -> Oracle:
+    """Mean losses with the own, with a foreign and with the common mask."""
+    by_mask = {line.mask_slice or "": line.losses.by_slice for line in own}
+    names = [name for name in by_mask if all(name in found for found in by_mask.values())]
+    if not names:
+        raise InputError(
+            f"the held-out data have the slices {sorted(own[0].losses.by_slice)}, the run {sorted(by_mask)}; name "
+            "the same slices in both, or leave out the oracle"
+        )
+    mine = [by_mask[name][name] for name in names]
+    others = [by_mask[mask][name] for name in names for mask in names if mask != name]
+    common = next((x for x in lines if x.method == score and x.share == own[0].share), None)
+    return Oracle(
+        own[0].share,
+        float(np.mean(mine)),
+        float(np.mean(others)) if others else None,
+        None if common is None else float(np.mean([common.losses.by_slice[name] for name in names])),
+    )

@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--rounds", type=int, default=2, help="of that search")
+    parser.add_argument(
+        "--no-oracle", action="store_true", help="leave out masks of one slice, a third of the time"
+    )
     parser.add_argument("--small", action="store_true", help="a few samples, one seed: does it work?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -112,7 +115,7 @@ def evaluated(options: Any, seed: int) -> EvaluateReport:
             data=demo.data.model_copy(update={"split": "heldout", "seed": 0}),
             samples=options.held_out,
             calibration=options.calibration,
-            oracle=None if options.small else "wg",
+            oracle=None if options.small or options.no_oracle else "wg",
             selection=selection,
             shares=shares,
             plot=not options.small,

@@ -12,8 +12,10 @@ from numba import njit
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.allocation import apportion
+from tinyonn.experts.allocation import cell_counts
 from tinyonn.experts.assign import assign
+from tinyonn.experts.class_cuts import HELD_BYTES, ClassCutter
+from tinyonn.experts.classes import Classes
 from tinyonn.experts.cuts import (
     ALL,
     NONE,
@@ -27,14 +29,10 @@ from tinyonn.experts.cuts import (
 )
 from tinyonn.experts.options import SelectOptions, TensorCuts
 from tinyonn.experts.scores import core_ranks, score_named
-from tinyonn.experts.source import Band, Source
-from tinyonn.sizes import MiB
+from tinyonn.experts.source import Band, Source, check_labels
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import UInt8, UInt16, dither_bits, dither_seed
 
-HELD_BYTES = (
-    192 * MiB
-)  # of keys, ranks and labels a task keeps, instead of reading and scoring again for each pass
 WEIGHT_BYTES = 4 + 2 + 1  # held of a weight
 ONE_CELL = np.zeros((1, 1), np.uint8)
 NO_RANKS = np.zeros((1, 1), np.uint16)
@@ -44,7 +42,16 @@ def cut_tensors(
     source: Source, tensors: tuple[tuple[Parameter, int, int], ...], options: SelectOptions
 ) -> list[TensorCuts]:
     """A task: the cuts of tensors of which so many weights are kept, so many of these in the core."""
-    return [Cutter(source, *tensor, options).cuts() for tensor in tensors]
+    return [_cutter(source, *tensor, options).cuts() for tensor in tensors]
+
+
+def _cutter(
+    source: Source, parameter: Parameter, keep: int, core: int, options: SelectOptions
+) -> Cutter | ClassCutter:
+    classes = Classes.of(source, parameter, options)
+    if classes is None:
+        return Cutter(source, parameter, keep, core, options)
+    return ClassCutter(source, parameter, classes, keep, core, options)
 
 
 @dataclass(frozen=True)
@@ -115,12 +122,12 @@ class TensorView:
             ranks = np.empty(band.records.shape, np.uint16)
             _rank(band.records, band.affinity, self._ranks, ranks)
         labels: UInt8 = ONE_CELL if band.labels is None else band.labels
-        if (top := int(labels.max())) >= self.experts:
-            raise InputError(
-                f"{self.parameter.name} has a weight with the label {top}, but there are {self.experts} cells; "
-                "run `tinyonn cluster` again"
-            )
+        check_labels(labels, self.experts, self.parameter.name)
         return Part(band.first, self.keys(band), ranks, labels)
+
+    def groups(self, cuts: TensorCuts) -> Callable[[Band], UInt8]:
+        """The groups of a band's weights, from the cuts: uint8 [rows, columns]."""
+        return lambda band: self.assign(self.part(band), cuts)
 
     def assign(self, part: Part, cuts: TensorCuts) -> UInt8:
         """Groups of its weights: uint8 [rows, columns]."""
@@ -178,7 +185,8 @@ class Cutter:
         if self.options.within == "cell" and self.options.balance:
             everything = TensorCuts(found.cut, found.core_cut, np.full(k, ALL), kept)
             outside = self._grouped(everything)
-            kept = np.append(self._cell_counts(kept[:k], self._count(outside)[:k]), self.core)
+            rest, there = self.keep - self.core, self._count(outside)[:k]
+            kept = np.append(cell_counts(rest, self.options.balance, kept[:k], there), self.core)
             cell_cut = exact_cuts(
                 partial(self._blocks, outside, _keys), kept[:k], self.view.seed, self.weights
             )
@@ -214,12 +222,6 @@ class Cutter:
         for _, groups in grouped():
             count_groups(groups.reshape(-1), counts)
         return counts[: self.view.experts + 1]
-
-    def _cell_counts(self, marked: np.ndarray, there: np.ndarray) -> np.ndarray:
-        """How many weights outside the core each cell keeps: int64 [cells]."""
-        rest, balance = self.keep - self.core, self.options.balance
-        wanted = (1 - balance) * marked + balance * rest * (there / max(int(there.sum()), 1))
-        return apportion(rest, wanted, there)
 
     def _cut(self, marked: Grouped | None, count: int, values: Callable[[Part], UInt32]) -> UInt64:
         """The cut, or the rows' cuts, that so many of the marked weights reach."""

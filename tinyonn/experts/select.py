@@ -32,8 +32,10 @@ from tinyonn.experts.allocation import (
     solve,
     uniform_counts,
 )
+from tinyonn.experts.class_cuts import HELD_BYTES
+from tinyonn.experts.classes import Classes
 from tinyonn.experts.cuts import GATHERED
-from tinyonn.experts.cutting import HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
+from tinyonn.experts.cutting import WEIGHT_BYTES, TensorView, cut_tensors
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.source import Band, Source, tensors_outside
 from tinyonn.score.stage import task_groups
@@ -56,6 +58,11 @@ class TensorGroups:
         The one it was made from, or another with the same records, labels and weights.
     name : str
 
+    Attributes
+    ----------
+    needs : frozenset of str
+        What a band must hold.
+
     Raises
     ------
     InputError
@@ -71,20 +78,20 @@ class TensorGroups:
         if name not in selection.tensors:
             raise InputError(f"{name} is in the trunk of the selection and has no groups")
         self.cuts = selection.tensors[name]
-        self._view = TensorView(source, parameter_named(source, name), selection.options)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What a band must hold."""
-        return self._view.needs
+        parameter = parameter_named(source, name)
+        self._source, self._name = source, name
+        classes = Classes.of(source, parameter, selection.options)
+        view: TensorView | Classes = classes or TensorView(source, parameter, selection.options)
+        self.needs = view.needs
+        self._groups = view.groups(self.cuts)
 
     def of(self, first: int, last: int) -> UInt8:
         """Groups of rows [first, last): uint8 [rows, columns]; k is the core, 255 dropped."""
-        return self.of_band(self._view.band(first, last))
+        return self.of_band(self._source.band(self._name, first, last, self.needs))
 
     def of_band(self, band: Band) -> UInt8:
         """The same for a band that was read with `needs`."""
-        return self._view.assign(self._view.part(band), self.cuts)
+        return self._groups(band)
 
 
 def groups_of(

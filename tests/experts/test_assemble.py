@@ -95,9 +95,13 @@ def test_a_second_call_finds_nothing_to_do_and_what_is_lost_is_made_again(
     kept = sorted((tmp_path / "a").glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:100])
     (tmp_path / "a" / "config.json").unlink()
+    (tmp_path / "a" / "config.part").mkdir()  # of a call that was killed at its very end
+    (tmp_path / "a" / "config.part" / "config.json").touch()
+    (tmp_path / "a" / "model-00001-of-00003.part").touch()
     stamp = kept.stat().st_mtime_ns
     assert assemble_run(str(folder), config.model, ExpertsConfig(), folder=tmp_path / "a").fresh
     assert contents(tmp_path / "a") == before
+    assert not list((tmp_path / "a").glob("*.part"))
     assert kept.stat().st_mtime_ns == stamp  # it was whole and stayed
 
 

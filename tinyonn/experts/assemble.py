@@ -360,7 +360,7 @@ class _Assembly:
         """Remove weights that do not belong to this folder any more."""
         ours = {shard.path.name for shard in shards}
         for path in (*self.folder.glob("model*.safetensors"), *self.folder.glob("*.part")):
-            if path.name not in ours:
+            if path.name not in ours and path.is_file():
                 path.unlink()
 
     def _write(self, shards: Sequence[Shard], sources: Sources) -> tuple[list[Layer], int]:

@@ -31,11 +31,11 @@ from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, RecordConfig, ScoreConfig, load_config
 from tinyonn.engine import EngineOptions
-from tinyonn.evaluate.allocate import AllocateOptions, allocate_run, stored_shares
+from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.baselines import METHODS
 from tinyonn.evaluate.report import DENSE, ORACLE, ORIGINAL, EvaluateReport
 from tinyonn.evaluate.stage import BUDGETS, EvaluateOptions, evaluate_run
-from tinyonn.experts.assemble import select_options
+from tinyonn.experts.choice import select_options, stored_shares
 from tinyonn.record.worker import Worker
 from tinyonn.score.stage import score_run
 from tinyonn.store.manifest import Manifest, Segment

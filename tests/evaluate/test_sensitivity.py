@@ -9,7 +9,7 @@ from tinyonn.base.corpus import Corpus
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import Config
 from tinyonn.errors import InputError
-from tinyonn.evaluate.allocate import AllocateOptions, allocate_run, stored_shares
+from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import batches_of, losses
 from tinyonn.evaluate.sensitivity import (
@@ -24,6 +24,7 @@ from tinyonn.evaluate.sensitivity import (
     smooth,
 )
 from tinyonn.experts.allocation import Curve
+from tinyonn.experts.choice import stored_shares
 from tinyonn.experts.source import RunSource
 from tinyonn.run import open_run
 

@@ -36,7 +36,7 @@ from tinyonn.evaluate.sensitivity import (
     search,
 )
 from tinyonn.experts.allocation import Curve
-from tinyonn.experts.assemble import check_base
+from tinyonn.experts.choice import ALLOCATION, check_base, read_allocation
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource, digest
@@ -152,7 +152,7 @@ def allocate_run(
     corpus = Corpus(path) if path.exists() else prepare_corpus(config, load_tokenizer(config.model), path)
     samples = corpus.calibration(options.samples)
     made_of = [fingerprint, scored, corpus.fingerprint, options.samples, options.score, options.depths]
-    kept = _Kept(folder / "allocation.json", digest(made_of), digest(scored))
+    kept = _Kept(folder / ALLOCATION, digest(made_of), digest(scored))
     wanted = [b for b in options.budgets if (b, options.rounds) not in kept.found]
     passes = 0
     if wanted:
@@ -184,23 +184,6 @@ def allocate_run(
     )
 
 
-def stored_shares(folder: Path, scored: Any) -> dict[float, dict[str, float]]:
-    """By budget the shares by tensor that were found last; empty if nothing was searched.
-
-    Parameters
-    ----------
-    folder : Path
-        Of the run.
-    scored : dict
-        Attributes of its rows; what was searched on others counts for nothing.
-    """
-    path = folder / "allocation.json"
-    tree = _read(path) if path.exists() else {}
-    if tree.get("scored") != digest(scored):
-        return {}
-    return {item["budget"]: item["found"]["shares"] for item in tree["found"]}
-
-
 def _global_shares(source: RunSource, selection: SelectOptions, budget: float) -> Mapping[str, float]:
     options = replace(
         selection, allocation="global", shares={}, curves=(), budget=budget, within="tensor", core=0.0
@@ -210,23 +193,12 @@ def _global_shares(source: RunSource, selection: SelectOptions, budget: float) -
     return {name: max(count, 1) / sizes[name] for name, count in kept.items()}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        assert isinstance(tree["found"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{path}: not a readable allocation ({type(error).__name__}: {error}); delete it and search again"
-        ) from None
-    return dict(tree)
-
-
 class _Kept:
     """Curves and what was found, on the disk; dropped once they were made of something else."""
 
     def __init__(self, path: Path, made_of: str, scored: str) -> None:
         self.path, self._made_of, self._scored = path, made_of, scored
-        tree = _read(path) if path.exists() else {}
+        tree = read_allocation(path) if path.exists() else {}
         if tree.get("made_of") != made_of:
             tree = {}
         self.curves = [

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import load_tokenizer
 from tinyonn.config import Config, DataConfig
 from tinyonn.errors import InputError
-from tinyonn.evaluate.allocate import stored_shares
 from tinyonn.evaluate.baselines import METHODS, Recipe, SliceSource, cut, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
 from tinyonn.evaluate.report import CARDS, DENSE, ORACLE, ORIGINAL, EvaluateReport, Oracle, plot_lines
 from tinyonn.evaluate.results import Line, Results
-from tinyonn.experts.assemble import check_base, select_options
+from tinyonn.experts.choice import check_base, select_options, stored_shares
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource
@@ -241,7 +240,7 @@ class _Evaluation:
         """Keep what an exported model's card shows: the losses of each default selection beside the dense model's."""
         whole = [line for line in lines if line.method in (ORIGINAL, DENSE)]
         cards = [
-            {"selection": _tree(recipe.options), "lines": [line.tree() for line in (*whole, kept)]}
+            {"selection": recipe.options.tree(), "lines": [line.tree() for line in (*whole, kept)]}
             for recipe, kept in zip(self.recipes, lines[len(whole) :], strict=False)
             if recipe.method == "default"
         ]
@@ -268,7 +267,7 @@ class _Evaluation:
 
     def _line(self, recipe: Recipe) -> Line:
         cells = recipe.method.startswith("default") and self.labelled
-        key: list[Any] = [recipe.method, _tree(recipe.options), self._statistics(cells)]
+        key: list[Any] = [recipe.method, recipe.options.tree(), self._statistics(cells)]
         if recipe.needs_samples:
             key.append([sample.index for sample in self.calibration])
 
@@ -285,7 +284,7 @@ class _Evaluation:
         """Masks of each slice, under the allocation of all slices."""
         recipe = recipe_of(score, self.options.selection, budget, self.options.shares.get(budget, {}))
         for name in self.run.slices:
-            key = [ORACLE, name, _tree(recipe.options), self._statistics(False)]
+            key = [ORACLE, name, recipe.options.tree(), self._statistics(False)]
 
             def evaluate(name: str = name) -> Line:
                 common = select(self.plain_source, recipe.options)
@@ -322,10 +321,6 @@ class _Evaluation:
             LOG.debug("%s in %.1f s", text, time.monotonic() - started)
             self.tell(text)
         return line
-
-
-def _tree(options: SelectOptions) -> Any:
-    return json.loads(json.dumps(asdict(options) | {"shares": dict(options.shares)}))
 
 
 def _share(budget: float, kept: int, source: Any) -> float:

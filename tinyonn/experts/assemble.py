@@ -12,41 +12,41 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyonn.base.load import load_shape
-from tinyonn.base.source import fingerprint_model, read_model_config
+from tinyonn.base.source import read_model_config
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
-from tinyonn.engine import THREADS, Compute, EngineOptions, computing
+from tinyonn.engine import THREADS, EngineOptions, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.options import Selection, SelectOptions
+from tinyonn.experts.choice import check_base, searched_shares, select_options
+from tinyonn.experts.options import Selection
+from tinyonn.experts.report import AssembleReport
 from tinyonn.experts.select import select, select_bytes
 from tinyonn.experts.shards import (
     Layer,
     Shard,
     Sources,
-    contents,
+    matrix_bytes,
     plan_shards,
     shard_bytes,
     task_bytes,
+    tensor_bytes,
     write_shard,
 )
 from tinyonn.experts.source import RunSource, digest
+from tinyonn.experts.totals import totals
 from tinyonn.places import local_folder
 from tinyonn.run import Run, open_run
-from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.lock import RunLock
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
 
 LOG = logging.getLogger(__name__)
@@ -65,75 +65,6 @@ TOKENIZER = (
     "chat_template.*",
     "*.model",
 )
-
-
-@dataclass(frozen=True)
-class AssembleReport:
-    """What a call of `assemble_run` did.
-
-    Attributes
-    ----------
-    budget, linear, trunk : int
-        Weights kept, weights that could be, and weights that stay whole.
-    sizes : list of int
-        Of the experts, the core last.
-    kinds : dict of str to (int, int)
-        Kept and all weights by kind of module.
-    empty : list of int
-        Experts without a weight.
-    bytes, planned_bytes : int
-        Of the matrices on disk, and what the format's arithmetic gives.
-    """
-
-    location: str
-    folder: str
-    assembly: str
-    budget: int
-    linear: int
-    trunk: int
-    sizes: list[int]
-    kinds: dict[str, tuple[int, int]]
-    empty: list[int]
-    bytes: int
-    planned_bytes: int
-    files: int
-    workers: int
-    select_seconds: float
-    write_seconds: float
-    fresh: bool
-
-    def figures(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    def table(self) -> Table:
-        """For people."""
-        from rich.table import Table
-
-        core, experts = self.sizes[-1], np.array(self.sizes[:-1])
-        every, kept = self.linear + self.trunk, self.budget + self.trunk
-        sizes = f"{experts.min():,} to {experts.max():,}, median {int(np.median(experts)):,}"
-        lines = [
-            f"{self.budget:,} of {self.linear:,} linear weights kept ({self.budget / self.linear:.1%})",
-            f"with the trunk {kept:,} of {every:,} ({kept / every:.1%})",
-            f"core {core:,}; {experts.size} experts of {sizes}",
-            f"matrices {format_size(self.bytes)} on disk, {format_size(self.planned_bytes)} by arithmetic",
-        ]
-        if self.empty:
-            lines.append(f"warning: experts {', '.join(map(str, self.empty))} are empty")
-        if not self.fresh:
-            lines.append("nothing to do: assembled already")
-        else:
-            lines.append(
-                f"selected in {format_seconds(self.select_seconds)}, written in {format_seconds(self.write_seconds)}"
-            )
-        table = Table(title=f"assembled {self.folder}", title_justify="left", caption_justify="left")
-        table.caption = "\n".join(lines)
-        for heading in ("kind", "weights", "kept", "share"):
-            table.add_column(heading, justify="left" if heading == "kind" else "right")
-        for kind, (kept, every) in self.kinds.items():
-            table.add_row(kind, f"{every:,}", f"{kept:,}", f"{kept / every:.1%}")
-        return table
 
 
 def assemble_run(
@@ -172,82 +103,6 @@ def assemble_run(
         return _Assembly(run, location, target, model, config, options).carry_out()
 
 
-def check_base(run: Run, location: str, model: ModelConfig) -> dict[str, Any]:
-    """Refuse a base model that is not the recorded one; its fingerprint.
-
-    Raises
-    ------
-    InputError
-        Names the first difference and both values.
-    """
-    manifest = run.manifest
-    for option in ("quantization", "dtype"):
-        recorded, given = manifest.config.get(option), getattr(model, option)
-        if recorded not in (None, given):
-            raise InputError(
-                f"the run was recorded with model.{option}: {recorded}, not {given}; give the same"
-            )
-    found = fingerprint_model(model, local_folder(location) / "fingerprint.json")
-    for name in sorted(manifest.model.keys() | found.keys()) if manifest.model else ():
-        before, now = manifest.model.get(name), found.get(name)
-        if before != now:
-            raise InputError(
-                f"model.path = {model.path!r} is not the model that was recorded: {name} has the fingerprint "
-                f"{_short(now)} and had {_short(before)}; give the recorded model, or record this one into another run"
-            )
-    return found
-
-
-def _short(text: str | None) -> str:
-    return "none" if text is None else text[:12]
-
-
-def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = None) -> SelectOptions:
-    """What the configuration asks of selection.
-
-    Parameters
-    ----------
-    config : ExpertsConfig
-    shares : mapping of str to float, optional
-        By tensor, as they were searched: for ``allocation: auto``, which is ``global`` without them.
-    """
-    auto = config.allocation == "auto"
-    given = dict(shares or {}) if auto else {}
-    return SelectOptions(
-        budget=config.budget,
-        score=config.score,
-        within=config.within,
-        balance=config.balance,
-        core=config.core,
-        allocation="given" if given else "global" if auto else config.allocation,
-        shares=given,
-        seed=config.seed,
-    )
-
-
-def searched_shares(run: Run, location: str, budget: float) -> Mapping[str, float]:
-    """Shares by tensor that `tinyonn evaluate --allocate` found for a budget; empty if there are none."""
-    from tinyonn.evaluate.allocate import stored_shares
-
-    return stored_shares(local_folder(location), run.store.reader().stage("rows")).get(budget, {})
-
-
-def tree_of(options: SelectOptions) -> dict[str, Any]:
-    """JSON values."""
-    return json.loads(json.dumps(asdict(options) | {"shares": dict(options.shares)}))  # type: ignore[no-any-return]
-
-
-def source_of(run: Run, base: BaseWeights) -> RunSource:
-    """What selection reads: the run's rows, and the base model's weights.
-
-    Raises
-    ------
-    InputError
-        The run is not scored or not clustered, or its labels are of other rows.
-    """
-    return RunSource(run, base.recorded_rows, base.recorded_across)
-
-
 class _Assembly:
     """One assembly, from the selection to the folder."""
 
@@ -263,13 +118,13 @@ class _Assembly:
         self.run, self.location, self.folder = run, location, folder
         self.model, self.config, self.options = model, config, options
         self.base = BaseWeights(model)
-        self.source = source_of(run, self.base)
+        self.source = RunSource(run, self.base.recorded_rows, self.base.recorded_across)
         self.fingerprint = check_base(run, location, model)
         self.shape = load_shape(model)
         self.choice = select_options(config, searched_shares(run, location, config.budget))
         made_of = [
             FORMAT,
-            tree_of(self.choice),
+            self.choice.tree(),
             self.source.identity,
             self.fingerprint,
             model.quantization,
@@ -372,7 +227,11 @@ class _Assembly:
         order = sorted(shards, key=lambda shard: -task_bytes(shard, sources, sizes))
         with self._computing(need, "assembling") as compute:
             done: dict[Path, list[Layer]] = dict(
-                zip([s.path for s in order], _all(compute, order, sources), strict=True)
+                zip(
+                    [shard.path for shard in order],
+                    compute([(write_shard, (shard, sources)) for shard in order]),
+                    strict=True,
+                )
             )
         return [layer for shard in shards for layer in done[shard.path]], self.workers
 
@@ -385,28 +244,18 @@ class _Assembly:
         select_seconds: float,
         write_seconds: float,
     ) -> AssembleReport:
-        linear = [p for p in self.run.parameters if p.name in selection.tensors]
-        every = sum(parameter.size for parameter in self.run.parameters)
-        kinds: dict[str, tuple[int, int]] = {}
-        for parameter in linear:
-            kept, size = kinds.get(parameter.role, (0, 0))
-            kinds[parameter.role] = (
-                kept + int(selection.tensors[parameter.name].kept.sum()),
-                size + parameter.size,
-            )
-        total = sum(parameter.size for parameter in linear)
-        trunk = every - total
+        found = totals(selection, self.run.parameters)
         return AssembleReport(
             self.location,
             str(self.folder),
             self.id,
             selection.budget,
-            total,
-            trunk,
-            selection.group_sizes,
-            kinds,
-            selection.empty_experts,
-            sum(contents(shard)["bytes"] for shard in shards) - self._whole_bytes(shards),
+            found.linear.weights,
+            found.trunk,
+            list(found.experts),
+            {kind: (kept.kept, kept.weights) for kind, kept in found.kinds.items()},
+            list(found.empty),
+            sum(matrix_bytes(shard) for shard in shards),
             sum(shard_bytes(shard, sources) for shard in shards),
             len(shards),
             workers,
@@ -415,26 +264,14 @@ class _Assembly:
             True,
         )
 
-    def _whole_bytes(self, shards: Sequence[Shard]) -> int:
-        """Of the tensors that are stored as they are."""
-        from safetensors import safe_open
-
-        total = 0
-        for shard in shards:
-            with safe_open(shard.path, framework="pt") as file:
-                total += sum(file.get_tensor(f"base.{name}").nbytes for name in shard.whole)
-        return total
-
     def _finish(
         self, selection: Selection, shards: Sequence[Shard], layers: Sequence[Layer], report: AssembleReport
     ) -> None:
         """Index, tokenizer, card, code; and last the configuration."""
+        sizes = {shard.path.name: tensor_bytes(shard) for shard in shards}
         index = {
-            "metadata": {
-                "total_size": sum(contents(shard)["bytes"] for shard in shards),
-                "assembly": self.id,
-            },
-            "weight_map": {name: shard.path.name for shard in shards for name in contents(shard)["names"]},
+            "metadata": {"total_size": sum(sum(its.values()) for its in sizes.values()), "assembly": self.id},
+            "weight_map": {name: file for file, its in sizes.items() for name in its},
         }
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
         for pattern in TOKENIZER:
@@ -494,13 +331,9 @@ class _Assembly:
             },
             "samples": self.run.samples,
             "slices": {name: self.run.manifest.slices[name] for name in self.run.slices},
-            "selection": tree_of(selection.options),
+            "selection": selection.options.tree(),
             "report": report.figures(),
         }
-
-
-def _all(compute: Compute, shards: Sequence[Shard], sources: Sources) -> list[list[Layer]]:
-    return compute([(write_shard, (shard, sources)) for shard in shards])
 
 
 def open_assembled(folder: str | Path) -> TinyONNForCausalLM:

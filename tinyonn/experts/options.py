@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -118,6 +119,11 @@ class SelectOptions:
                 f"trunk = {list(self.trunk)}: {', '.join(lost)} cannot be cut; add them to the trunk"
             )
 
+    def tree(self) -> dict[str, Any]:
+        """JSON values."""
+        plain = asdict(self) | {"shares": dict(self.shares)}
+        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+
     def weights_of(self, source: Source) -> int:
         """The budget in weights.
 
@@ -218,9 +224,8 @@ class Selection:
 
     def tree(self) -> dict[str, Any]:
         """JSON values; cuts of rows as base64 of little-endian 64-bit integers."""
-        options = asdict(self.options) | {"shares": dict(self.options.shares)}
         return {
-            "options": options,
+            "options": self.options.tree(),
             "identity": self.identity,
             "experts": self.experts,
             "budget": self.budget,

@@ -255,10 +255,15 @@ def task_bytes(shard: Shard, sources: Sources, sizes: Mapping[str, int]) -> int:
     return shard_bytes(shard, sources) + width * sum(sizes.get(name, 0) for name in shard.whole) + own
 
 
-def contents(shard: Shard) -> dict[str, Any]:
-    """Names of a shard's tensors, for the index, and its bytes without the header."""
-    with safe_open(shard.path, framework="pt") as file:
-        names = list(file.keys())
+def tensor_bytes(shard: Shard) -> dict[str, int]:
+    """Bytes of every tensor of a written shard, from its header."""
     with shard.path.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    return {"names": names, "bytes": shard.path.stat().st_size - 8 - header}
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: last - first for name, (first, last) in ranges.items()}
+
+
+def matrix_bytes(shard: Shard) -> int:
+    """Of the matrices of a written shard, without the trunk and the file's header."""
+    whole = {f"base.{name}" for name in shard.whole}
+    return sum(size for name, size in tensor_bytes(shard).items() if name not in whole)

@@ -12,6 +12,7 @@ import torch
 
 from tests.base.architectures import make_model
 from tests.experts.assembled import assembled
+from tests.experts.routers import FOUR
 
 HIDDEN = (
     "tinyonn",
@@ -53,9 +54,10 @@ inputs = tokenizer("def f(x):", return_tensors="pt")
 ids = model.generate(**inputs, max_new_tokens=8, do_sample=False, gates=[1.0, 0, 0.5, 0])
 with torch.no_grad():
     logits = model(ids).logits
+    routed = model.router(ids)
 pipeline("text-generation", model=model, tokenizer=tokenizer)("one", max_new_tokens=2)
 model.save_pretrained(f"{out}/again")
-torch.save({"ids": ids, "logits": logits, "module": type(model).__module__}, f"{out}/result.pt")
+torch.save({"ids": ids, "logits": logits, "routed": routed, "module": type(model).__module__}, f"{out}/result.pt")
 assert not any(name.partition(".")[0] in HIDDEN for name in sys.modules)
 """
 
@@ -84,6 +86,7 @@ def test_bare_environment(tmp_path: Path, name: str, rounds: int) -> None:
     """Loads with the code in its folder, generates as here, and what it saves loads and does the same again."""
     base = make_model(name, tmp_path / "base")
     _, model = assembled(base, kept=0.6)
+    model.set_router(FOUR)
     folder = tmp_path / "model"
     model.save_pretrained(folder, max_shard_size="100KB")
     results = []
@@ -95,11 +98,14 @@ def test_bare_environment(tmp_path: Path, name: str, rounds: int) -> None:
 
     for result in results:
         assert str(result["module"]).startswith("transformers_modules.")
-        ids, logits = result["ids"], result["logits"]
+        ids, logits, routed = result["ids"], result["logits"], result["routed"]
         assert isinstance(ids, torch.Tensor)
         assert isinstance(logits, torch.Tensor)
+        assert isinstance(routed, torch.Tensor)
+        assert model.router is not None
         with torch.no_grad():
             wanted = model(ids).logits
+            assert torch.equal(routed, model.router(ids))
         assert float((logits - wanted).abs().max() / wanted.abs().max()) <= 1e-5
         prompt = ids.shape[1] - 8
         here = model.generate(

@@ -30,12 +30,6 @@ assert torch.equal(found_OI.cpu()[exact], expected_OI[exact])
 torch.testing.assert_close(found_OI.cpu(), expected_OI, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 assert not triton_tinyonn.scatter(values, columns, pointer, torch.zeros(4, device=device), 37, 150).any()
 
-G_OI = torch.randn(37, 150).to(dtype)
-kept = torch.full_like(values, float("nan"))
-triton_tinyonn.collect(G_OI.to(device), columns, pointer, kept)
-expected = torch.cat([G_OI[labels_OI == group] for group in range(4)])
-assert torch.equal(kept.cpu(), expected)
-
 sorted_values = expected_OI[expected_OI != 0]
 rows, sorted_columns = expected_OI.nonzero(as_tuple=True)
 starts = torch.nn.functional.pad(torch.bincount(rows, minlength=37).cumsum(0), (1, 0)).int()

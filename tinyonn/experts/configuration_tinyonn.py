@@ -7,12 +7,15 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .router_options_tinyonn import RouterOptions
+
 MAX_EXPERTS = 254
 PATHS = ("auto", "dense", "sparse")
 GATES_PER = ("prompt", "token")
 GATE_RULE = (
     "no router yet: the top_k experts of the largest expert_prior are on with gate 1, all if top_k is null"
 )
+ROUTER_RULE = "the router chooses experts from the prompt; router says how many, and which are always on"
 
 
 class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
@@ -38,6 +41,9 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         A router chooses again after so many generated tokens; None is never.
     gate_rule : str
         Says where gates come from.
+    router : dict, optional
+        What the router is made of: the fields of `RouterOptions`, of which ``branches`` must be given. None is no
+        router.
     gates_per : str
         ``prompt`` or, for comparison, ``token``.
     forward_path : str
@@ -68,6 +74,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         gates_per: str = "prompt",
         forward_path: str = "auto",
         assembly: dict[str, Any] | None = None,
+        router: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(base_config, dict):
@@ -81,7 +88,8 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         self.expert_prior = expert_prior or [0.0] * experts
         self.top_k = top_k
         self.reroute_every = reroute_every
-        self.gate_rule = gate_rule
+        self.router = None if router is None else RouterOptions.read(router).tree()
+        self.gate_rule = ROUTER_RULE if router and gate_rule.startswith("no router") else gate_rule
         self.gates_per = gates_per
         self.forward_path = forward_path
         self.assembly = assembly or {}
@@ -107,6 +115,10 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         if self.reroute_every is not None and self.reroute_every < 1:
             raise ValueError(
                 f"reroute_every = {self.reroute_every}; give at least 1 token, or null for never"
+            )
+        if self.router is not None and (held := sum(map(len, self.router["branches"]))) != k:
+            raise ValueError(
+                f"router.branches hold {held} experts but the model has {k}; give branches of this model's experts"
             )
         if self.gates_per not in GATES_PER:
             raise ValueError(f"gates_per = {self.gates_per!r}; choose {' or '.join(GATES_PER)}")

@@ -29,7 +29,7 @@ except ImportError as error:
 from .llvm_tinyonn import TEXTS, UNROLLED, WORD
 
 __all__ = [
-    "BLOCK_BYTES", "PADDING", "UNROLLED", "WORD", "collect", "expands", "gathers", "in_bands", "join", "kernel",
+    "BLOCK_BYTES", "PADDING", "UNROLLED", "WORD", "expands", "gathers", "in_bands", "join", "kernel",
     "launch", "pack", "scatter",
 ]  # fmt: skip
 
@@ -77,18 +77,6 @@ def scatter(
             place = group * out + row
             for entry in range(pointer[place], pointer[place + 1]):
                 W[row, columns[entry]] = items[entry]
-
-
-@njit(nogil=True)  # type: ignore[untyped-decorator]
-def collect(
-    first: int, last: int, W: Any, columns: Any, pointer: Any, groups: Any, out: int, items: Any
-) -> None:
-    """The other way: entries of the given groups in rows first:last from a dense matrix."""
-    for row in range(first, last):
-        for group in groups:
-            place = group * out + row
-            for entry in range(pointer[place], pointer[place + 1]):
-                items[entry] = W[row, columns[entry]]
 
 
 @njit(nogil=True)  # type: ignore[untyped-decorator]

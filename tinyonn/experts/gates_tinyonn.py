@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,17 +39,21 @@ class Active:
     ----------
     gates_RG : float32 [rows, groups]
     patterns : list of Pattern
-        The first goes for all rows if `rows` is empty. None at all: mix the groups' outputs by `gates_RG`.
+        The first goes for all rows if `rows` is empty. None at all: `gates_RG` are learned and per sample, or per
+        token and too many.
     rows : list of int64 [n]
         Rows of each pattern.
     per_token : bool
         Rows are tokens, not samples.
+    value_gates_RG : float32 [1 or rows, groups], optional
+        What the values' gradients are multiplied by instead of the gates.
     """
 
     gates_RG: torch.Tensor
     patterns: list[Pattern]
     rows: list[torch.Tensor] = field(default_factory=list)
     per_token: bool = False
+    value_gates_RG: torch.Tensor | None = None
 
     @property
     def uniform(self) -> bool:
@@ -57,13 +61,19 @@ class Active:
         return len(self.patterns) == 1 and not self.rows
 
 
-def read_gates(gates: torch.Tensor | Sequence[Any], experts: int) -> torch.Tensor:
+def read_gates(
+    gates: torch.Tensor | Sequence[Any], experts: int, name: str = "gates", dimensions: int = 3
+) -> torch.Tensor:
     """Gates as given by a user, checked.
 
     Parameters
     ----------
     gates : float [experts], [batch, experts] or [batch, tokens, experts]
     experts : int
+    name : str
+        For messages.
+    dimensions : int
+        At most.
 
     Returns
     -------
@@ -75,27 +85,32 @@ def read_gates(gates: torch.Tensor | Sequence[Any], experts: int) -> torch.Tenso
         Another shape, or values that are negative or not finite.
     """
     given = torch.as_tensor(gates)
-    if given.dim() not in (1, 2, 3) or given.shape[-1] != experts:
+    if not 1 <= given.dim() <= dimensions or given.shape[-1] != experts:
+        shapes = [f"[{experts}]", f"[batch, {experts}]", f"[batch, tokens, {experts}]"][:dimensions]
         raise ValueError(
-            f"gates of shape {list(given.shape)} do not fit {experts} experts; give [{experts}], "
-            f"[batch, {experts}] or [batch, tokens, {experts}] (the core has no gate, it is always on)"
+            f"{name} of shape {list(given.shape)} do not fit {experts} experts; give "
+            f"{', '.join(shapes[:-1])} or {shapes[-1]} (the core has no gate, it is always on)"
         )
     given = given.float()
     wrong = ~((given >= 0) & (given < torch.inf))
     if wrong.any():
         place = wrong.nonzero()[0].tolist()
         value = given[tuple(place)].item()
-        raise ValueError(f"the gate at {place} is {value}; a gate is a finite number from 0 on, 0 is off")
+        raise ValueError(
+            f"{name}: the gate at {place} is {value}; a gate is a finite number from 0 on, 0 is off"
+        )
     return given
 
 
-def activate(gates: torch.Tensor, batch: int, tokens: int) -> Active:
+def activate(gates: torch.Tensor, batch: int, tokens: int, value_gates: torch.Tensor | None = None) -> Active:
     """Sort gates into patterns for an input of so many samples and tokens.
 
     Parameters
     ----------
     gates : float32, checked by `read_gates`
     batch, tokens : int
+    value_gates : float32 [experts] or [batch, experts], optional
+        For the gradients of values; checked likewise.
 
     Returns
     -------
@@ -106,16 +121,31 @@ def activate(gates: torch.Tensor, batch: int, tokens: int) -> Active:
     ValueError
         Gates for another number of samples or tokens.
     """
+    active = _sorted(gates, batch, tokens)
+    if value_gates is None:
+        return active
+    _check_fit(value_gates, batch, tokens)
+    if gates.dim() == 3 and gates.shape[1] > 1:
+        raise ValueError("value_gates do not go with gates per token; give gates per sample")
+    return replace(active, value_gates_RG=_with_core(torch.atleast_2d(value_gates)))
+
+
+def _with_core(gates_RE: torch.Tensor) -> torch.Tensor:
+    return torch.cat([gates_RE, gates_RE.new_ones(len(gates_RE), 1)], 1)
+
+
+def _sorted(gates: torch.Tensor, batch: int, tokens: int) -> Active:
     _check_fit(gates, batch, tokens)
     per_token = gates.dim() == 3 and gates.shape[1] > 1
     gates = gates.squeeze(1) if gates.dim() == 3 and not per_token else gates
     if per_token:
         gates = gates.expand(batch, -1, -1).flatten(0, 1)
-    gates = gates if gates.dim() == 2 else gates[None]
-    gates_RG = torch.cat([gates, gates.new_ones(len(gates), 1)], 1)
+    gates_RG = _with_core(torch.atleast_2d(gates))
     learned = gates.requires_grad and torch.is_grad_enabled()
     if len(gates_RG) == 1:
         return Active(gates_RG, [_pattern(gates_RG[0], learned)])
+    if learned and not per_token:  # a batch of weights, not some patterns
+        return Active(gates_RG, [])
     if learned:  # equal rows may need different gradients
         count, which = len(gates_RG), torch.arange(len(gates_RG), device=gates.device)
         distinct_PG = gates_RG
@@ -124,7 +154,7 @@ def activate(gates: torch.Tensor, batch: int, tokens: int) -> Active:
         count = len(distinct_PG)
     if count == 1:
         return Active(gates_RG, [_pattern(distinct_PG[0], learned)])
-    if count > gates_RG.shape[1] and (learned or per_token):
+    if count > gates_RG.shape[1] and per_token:
         return Active(gates_RG, [], [], per_token)
     patterns = [_pattern(gates_G, learned) for gates_G in distinct_PG]
     rows = [(which == number).nonzero().squeeze(1) for number in range(count)]
@@ -173,10 +203,12 @@ class Switch:
         gates_E[self.config.chosen_experts] = 1
         return gates_E
 
-    def sorted(self, gates: torch.Tensor, batch: int, tokens: int) -> Active:
+    def sorted(
+        self, gates: torch.Tensor, batch: int, tokens: int, value_gates: torch.Tensor | None = None
+    ) -> Active:
         """`activate`, not repeated while the gates stay the same, as they do from token to token."""
-        if gates.requires_grad or gates.dim() == 3:
-            return activate(gates, batch, tokens)
+        if gates.requires_grad or gates.dim() == 3 or value_gates is not None:
+            return activate(gates, batch, tokens, value_gates)
         if self._latest is not None:
             known, active = self._latest
             if known.shape == gates.shape and known.device == gates.device and torch.equal(known, gates):

@@ -15,6 +15,7 @@ from .sparse_tinyonn import (
     ExpertMatrix,
     Form,
     Merged,
+    batched_linear,
     choose_path,
     costs,
     dense_of,
@@ -146,16 +147,45 @@ class ExpertLinear(nn.Module):
 
     def _run(self, X: torch.Tensor) -> torch.Tensor:
         active = self.switch.active(X.device)
+        batch = not active.per_token and (not active.patterns or self._makes_dense(X, active.gates_RG))
+        if batch:
+            return self._batched(X, active)
         if active.uniform:
             return self._linear(X, active.patterns[0], active)
         X_R = X.flatten(0, 1) if active.per_token else X
-        if len(X_R) != len(active.gates_RG):
-            raise ValueError(
-                f"an input of shape {list(X.shape)} has not the {len(active.gates_RG)} rows that gates are for; "
-                "run the whole model, or give gates of one dimension"
-            )
+        self._check_rows(X, len(X_R), len(active.gates_RG))
         Y_R = self._mixed(X_R, active) if not active.patterns else self._by_pattern(X_R, active)
         return Y_R.unflatten(0, X.shape[:2]) if active.per_token else Y_R
+
+    def _check_rows(self, X: torch.Tensor, found: int, rows: int) -> None:
+        if found != rows:
+            raise ValueError(
+                f"an input of shape {list(X.shape)} has not the {rows} rows that gates are for; "
+                "run the whole model, or give gates of one dimension"
+            )
+
+    def _makes_dense(self, X: torch.Tensor, gates: torch.Tensor) -> bool:
+        """Whether weights are made dense for the call: in training, and under autocast, which keeps none."""
+        learned = X.requires_grad or self.values.requires_grad or gates.requires_grad
+        if torch.is_grad_enabled() and learned:
+            if self.switch.path == "sparse":
+                raise ValueError(
+                    "the sparse path has no gradients; run it under torch.no_grad(), or set_path('auto')"
+                )
+            return True
+        return torch.is_autocast_enabled(X.device.type)
+
+    def _batched(self, X: torch.Tensor, active: Active) -> torch.Tensor:
+        gates_RG = active.patterns[0].gates_G[None] if active.uniform else active.gates_RG
+        value_gates_RG = active.value_gates_RG
+        rows = max(len(gates_RG), 1 if value_gates_RG is None else len(value_gates_RG))
+        gates_RG = gates_RG.to(X.device).expand(rows, -1)
+        if value_gates_RG is not None:
+            value_gates_RG = value_gates_RG.to(X.device).expand(rows, -1)
+        if rows == 1:  # whatever the shape of the input
+            return batched_linear(X[None], self.matrix, gates_RG, self.bias, value_gates_RG)[0]
+        self._check_rows(X, len(X), rows)
+        return batched_linear(X, self.matrix, gates_RG, self.bias, value_gates_RG)
 
     def _by_pattern(self, X_R: torch.Tensor, active: Active) -> torch.Tensor:
         parts, order = [], []
@@ -178,14 +208,7 @@ class ExpertLinear(nn.Module):
 
     def _linear(self, X: torch.Tensor, pattern: Pattern, active: Active) -> torch.Tensor:
         gates_G = pattern.gates_G.to(X.device)
-        learned = X.requires_grad or self.values.requires_grad or gates_G.requires_grad
-        if torch.is_grad_enabled() and learned:
-            if self.switch.path == "sparse":
-                raise ValueError(
-                    "the sparse path has no gradients; run it under torch.no_grad(), or set_path('auto')"
-                )
-            return gated_linear(X, self.matrix, gates_G, self.bias)
-        if torch.is_autocast_enabled(X.device.type):
+        if self._makes_dense(X, gates_G):
             return gated_linear(X, self.matrix, gates_G, self.bias)
         form = self._form(pattern, gates_G, X.numel() // self.in_features, active)
         if isinstance(form, Merged):

@@ -1,4 +1,4 @@
-"""The sparse experts of a linear layer as one compressed matrix, and as a dense one with gradients.
+"""The sparse experts of a linear layer as one compressed matrix, and as a dense one.
 
     Y_TO = X_TI W_OI^T + b,   W = sum over groups g of gate_g * W_g,   the W_g disjoint
 
@@ -12,17 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 try:
-    from .cpu_tinyonn import collect, in_bands, scatter
+    from .cpu_tinyonn import in_bands, scatter
 
     COMPILED = True
 except ImportError:
     COMPILED = False
 
 try:
-    from .triton_tinyonn import collect as gpu_collect
     from .triton_tinyonn import scatter as gpu_scatter
 
     TRITON = True
@@ -81,71 +79,6 @@ def dense_of(matrix: ExpertMatrix, gates_G: torch.Tensor) -> torch.Tensor:
     """
     check_gates(matrix, gates_G)
     return dense(matrix, gates_G)
-
-
-def gated_linear(
-    X: torch.Tensor, matrix: ExpertMatrix, gates_G: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The layer with its weight made dense for the call: for training, and with most groups on.
-
-    Gradients reach `X`, the kept values and the gates: a gate's is the sum of W * dL/dW over its group's entries.
-    Forward and backward each hold one dense matrix of the layer, never one per group, and keep none between them.
-
-    Parameters
-    ----------
-    X : float [..., inputs]
-    matrix : ExpertMatrix
-    gates_G : float [groups]
-    bias : float [out], optional
-
-    Returns
-    -------
-    tensor [..., out], dtype of `X` (under autocast its dtype)
-
-    Raises
-    ------
-    ValueError
-        Gates or an input that do not fit the matrix.
-    """
-    check_gates(matrix, gates_G)
-    check_input(X, matrix.inputs)
-    if torch.is_autocast_enabled(X.device.type):
-        X = X.to(torch.get_autocast_dtype(X.device.type))
-    if bias is not None:
-        bias = bias.to(X.dtype)
-    Y: torch.Tensor = _GatedLinear.apply(  # type: ignore[no-untyped-call]
-        X, matrix.values, gates_G, bias, matrix.columns, matrix.row_pointer, matrix.out, matrix.inputs
-    )
-    return Y
-
-
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, X: torch.Tensor, values: torch.Tensor, gates_G: torch.Tensor, bias: torch.Tensor | None,
-        columns: torch.Tensor, row_pointer: torch.Tensor, out: int, inputs: int,
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(X, values, gates_G, columns, row_pointer)
-        ctx.shape = out, inputs
-        W_OI = dense(ExpertMatrix(values, columns, row_pointer, out, inputs), gates_G)
-        return functional.linear(X, W_OI.to(X.dtype), bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, G: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        X, values, gates_G, columns, row_pointer = ctx.saved_tensors
-        to_X, to_values, to_gates, to_bias = ctx.needs_input_grad[:4]
-        matrix = ExpertMatrix(values, columns, row_pointer, *ctx.shape)
-        of_X = of_values = of_gates = of_bias = None
-        if to_X:
-            of_X = G @ dense(matrix, gates_G).to(G.dtype)
-        G_TO = G.reshape(-1, matrix.out)
-        if to_values or to_gates:
-            of_W_OI = G_TO.T @ X.reshape(-1, matrix.inputs)
-            of_values, of_gates = _kept_gradients(matrix, gates_G, of_W_OI, to_values, to_gates)
-        if to_bias:
-            of_bias = G_TO.sum(0)
-        return of_X, of_values, of_gates, of_bias, None, None, None, None
 
 
 def check_gates(matrix: ExpertMatrix, gates_G: torch.Tensor) -> None:
@@ -215,44 +148,6 @@ def folded(matrix: ExpertMatrix, gates_G: torch.Tensor) -> torch.Tensor:
         if gate:
             new.copy_(old if gate == 1 else gated(old, gate_value))
     return folded
-
-
-def _kept_gradients(
-    matrix: ExpertMatrix, gates_G: torch.Tensor, of_W_OI: torch.Tensor, to_values: bool, to_gates: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the kept values and of the gates from that of the dense weight."""
-    wide = torch.promote_types(matrix.values.dtype, torch.float32)
-    of_kept = _kept(matrix, of_W_OI)
-    of_values = of_gates = None
-    if to_gates:
-        of_gates = _by_group(matrix, of_kept.to(wide) * matrix.values.to(wide)).to(gates_G.dtype)
-    if to_values:
-        gates = gates_G.repeat_interleave(matrix.group_sizes(), output_size=of_kept.numel())
-        of_values = (of_kept.to(wide) * gates.to(wide)).to(matrix.values.dtype)
-    return of_values, of_gates
-
-
-def _kept(matrix: ExpertMatrix, of_W_OI: torch.Tensor) -> torch.Tensor:
-    """The dense gradient's entries at the kept places, in their order."""
-    of_W_OI = of_W_OI.contiguous()
-    of_kept = of_W_OI.new_empty(matrix.values.numel())
-    if of_W_OI.is_cuda and TRITON:
-        gpu_collect(of_W_OI, matrix.columns, matrix.row_pointer, of_kept)
-    elif _compiled(matrix):
-        groups = np.arange(matrix.groups)
-        known = (items(of_W_OI), items(matrix.columns), items(matrix.row_pointer), groups)
-        in_bands(collect, matrix.out, *known, matrix.out, items(of_kept))
-    else:
-        rows, _ = rows_and_groups(matrix)
-        of_kept = of_W_OI[rows, matrix.columns.long()]
-    return of_kept
-
-
-def _by_group(matrix: ExpertMatrix, products: torch.Tensor) -> torch.Tensor:
-    """Sums over the entries of each group: float32 within a row, float64 over rows."""
-    lengths = matrix.row_pointer.long().diff()
-    by_row = torch.segment_reduce(products, "sum", lengths=lengths, initial=0.0)
-    return by_row.view(matrix.groups, matrix.out).double().sum(1)
 
 
 def _compiled(matrix: ExpertMatrix) -> bool:

@@ -5,14 +5,15 @@
         model.generate(**tokenizer(text, return_tensors="pt"))
 
 Attention, norms, embeddings, head and caches are the base architecture's own, from ``transformers``. Without gates
-the rule in ``config.gate_rule`` decides. This file is saved beside exported models, with those it imports.
+the router decides, and without a router the rule in ``config.gate_rule``. This file is saved beside exported models,
+with those it imports.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .configuration_tinyonn import PATHS, TinyONNConfig
+from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, TinyONNConfig
 from .expert_tinyonn import TinyONNExpert
 from .gates_tinyonn import Routing, Switch, read_gates
 from .linear_tinyonn import ExpertLinear, swap
+from .router_options_tinyonn import RouterOptions
+from .router_tinyonn import PromptRouter
 from .shards_tinyonn import ASSEMBLY, check_shards, stamp
 
 Gates = torch.Tensor | Sequence[Any]
@@ -38,7 +41,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     ----------
     base : PreTrainedModel
         The base's own causal language model.
-    router : module or None
+    router : PromptRouter, another module or None
         ``forward(input_ids, attention_mask) -> gates``, float [batch, k], called on the prompt and again after every
         ``config.reroute_every`` generated tokens; with ``config.gates_per == "token"`` called on the whole sequence
         at every step, float [batch, tokens, k].
@@ -53,6 +56,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     base_model_prefix = "base"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012 as transformers declares it
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -81,6 +85,8 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             self.base.to_empty(device=target)
             for layer in self.sparse_layers.values():
                 layer.reset_parameters()
+        if config.router is not None:
+            self.router = PromptRouter(config.router, self.base, config.gates_per == "token")
         self.post_init()
 
     @property
@@ -103,6 +109,34 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return TinyONNExpert(self, number)
 
     # Gates and paths
+
+    def set_router(self, options: RouterOptions | Mapping[str, Any] | None, seed: int = 0) -> None:
+        """Give the model a new, untrained router, or take it away.
+
+        Parameters
+        ----------
+        options : RouterOptions or its plain tree, optional
+        seed : int
+            Of the router's random weights.
+
+        Raises
+        ------
+        ValueError
+            Options that contradict each other, or for another number of experts.
+        """
+        if options is None:
+            self.router, self.config.router, self.config.gate_rule = None, None, GATE_RULE
+            return
+        options = options if isinstance(options, RouterOptions) else RouterOptions.read(options)
+        if options.experts != self.config.experts:
+            raise ValueError(
+                f"router.branches hold {options.experts} experts but the model has {self.config.experts}; "
+                "give branches of this model's experts"
+            )
+        router = PromptRouter(options, self.base, self.config.gates_per == "token")
+        self.router = router.to(self.get_input_embeddings().weight.device)
+        router.reset_parameters(seed)
+        self.config.router, self.config.gate_rule = options.tree(), ROUTER_RULE
 
     def set_gates(self, gates: Gates | None) -> None:
         """Use these gates until told otherwise; None goes back to the router or the stated rule.
@@ -166,6 +200,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         gates: Gates | None = None,
+        value_gates: Gates | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward pass, with gates.
@@ -174,6 +209,9 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         ----------
         gates : float [experts], [batch, experts] or [batch, tokens, experts], optional
             Instead of `set_gates`, the router or the stated rule.
+        value_gates : float [experts] or [batch, experts], optional
+            For training: what the gradients of experts' values are multiplied by instead of `gates`. An expert that is
+            off learns where they are not 0, one that is on stays as it is where they are 0.
         input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache, logits_to_keep
             As for the base, and so are all others.
 
@@ -187,7 +225,14 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             Gates that do not fit, or more tokens than the model's context or the cache.
         """
         active = self._prepare(
-            input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, labels, gates
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            labels,
+            gates,
+            value_gates,
         )
         with self.switch.use(active):
             return self.base(
@@ -212,6 +257,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         cache: Any,
         labels: torch.Tensor | None,
         gates: Gates | None,
+        value_gates: Gates | None,
     ) -> Any:
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
@@ -224,7 +270,10 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             chosen = self._routed(input_ids, attention_mask, past)
         if chosen is None:
             chosen = self.switch.rule(given.device)
-        return self.switch.sorted(chosen.to(given.device), batch, tokens)
+        if value_gates is None:
+            return self.switch.sorted(chosen.to(given.device), batch, tokens)
+        taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach()
+        return self.switch.sorted(chosen.to(given.device), batch, tokens, taught.to(given.device))
 
     def _routed(self, input_ids: torch.Tensor | None, attention_mask: Any, past: int) -> torch.Tensor:
         if input_ids is None:
@@ -325,6 +374,14 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     # Files
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As in ``transformers``; a router that no shard holds starts untrained."""
+        if isinstance(module, PromptRouter):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in ``transformers``; shards are checked before and their entries after they are read.
@@ -347,7 +404,11 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         if checkpoint_files is not None:
             shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
             check_shards(
-                checkpoint_files, shapes, model.config.assembly.get("id"), model.all_tied_weights_keys
+                checkpoint_files,
+                shapes,
+                model.config.assembly.get("id"),
+                model.all_tied_weights_keys,
+                optional="router.",
             )
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
@@ -360,6 +421,8 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         **kwargs: Any,
     ) -> None:
         """As in ``transformers``, with the modelling code and the assembly's id in every shard."""
+        if isinstance(self.router, PromptRouter):  # its options may have changed
+            self.config.router = self.router.options.tree()
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         identity = self.config.assembly.get("id")
         if identity is not None and is_main_process:

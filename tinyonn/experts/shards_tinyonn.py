@@ -17,6 +17,7 @@ def check_shards(
     shapes: Mapping[str, Sequence[int]],
     assembly: str | None,
     tied: Mapping[str, str],
+    optional: str | None = None,
 ) -> None:
     """Read the headers of all shards and compare them with what the model needs.
 
@@ -29,6 +30,8 @@ def check_shards(
         Must stand in every shard's metadata under ``assembly``; None checks shapes alone.
     tied : dict
         Pairs of tensors that are one; either may be absent.
+    optional : str, optional
+        Tensors whose names begin so may all be absent.
 
     Raises
     ------
@@ -62,6 +65,8 @@ def check_shards(
     for one, other in tied.items():
         if one in found or other in found:
             found |= {one, other}
+    if optional is not None and not any(name.startswith(optional) for name in found):
+        found |= {name for name in shapes if name.startswith(optional)}
     lost = sorted(shapes.keys() - found)
     if lost:
         raise ValueError(

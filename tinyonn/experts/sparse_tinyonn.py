@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from .batched_tinyonn import batched_linear, gated_linear
 from .matrix_tinyonn import (
     TRITON,
     ExpertMatrix,
@@ -27,7 +28,6 @@ from .matrix_tinyonn import (
     dense_of,
     folded,
     gated,
-    gated_linear,
     items,
     rows_and_groups,
 )
@@ -56,7 +56,8 @@ except ImportError:
     pass
 
 __all__ = [
-    "ExpertMatrix", "Merged", "choose_path", "costs", "dense_of", "gated_linear", "merge", "sparse_linear",
+    "ExpertMatrix", "Merged", "batched_linear", "choose_path", "costs", "dense_of", "gated_linear", "merge",
+    "sparse_linear",
 ]  # fmt: skip
 
 Form = Literal["dense", "rows", "masks"]

@@ -40,24 +40,6 @@ def _scatter(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _collect(
-    W_ptr: Any, columns_ptr: Any, pointer_ptr: Any, kept_ptr: Any, out: Any, inputs: Any,
-    ROWS: tl.constexpr, ENTRIES: tl.constexpr,
-) -> None:  # fmt: skip
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = rows < out
-    first = tl.load(pointer_ptr + group * out + rows, mask=here, other=0)
-    last = tl.load(pointer_ptr + group * out + rows + 1, mask=here, other=0)
-    for start in range(0, tl.max(last - first, axis=0), ENTRIES):
-        entries = first[:, None] + start + tl.arange(0, ENTRIES)[None, :]
-        mask = entries < last[:, None]
-        columns = tl.load(columns_ptr + entries, mask=mask, other=0).to(tl.int64)
-        kept = tl.load(W_ptr + rows[:, None].to(tl.int64) * inputs + columns, mask=mask, other=0.0)
-        tl.store(kept_ptr + entries, kept, mask=mask)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _decode(
     X_ptr: Any, values_ptr: Any, columns_ptr: Any, starts_ptr: Any, Y_ptr: Any, out: Any, inputs: Any,
     BLOCK: tl.constexpr,
@@ -101,22 +83,6 @@ def scatter(
         grid = (triton.cdiv(out, ROWS), groups.numel())
         _scatter[grid](values, columns, row_pointer, groups, gates_G, W_OI, out, inputs, ROWS, ENTRIES)
     return W_OI
-
-
-def collect(W_OI: torch.Tensor, columns: torch.Tensor, row_pointer: torch.Tensor, kept: torch.Tensor) -> None:
-    """Entries of a dense matrix at the places of all groups, into `kept` [nnz], in their order.
-
-    Parameters
-    ----------
-    W_OI : tensor [out, inputs], contiguous
-    columns, row_pointer
-        As in `ExpertMatrix`.
-    kept : tensor [nnz]
-        Of the matrix's dtype; changed in place.
-    """
-    out, inputs = W_OI.shape
-    grid = (triton.cdiv(out, ROWS), (row_pointer.numel() - 1) // out)
-    _collect[grid](W_OI, columns, row_pointer, kept, out, inputs, ROWS, ENTRIES)
 
 
 def decode(

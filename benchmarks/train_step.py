@@ -1,0 +1,181 @@
+"""A training step in which every sample has gates of its own, beside the dense model and a call for each sample.
+
+    python benchmarks/train_step.py [--rounds 7] [--batch 8] [--tokens 256] [--threads 1] [--json]
+
+The reference model in 100 experts of which each sample runs ten, and a core of half the weights that are kept; every
+weight's expert is drawn, or an assembled model is given. A step is forward and backward with gradients of all linear
+weights (ours: and of the gates), embeddings, norms and head frozen. The ways take turns and the fastest step counts:
+with one thread its CPU time, from which a busy machine takes little, else wall time. BF16: all is bfloat16; masters:
+linear weights in float32 under autocast. The peer calls `gated_linear` once per sample and layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from report import Goal, at_least, at_most, finish
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from tinyonn.base.reference import model_path
+from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
+from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.experts.sparse_tinyonn import gated_linear
+
+EXPERTS, ACTIVE, KEPT, CORE = 100, 10, 0.315, 0.5
+WAYS = ("dense", "one pattern", "a pattern a sample", "peer")
+LIMIT = 1.5  # of the dense step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="folder of an assembled reference model, instead of a drawn one")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    rows: list[list[object]] = []
+    goals: list[Goal] = []
+    figures: dict[str, Any] = {"batch": options.batch, "tokens": options.tokens, "seconds": {}}
+    for kind in ("BF16", "masters"):
+        seconds = compare(options, kind == "masters")
+        figures["seconds"][kind] = seconds
+        rows += [[f"{kind}, {way}", seconds[way], seconds[way] / seconds["dense"]] for way in WAYS]
+        ours = seconds["a pattern a sample"]
+        goals.append(at_most(f"{kind}: ours to dense", ours / seconds["dense"], LIMIT))
+        goals.append(at_least(f"{kind}: peer to ours", seconds["peer"] / ours, 1))
+    finish("train_step", ["step", "seconds", "to dense"], rows, goals, options.json, figures)
+
+
+def compare(options: Any, masters: bool) -> dict[str, float]:
+    """Seconds of the fastest step of every way, by turns."""
+    dense = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
+    model = open_assembled(options.model) if options.model else drawn(dense)
+    linear = [m.weight for m in dense.model.modules() if isinstance(m, nn.Linear)]
+    values = [layer.values for layer in model.sparse_layers.values()]
+    for one, parameters in ((dense, linear), (model, values)):
+        one.train().requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float() if masters else parameter.data
+    ids = torch.randint(0, model.config.vocab_size, (options.batch, options.tokens))
+    gates_BE = torch.zeros(options.batch, EXPERTS)
+    gates_BE.scatter_(1, torch.rand(options.batch, EXPERTS).topk(ACTIVE).indices, 1).requires_grad_()
+    peer = one_by_one(model, gates_BE)
+
+    def run(forward: Callable[..., Any], **given: Any) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=masters):
+            loss = forward(input_ids=ids, labels=ids, **given).loss
+        loss.backward()
+        for parameter in (*linear, *values, gates_BE):
+            parameter.grad = None
+
+    def run_peer() -> None:
+        swap(model, peer)
+        run(model.base)
+        swap(model, layers)
+
+    layers = dict(model.sparse_layers)
+    one_pattern = gates_BE[0].detach().requires_grad_()
+    steps: tuple[Callable[[], None], ...] = (
+        partial(run, dense),
+        partial(run, model, gates=one_pattern),
+        partial(run, model, gates=gates_BE),
+        run_peer,
+    )
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(options.rounds + 1):
+        for way, step in zip(WAYS, steps, strict=True):
+            started = clock()
+            step()
+            if turn:  # the first is a warm-up
+                seconds[way].append(clock() - started)
+    return {way: min(found) for way, found in seconds.items()}
+
+
+class OneByOne(nn.Module):
+    """A layer that calls `gated_linear` for each sample."""
+
+    def __init__(self, layer: ExpertLinear, gates_BE: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.gates_BE = layer, gates_BE
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        gates_BG = functional.pad(self.gates_BE, (0, 1), value=1.0)
+        layer = self.layer
+        return torch.stack(
+            [
+                gated_linear(x, layer.matrix, gates_G, layer.bias)
+                for x, gates_G in zip(X, gates_BG, strict=True)
+            ]
+        )
+
+
+def one_by_one(model: TinyONNForCausalLM, gates_BE: torch.Tensor) -> dict[str, nn.Module]:
+    return {name: OneByOne(layer, gates_BE) for name, layer in model.sparse_layers.items()}
+
+
+def swap(model: TinyONNForCausalLM, layers: dict[str, Any]) -> None:
+    for name, layer in layers.items():
+        model.base.set_submodule(name, layer)
+
+
+def drawn(dense: Any) -> TinyONNForCausalLM:
+    """The dense model's weights, of which some are dropped and each other one is in a random group."""
+    weights = {
+        name: module.weight.detach()
+        for name, module in dense.named_modules()
+        if isinstance(module, nn.Linear) and module is not dense.get_output_embeddings()
+    }
+    parts = {name: compress(W_OI) for name, W_OI in weights.items()}
+    config = TinyONNConfig(
+        base_config=dense.config.to_dict(),
+        experts=EXPERTS,
+        sparse_layers={
+            name: {"out": W_OI.shape[0], "in": W_OI.shape[1], "entries": parts[name]["values"].numel()}
+            for name, W_OI in weights.items()
+        },
+    )
+    torch.set_default_dtype(dense.dtype)
+    model = TinyONNForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    state = {f"base.{name}": tensor for name, tensor in dense.state_dict().items()}
+    for name, part in parts.items():
+        del state[f"base.{name}.weight"]
+        state |= {f"base.{name}.{field}": tensor for field, tensor in part.items()}
+    model.load_state_dict(state)
+    return model
+
+
+def compress(W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Values, columns and row pointer of a weight in random groups."""
+    out, inputs = W_OI.shape
+    group_OI = torch.randint(0, EXPERTS, W_OI.shape)
+    group_OI[torch.rand(W_OI.shape) < CORE] = EXPERTS
+    places = (torch.rand(W_OI.shape) < KEPT).flatten().nonzero()[:, 0]
+    keys = group_OI.flatten()[places] * out + places // inputs
+    order = keys.argsort(stable=True)
+    counts = keys.bincount(minlength=(EXPERTS + 1) * out)
+    return {
+        "values": W_OI.flatten()[places[order]],
+        "columns": (places[order] % inputs).to(torch.uint16),
+        "row_pointer": functional.pad(counts.cumsum(0), (1, 0)).int(),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The router: the tokens of a prompt decide which experts are on; saved beside exported models.
+
+An encoder of its own reads the base's token embeddings x_t, scaled to a root mean square of 1:
+
+    u_t = U x_t                            H -> width
+    a_t = gelu(u_t + sum_j c_j * u_(t-j))  over the latest tokens, channel by channel
+    m_t = (a_1 + ... + a_t) / t            the mean of what was read so far
+    s_t = norm(m_t + D gelu(F norm(m_t)))  the state; nothing in it lies ahead of t
+
+Two linear heads make of it logits over branches and over the experts of each branch, and the probability of an
+expert is the product ``p(e) = p_main(branch of e) * p_sub(e within its branch)``. Everything is computed in float32.
+
+Shape suffixes: B samples, T tokens, H hidden, W width, N branches, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .router_options_tinyonn import RouterOptions
+from .selection_tinyonn import counts, enough, in_proportion, limit_load, product, select, slopes
+
+__all__ = ["Choice", "PromptRouter", "RouterLogits", "limit_load"]
+
+TAPS = 4  # tokens that the convolution sees
+CHUNK = 2048  # tokens whose embeddings are in float32 at a time
+HEAD_STD = 0.02
+TINY = 1e-20  # mean square of an embedding that counts as zero
+SMALL = 1e-3  # the same of a state; bounds the gradient where nothing was read
+
+
+@dataclass(frozen=True)
+class RouterLogits:
+    """What the heads say of each sample.
+
+    Attributes
+    ----------
+    main_BN : float32 [B, N]
+    sub_BE : float32 [B, E]
+    """
+
+    main_BN: torch.Tensor
+    sub_BE: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which experts are on for each sample.
+
+    Attributes
+    ----------
+    gates_BE : float32 [B, E]
+    active_BE : bool [B, E]
+        Shared experts included.
+    probabilities_BE : float32 [B, E]
+        Add up to 1.
+    logits : RouterLogits
+    """
+
+    gates_BE: torch.Tensor
+    active_BE: torch.Tensor
+    probabilities_BE: torch.Tensor
+    logits: RouterLogits
+
+
+def _option(name: str) -> Any:
+    """A field of the router's options that is checked whenever it is set."""
+
+    def read(self: PromptRouter) -> Any:
+        return getattr(self.options, name)
+
+    def change(self: PromptRouter, value: Any) -> None:
+        self.options = dataclasses.replace(self.options, **{name: value})
+
+    return property(read, change)
+
+
+class PromptRouter(nn.Module):
+    """One main router over branches of experts and one sub-router in each of them.
+
+    Parameters
+    ----------
+    options : RouterOptions or its plain tree
+    base : PreTrainedModel
+        Whose token embeddings are read, without a gradient; stays the owner of them.
+    per_token : bool
+        `forward` chooses for each token from those up to it, for comparison.
+
+    Attributes
+    ----------
+    top_k, threshold, max_k, gate
+        Of the options, may be set at any time.
+    bias : float32 [E]
+        Added to log p for the choice alone; see `update_bias`.
+    """
+
+    bias: torch.Tensor
+    top_k = _option("top_k")
+    threshold = _option("threshold")
+    max_k = _option("max_k")
+    gate = _option("gate")
+
+    def __init__(
+        self, options: RouterOptions | Mapping[str, Any], base: Any, per_token: bool = False
+    ) -> None:
+        super().__init__()
+        self.options = options if isinstance(options, RouterOptions) else RouterOptions.read(options)
+        self.per_token = per_token
+        self._base = (base,)  # in a tuple, so that its parameters are not the router's
+        width, hidden = self.options.width, base.get_input_embeddings().weight.shape[1]
+        kind: dict[str, Any] = {"dtype": torch.float32}
+        self.embed = nn.Linear(hidden, width, bias=False, **kind)
+        self.mix = nn.Parameter(torch.empty(TAPS, 1, width, **kind))
+        self.up = nn.Linear(width, 2 * width, **kind)
+        self.down = nn.Linear(2 * width, width, **kind)
+        self.main = nn.Linear(width, len(self.options.branches), **kind)
+        self.sub = nn.Linear(width, self.options.experts, **kind)
+        self.register_buffer("bias", torch.zeros(self.options.experts, **kind))
+        self.reset_parameters()
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Random weights, the same for the same seed; all experts nearly equally likely."""
+        device = self.bias.device
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        for layer in (self.embed, self.up, self.down):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+        nn.init.normal_(self.mix, std=TAPS**-0.5, generator=generator)
+        for head in (self.main, self.sub):
+            nn.init.normal_(head.weight, std=HEAD_STD, generator=generator)
+        for tensor in (self.up.bias, self.down.bias, self.main.bias, self.sub.bias, self.bias):
+            nn.init.zeros_(tensor)
+
+    # From tokens to logits
+
+    def states(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """What was read up to each token.
+
+        Parameters
+        ----------
+        ids_BT : int64 [B, T]
+        mask_BT : [B, T], optional
+            0 at padding, which may stand on either side.
+
+        Returns
+        -------
+        float32 [B, T, W]
+            At t a function of the tokens up to t alone.
+        """
+        return self._state(self._read(ids_BT, self._real(ids_BT, mask_BT)))
+
+    def logits(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None) -> RouterLogits:
+        """Of each sample after its last token that is not padding; of no tokens at all, what an empty prompt says.
+
+        Parameters
+        ----------
+        ids_BT, mask_BT
+            As in `states`. A mask that ends with the prompt hides what comes after it.
+        """
+        real_BT = self._real(ids_BT, mask_BT)
+        means_BTW = functional.pad(self._read(ids_BT, real_BT), (0, 0, 1, 0))  # before the first token, zeros
+        places_T = torch.arange(1, real_BT.shape[1] + 1, device=real_BT.device)
+        last_B = functional.pad(real_BT * places_T, (1, 0)).amax(1).long()
+        mean_BW = means_BTW[torch.arange(len(last_B), device=last_B.device), last_B]
+        return self._heads(self._state(mean_BW))
+
+    def log_probabilities(self, logits: RouterLogits) -> torch.Tensor:
+        """Log p of each expert, float32 [B, E]."""
+        return product(logits.main_BN, logits.sub_BE, self.options.branch_of())
+
+    def _real(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+        real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT != 0
+        return real_BT.to(self.bias.device, torch.float32)
+
+    def _read(self, ids_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+        """The running mean, float32 [B, T, W]."""
+        with torch.autocast(real_BT.device.type, enabled=False):
+            parts = [self._embedded(part) for part in ids_BT.split(CHUNK, 1)]
+            U_BTW = torch.cat(parts, 1) * real_BT[..., None]
+            A_BTW = U_BTW
+            for back in range(TAPS):
+                before_BTW = functional.pad(U_BTW, (0, 0, back, 0))[:, : U_BTW.shape[1]]
+                A_BTW = A_BTW + self.mix[back].float() * before_BTW
+            A_BTW = functional.gelu(A_BTW) * real_BT[..., None]
+            return A_BTW.cumsum(1) / real_BT.cumsum(1).clamp(min=1)[..., None]
+
+    def _embedded(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            X_BTH = self._base[0].get_input_embeddings()(ids_BT).detach().to(self.bias.device).float()
+            X_BTH = _normalised(X_BTH, TINY)
+        return functional.linear(X_BTH, self.embed.weight.float())
+
+    def _state(self, mean_W: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(mean_W.device.type, enabled=False):
+            hidden = functional.gelu(_linear(self.up, _normalised(mean_W, SMALL)))
+            return _normalised(mean_W + _linear(self.down, hidden), SMALL)
+
+    def _heads(self, state_BW: torch.Tensor) -> RouterLogits:
+        with torch.autocast(state_BW.device.type, enabled=False):
+            return RouterLogits(_linear(self.main, state_BW), _linear(self.sub, state_BW))
+
+    # From logits to gates
+
+    def choose(
+        self,
+        logits: RouterLogits,
+        k: int | torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        dropped: torch.Tensor | None = None,
+        capacity: float | None = None,
+    ) -> Choice:
+        """The best experts of each sample by ``log p + bias``, of equal ones the lower number.
+
+        Parameters
+        ----------
+        logits : RouterLogits
+        k : int or int64 [B], optional
+            Experts per sample, as many as there are if more; None is as the options say.
+        noise : float32 [B, E], optional
+            Added for the choice.
+        dropped : bool [E], optional
+            Experts that are not to choose from now; shared ones stay on.
+        capacity : float, optional
+            No expert for more samples than so many times the even load; see `limit_load`.
+
+        Returns
+        -------
+        Choice
+            With gates ``one`` every gate has a gradient, chosen or not; see `slopes`.
+
+        Raises
+        ------
+        ValueError
+            A negative k, or one for another number of samples.
+        """
+        log_p_BE = self.log_probabilities(logits)
+        shared_E = torch.zeros_like(self.bias, dtype=torch.bool)
+        shared_E[list(self.options.shared)] = True
+        free_E = ~shared_E if dropped is None else ~(shared_E | dropped.to(shared_E.device))
+        scores_BE = log_p_BE.detach() + self.bias.float()
+        scores_BE = scores_BE if noise is None else scores_BE + noise.to(scores_BE.device)
+        scores_BE = torch.where(free_E, scores_BE, -torch.inf)
+        if k is None and self.threshold is not None:
+            found_B = enough(scores_BE, log_p_BE.detach().exp(), self.threshold)
+            k_B = found_B.clamp(self.top_k, self.max_k)
+        else:
+            k_B = counts(self.top_k if k is None else k, scores_BE)
+        chosen_BE = select(scores_BE, k_B) if capacity is None else limit_load(scores_BE, k_B, capacity)
+        active_BE = chosen_BE | shared_E
+        if self.gate == "one":
+            q_BE = slopes(scores_BE, log_p_BE, k_B)
+            gates_BE = active_BE + (q_BE - q_BE.detach())
+        else:
+            gates_BE = in_proportion(log_p_BE, chosen_BE) + shared_E
+        return Choice(gates_BE, active_BE, log_p_BE.exp(), logits)
+
+    @torch.no_grad()
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Gates of each prompt, float32 [B, E], or of each of its tokens, [B, T, E]; without gradients."""
+        if not self.per_token:
+            return self.choose(self.logits(input_ids, attention_mask)).gates_BE
+        state_BTW = self.states(input_ids, attention_mask)
+        gates_RE = self.choose(self._heads(state_BTW.flatten(0, 1))).gates_BE
+        return gates_RE.view(*state_BTW.shape[:2], -1)
+
+    @torch.no_grad()
+    def update_bias(self, load_E: torch.Tensor, rate: float) -> None:
+        """Make experts with little load more likely to be chosen: ``bias += rate * sign(mean(load) - load)``.
+
+        Auxiliary-loss-free balance (Wang et al. 2024, arXiv:2408.15664, algorithm 1). Shared experts stay out of it.
+
+        Parameters
+        ----------
+        load_E : [E]
+            Samples that each expert was on for, of all workers.
+        rate : float
+        """
+        free = [expert for expert in range(self.options.experts) if expert not in self.options.shared]
+        load = load_E.to(self.bias.device, torch.float64)[free]
+        if len(free):
+            self.bias[free] += rate * torch.sign(load.mean() - load).to(self.bias.dtype)
+
+
+def _linear(layer: nn.Linear, X: torch.Tensor) -> torch.Tensor:
+    return functional.linear(X, layer.weight.float(), layer.bias.float())
+
+
+def _normalised(X: torch.Tensor, least: float) -> torch.Tensor:
+    """Root mean square 1 over the last dimension; zeros stay zeros."""
+    return X * torch.rsqrt(X.square().mean(-1, keepdim=True) + least)

@@ -134,7 +134,8 @@ class ExpertsConfig(Section):
     within: Literal["cell", "tensor", "row"] = "cell"  # what competes
     balance: float = Field(0.02, ge=0, le=1)  # within cells: how far a cell's part follows its size
     allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
-    core: float = Field(0.5, ge=0, le=1)  # share of the budget that is always on
+    core: float = Field(0.25, ge=0, le=1)  # share of the budget that is always on
+    core_by: Literal["score", "even"] = "score"  # its best weights, or those that stand high in every slice
     seed: int = 0  # of ties
     top_k: PositiveInt | None = None  # experts on for a prompt; null switches all on
     reroute_every: PositiveInt | None = None  # tokens after which a router chooses again; null: never
@@ -152,6 +153,101 @@ class EvaluateConfig(Section):
     budgets: tuple[float, ...] = (0.5, 0.315, 0.25, 0.1)
     calibration: PositiveInt = 112  # recorded samples for methods that update weights
     oracle: str | None = "wg"  # score of masks made of one slice each; null leaves them out
+
+
+class ProfileConfig(Section):
+    """What each expert does on each sample is measured on these."""
+
+    samples: PositiveInt | None = 560  # of the recorded ones, evenly over the slices; null takes all
+    prompt_tokens: PositiveInt = (
+        64  # of a text, from which its experts are chosen; of a chat: all before the answer
+    )
+    excerpt: int = Field(160, ge=0)  # characters of each sample that are kept
+
+
+class RouterConfig(Section):
+    """The router that chooses experts for a prompt."""
+
+    branches: PositiveInt = 10  # the main router's choices, each with a sub-router of its own
+    width: PositiveInt = 128  # features of its encoder
+    top_k: PositiveInt | None = 10  # experts on for a prompt, the shared ones not counted; null: all
+    threshold: float | None = Field(
+        None, gt=0, le=1
+    )  # as few as have this probability, top_k to max_k of them
+    max_k: PositiveInt | None = None
+    gate: Literal["one", "probability"] = "one"  # of a chosen expert
+    shared: int = Field(0, ge=0)  # experts always on: those that are strong and even in the profile
+
+
+class LossConfig(Section):
+    """What each part of the loss counts."""
+
+    kl: float = Field(1.0, ge=0, allow_inf_nan=False)  # towards the teacher's distribution
+    ce: float = Field(0.1, ge=0, allow_inf_nan=False)  # of the text itself
+    hidden: float = Field(0.1, ge=0, allow_inf_nan=False)  # every layer's output against the teacher's
+    balance: float = Field(0.01, ge=0, allow_inf_nan=False)
+    z: float = Field(0.001, ge=0, allow_inf_nan=False)
+    specificity: float = Field(0.01, ge=0, allow_inf_nan=False)
+    profile: float = Field(0.0, ge=0, allow_inf_nan=False)  # the router's choice against the profile
+
+
+class RoutingConfig(Section):
+    """How experts are chosen while training."""
+
+    ks: tuple[int, ...] = (10, 25, 50, 0)  # each sample draws one: experts on, 0 is all; empty: router.top_k
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False)  # on the scores, standard deviation
+    dropout: float = Field(0.0, ge=0, lt=1)  # share of the experts that a step does without
+    capacity: float | None = Field(None, ge=1, allow_inf_nan=False)  # of an expert, in even shares of a batch
+    bias_rate: float = Field(0.01, ge=0, allow_inf_nan=False)  # of the bias that balances the load
+
+
+class StagesConfig(Section):
+    """Stage 1 lets all experts learn and updates the least surprised; stage 2 trains what is on."""
+
+    first: float = Field(0.0, ge=0, le=1)  # share of the steps
+    act_k: int = Field(0, ge=0)  # experts with gradients in stage 1; 0 is all
+    min_k: int = Field(0, ge=0)  # of these the least surprised are updated; 0 is all
+    grow: float = Field(0.0, ge=0, allow_inf_nan=False)  # stage 2: how top_k follows surprise
+    least: float = Field(0.5, gt=0, le=1)  # bounds of its factor
+    most: float = Field(2.0, ge=1, allow_inf_nan=False)
+    integrity: bool = False  # stage 2: learning rates follow predictive integrity
+
+
+class OptimizersConfig(Section):
+    """What is trained by which rule; rates are peaks."""
+
+    router: Literal["muon", "adamw", "frozen"] = "muon"
+    router_lr: float = Field(5e-3, ge=0, allow_inf_nan=False)
+    router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    experts: Literal["muon", "adamw", "frozen"] = "muon"
+    experts_lr: float = Field(3e-3, ge=0, allow_inf_nan=False)
+    experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # 0 freezes norms, biases, embeddings and head
+    trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class TrainConfig(Section):
+    """How router and experts are trained against the dense model."""
+
+    data: DataConfig | None = None  # null: all of what the run was recorded from
+    steps: PositiveInt = 400
+    batch: PositiveInt = 16  # samples of a step, all workers together
+    micro_batch: PositiveInt = 8  # of them at a time in memory
+    seed: int = 0
+    prompt_loss: bool = False  # the prompt's own tokens count too
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    warm_start: int = Field(
+        0, ge=0
+    )  # steps before the first in which the router alone learns from the profile
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False)
+    checkpoint_every: PositiveInt = 50
+    keep: PositiveInt = 2  # latest checkpoints
+    teacher: Literal["live", "cached"] = "live"  # cached: the most probable tokens on the disk
+    loss: LossConfig = LossConfig()
+    routing: RoutingConfig = RoutingConfig()
+    stages: StagesConfig = StagesConfig()
+    optimizers: OptimizersConfig = OptimizersConfig()
 
 
 class StorageConfig(Section):
@@ -178,6 +274,9 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
     cluster: ClusterConfig = ClusterConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    profile: ProfileConfig = ProfileConfig()
+    router: RouterConfig = RouterConfig()
+    train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     storage: StorageConfig = StorageConfig()
     track: TrackConfig = TrackConfig()

@@ -16,7 +16,7 @@ from tinyonn.experts.class_cuts import ClassCutter
 from tinyonn.experts.class_passes import BLOCK
 from tinyonn.experts.classes import Classes
 from tinyonn.experts.cutting import Cutter, TensorView
-from tinyonn.experts.options import SelectOptions, TensorCuts
+from tinyonn.experts.options import CORES, SelectOptions, TensorCuts
 from tinyonn.experts.source import ArraySource
 
 SHAPE = (129, 64)  # two whole blocks and a part of one
@@ -66,7 +66,10 @@ def test_cuts_and_groups_are_those_of_any_score(within: str, cells: int) -> None
     for seed, (score, few) in enumerate((("S", 0xFFFF), ("seed", 0xFFFF), ("activation", 0xF000), ("S", 0))):
         source = source_of(seed, cells=cells, few=few)
         for balance, core in product(balances, (0.0, 0.3, 1.0)):
-            options = SelectOptions(score=score, within=within, balance=balance, core=core, seed=seed)
+            by = CORES[seed % 2]
+            options = SelectOptions(
+                score=score, within=within, balance=balance, core=core, core_by=by, seed=seed
+            )
             for keep in (0, 5, size // 3, size):
                 found, wanted = both(source, options, keep, round(core * keep))
                 assert found.tree() == wanted.tree()
@@ -83,7 +86,7 @@ def test_tensors_of_more_than_is_sorted_at_once(
     size = SHAPE[0] * SHAPE[1]
     for few, core, keep in product((0xFFFF, 0x8000), (0.0, 0.5), (size // 4, size - 3)):
         source = source_of(few & 7, few=few)
-        options = SelectOptions(within=within, core=core)
+        options = SelectOptions(within=within, core=core, core_by="even")
         found, wanted = both(source, options, keep, round(core * keep))
         assert found.tree() == wanted.tree()
         assert_same_groups(source, options, found)
@@ -93,7 +96,7 @@ def test_all_ties_lie_on_all_three_cuts() -> None:
     source = source_of(few=0)
     source.arrays["w"]["affinity"][:] = 7
     for core in (0.1, 0.5, 0.9):
-        options = SelectOptions(core=core)
+        options = SelectOptions(core=core, core_by="even")
         found, wanted = both(source, options, 4000, round(core * 4000))
         assert found.tree() == wanted.tree()
         assert found.cut[0] >> np.uint64(32) == found.cell_cut[0] >> np.uint64(32)
@@ -122,7 +125,7 @@ def test_blocks_of_one_weight(shape: tuple[int, int]) -> None:
     source = source_of(shape=shape)
     source.arrays["w"]["labels"][:, -1] = CELLS - 1  # where the last block is that weight alone
     for core, keep in product((0.0, 0.5), {1, shape[0] * shape[1] // 2, shape[0] * shape[1]} - {0}):
-        options = SelectOptions(core=core)
+        options = SelectOptions(core=core, core_by="even")
         found, wanted = both(source, options, keep, round(core * keep))
         assert found.tree() == wanted.tree()
         assert_same_groups(source, options, found)

@@ -70,9 +70,11 @@ def oracle(source: ArraySource, name: str, options: SelectOptions, kept: np.ndar
     seed = dither_seed(options.seed, "select", name)
     index = np.arange(values.size)
     order = places(values, index, seed)
-    core_key = core_ranks(source.attributes(name))[
-        (data["records"] & 0xFFF0) | (data["affinity"] & 15)
-    ].ravel()
+    if options.core_by == "score":
+        core_key = keys_of(values)[0] >> 16  # as exact as a rank is
+    else:
+        classes = (data["records"] & 0xFFF0) | (data["affinity"] & 15)
+        core_key = core_ranks(source.attributes(name))[classes].ravel()
     core_order = places(core_key, index, seed)
     labels = data["labels"].ravel()
     rows, columns = index // shape[1], index % shape[1]
@@ -107,8 +109,13 @@ def _row_hash(seed: int, row: int) -> int:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_groups_are_those_of_a_sort(within: str, score: str, transposed: bool) -> None:
     source = make_source(transposed=transposed)
-    for budget, core in ((0.3, 0.5), (777, 0.0), (0.9, 1.0)):
-        options = SelectOptions(budget=budget, score=score, within=within, core=core, seed=3)
+    for budget, core, by in (
+        (0.3, 0.5, "even"),
+        (0.3, 0.4, "score"),
+        (777, 0.0, "even"),
+        (0.9, 1.0, "score"),
+    ):
+        options = SelectOptions(budget=budget, score=score, within=within, core=core, core_by=by, seed=3)
         selection = select(source, options)
         for name, cuts in selection.tensors.items():
             groups = groups_of(selection, source, name)

@@ -65,6 +65,7 @@ def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = N
         within=config.within,
         balance=config.balance,
         core=config.core,
+        core_by=config.core_by,
         allocation="given" if given else "global" if auto else config.allocation,
         shares=given,
         seed=config.seed,

@@ -19,7 +19,7 @@ import numpy as np
 from tinyonn.base.parameters import Parameter
 from tinyonn.experts.class_passes import CORE, HASHED, KIND, ONE_LABEL, assign_classes, classify
 from tinyonn.experts.cuts import UInt32, UInt64, keys_of
-from tinyonn.experts.options import SelectOptions, TensorCuts
+from tinyonn.experts.options import CORES, SelectOptions, TensorCuts
 from tinyonn.experts.scores import core_ranks, score_named
 from tinyonn.experts.source import Band, Source, check_labels
 from tinyonn.store.records import UInt8, UInt16, dither_seed
@@ -81,11 +81,14 @@ class Classes:
         keys, wrong = keys_of(table(attributes, options.settings))
         if wrong:
             return None
-        ranks = core_ranks(attributes).astype(np.uint32) << np.uint32(16) if options.core > 0 else None
+        keys = np.repeat(keys, 16)
+        by_score, even = (options.core > 0 and options.core_by == by for by in CORES)
+        ranks = core_ranks(attributes).astype(np.uint32) << np.uint32(16) if even else None
+        ranks = keys >> np.uint32(16) << np.uint32(16) if by_score else ranks
         seed = dither_seed(options.seed, "select", parameter.name)
         needs = frozenset({"records"} | {"labels"} if source.cells else {"records"})
-        needs |= {"affinity"} if options.core > 0 else set()
-        return cls(parameter.name, np.repeat(keys, 16), ranks, max(source.cells, 1), seed, needs)
+        needs |= {"affinity"} if even else set()
+        return cls(parameter.name, keys, ranks, max(source.cells, 1), seed, needs)
 
     def part(self, band: Band) -> ClassPart:
         """Classes of a band's weights."""
@@ -97,7 +100,7 @@ class Classes:
 
     def _affinity(self, band: Band) -> UInt8:
         """Empty where it does not matter."""
-        if self.ranks is None:
+        if "affinity" not in self.needs:
             return np.zeros(0, np.uint8)
         assert band.affinity is not None
         return band.affinity.reshape(-1)

@@ -92,13 +92,12 @@ class TensorView:
         self._name = worth or options.score
         score = score_named(self._name)
         self._score = score.prepare(source, parameter, options.settings)
-        self._ranks = (
-            core_ranks(source.attributes(parameter.name)) if options.core > 0 and not worth else None
-        )
+        self._core = options.core_by if options.core > 0 and not worth else None
+        self._ranks = core_ranks(source.attributes(parameter.name)) if self._core == "even" else None
         self.needs = score.needs
         if not worth:
             self.needs |= {"labels"} if source.cells else set()
-            self.needs |= {"records", "affinity"} if options.core > 0 else set()
+            self.needs |= {"records", "affinity"} if self._core == "even" else set()
 
     def band(self, first: int, last: int) -> Band:
         """What the view needs of rows [first, last)."""
@@ -116,14 +115,17 @@ class TensorView:
 
     def part(self, band: Band) -> Part:
         """A band, ready to be cut."""
+        keys = self.keys(band)
         ranks: UInt16 = NO_RANKS
-        if self._ranks is not None:
+        if self._core == "score":
+            ranks = (keys >> np.uint32(16)).astype(np.uint16)
+        elif self._ranks is not None:
             assert band.records is not None and band.affinity is not None
             ranks = np.empty(band.records.shape, np.uint16)
             _rank(band.records, band.affinity, self._ranks, ranks)
         labels: UInt8 = ONE_CELL if band.labels is None else band.labels
         check_labels(labels, self.experts, self.parameter.name)
-        return Part(band.first, self.keys(band), ranks, labels)
+        return Part(band.first, keys, ranks, labels)
 
     def groups(self, cuts: TensorCuts) -> Callable[[Band], UInt8]:
         """The groups of a band's weights, from the cuts: uint8 [rows, columns]."""

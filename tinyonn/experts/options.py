@@ -19,6 +19,7 @@ from tinyonn.experts.scores import ScoreSettings, score_named
 from tinyonn.experts.source import Source, tensors_outside
 
 WITHIN = ("cell", "tensor", "row")
+CORES = ("score", "even")
 ALLOCATIONS = ("uniform", "given", "global", "outlier", "measured")
 TRUNK = ("norm", "bias", "embedding", "head")
 UNCUT = ("norm", "bias", "embedding")  # always in the trunk: experts are made of linear layers
@@ -42,6 +43,9 @@ class SelectOptions:
         weights that the tensor as a whole would keep (0, which may leave experts empty).
     core : float
         Share of the budget for the core, 0 to 1.
+    core_by : str
+        Which of a tensor's kept weights are its core: those of the highest ``score``, or those that stand high in every
+        slice (``even``: S less the margin of the dominant slice).
     allocation : str
         Of the budget across tensors; see ``tinyonn.experts.allocation``.
     worth : str or None
@@ -64,6 +68,7 @@ class SelectOptions:
     within: str = "cell"
     balance: float = 0.05
     core: float = 0.5
+    core_by: str = "score"
     allocation: str = "global"
     worth: str | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -84,6 +89,7 @@ class SelectOptions:
         for name, choice, allowed in (
             ("within", self.within, WITHIN),
             ("allocation", self.allocation, ALLOCATIONS),
+            ("core_by", self.core_by, CORES),
         ):
             if choice not in allowed:
                 raise InputError(f"{name} = {choice!r} is unknown; choose {', '.join(allowed)}")

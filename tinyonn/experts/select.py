@@ -2,8 +2,8 @@
 
 1. The budget is allocated across tensors (``tinyonn.experts.allocation``); after that every tensor is cut on its own.
 2. In a tensor (or each of its output rows) the highest scores up to its budget are marked.
-3. The core's share of them goes to those that stand highest in every slice: S less the margin by which the dominant
-   slice stands above the others.
+3. The core's share of them goes to the best: those of the highest score, or, with ``core_by: even``, those that stand
+   highest in every slice: S less the margin by which the dominant slice stands above the others.
 4. The rest: within tensors or rows it stays as marked, and goes to the experts of its labels. Within cells, every cell
    in the tensor gets a part of the rest, and its highest scores outside the core.
 

@@ -1,0 +1,158 @@
+"""Deal parts to workers: in this process, or actors on Ray; a lost worker costs the part that it had in hand."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.profile.manifest import Part
+from tinyonn.profile.tables import PartProfile
+from tinyonn.profile.worker import Job, ProfileWorker
+from tinyonn.record.cluster import LOST, Crew, capacity, outcome
+from tinyonn.record.worker import WorkerUse
+
+LOG = logging.getLogger(__name__)
+SCALE = 10.0  # seconds between looks for machines that joined
+PATIENCE = 60.0  # seconds without a first worker after which the user is told what is waited for
+
+Done = Callable[[Part, PartProfile], None]
+
+
+def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done) -> list[WorkerUse]:
+    """One part after another in this process; `done` takes each."""
+    worker = ProfileWorker(job)
+    worker.load()
+    for part in parts:
+        done(part, worker.measure(corpus.range(part.slice, part.first, part.last), part.first))
+    return [worker.use()]
+
+
+@dataclass(kw_only=True)
+class ProfileCrew(Crew):
+    """The actors of a profile.
+
+    Parameters
+    ----------
+    job : Job
+    """
+
+    job: Job
+
+    def _start(self) -> Any:
+        threads = str(self.job.threads)
+        options: dict[str, Any] = {
+            "num_cpus": self.job.threads if self.device == "cpu" else 1,
+            "num_gpus": 1 if self.device == "cuda" else 0,
+            "max_concurrency": 2,  # `use` answers while `measure` runs
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+        }
+        return ray.remote(ProfileWorker).options(**options).remote(self.job)
+
+
+class Dealer:
+    """Parts in their order to whoever is idle, on the Ray cluster that this process is connected to.
+
+    Parameters
+    ----------
+    crew : ProfileCrew
+    corpus : Corpus
+    parts : sequence of Part
+    workers : int or None
+        How many; None takes one per GPU or CPU share of the cluster, also of machines that join.
+    most : int
+        Workers that fit.
+    done : callable
+        Takes each part as it comes back.
+    """
+
+    def __init__(
+        self,
+        crew: ProfileCrew,
+        corpus: Corpus,
+        parts: Sequence[Part],
+        workers: int | None,
+        most: int,
+        done: Done,
+    ) -> None:
+        self.crew, self.corpus, self.done = crew, corpus, done
+        self._wanted, self._most = workers, most
+        self._queue = deque(parts)
+        self._tasks: dict[Any, tuple[int, Part]] = {}  # by the reference of the call under way
+        self._loading: dict[Any, int] = {}
+        self._idle: list[int] = []
+        self._began = time.monotonic()
+
+    def run(self) -> list[WorkerUse]:
+        """Until every part is done; what the workers have used.
+
+        Raises
+        ------
+        CapacityError
+            Workers die one after another.
+        """
+        try:
+            looked = 0.0
+            while self._queue or self._tasks:
+                if time.monotonic() - looked > SCALE:
+                    looked = time.monotonic()
+                    self._scale()
+                while self._idle and self._queue:
+                    self._start(self._idle.pop(0), self._queue.popleft())
+                self._wait()
+            return list(self.crew.use().values())
+        finally:
+            self.crew.dismiss()
+
+    def _scale(self) -> None:
+        room = capacity(self.crew.device, self.crew.job.threads)
+        count = self._wanted or max(1, min(room, self._most))
+        count = min(count, len(self._queue) + len(self._tasks))
+        for number in self.crew.hire(max(1, count)):
+            self._loading[self.crew.workers[number].load.remote()] = number
+
+    def _start(self, number: int, part: Part) -> None:
+        samples = self.corpus.range(part.slice, part.first, part.last)
+        reference = self.crew.workers[number].measure.remote(samples, part.first)
+        self._tasks[reference] = number, part
+
+    def _wait(self) -> None:
+        ready, _ = ray.wait([*self._tasks, *self._loading], num_returns=1, timeout=SCALE)
+        self._say_if_alone()
+        for reference in ready:
+            number: int
+            part: Part | None = None
+            if reference in self._loading:
+                number = self._loading.pop(reference)
+            else:
+                number, part = self._tasks.pop(reference)
+            try:
+                result = outcome(reference)
+            except LOST as error:
+                self._lost(number, part, error)
+                continue
+            self._idle.append(number)
+            if part is None:
+                self.crew.facts[number] = result
+                LOG.info("worker %d: %s on %s (process %d)", number, result.device, result.host, result.pid)
+            else:
+                self.done(part, result)
+                self.crew.succeeded()
+
+    def _say_if_alone(self) -> None:
+        if not self.crew.facts and time.monotonic() - self._began > PATIENCE:
+            self._began = time.monotonic()
+            LOG.info("still waiting for a worker to start: the cluster may be busy with other work")
+
+    def _lost(self, number: int, part: Part | None, error: BaseException) -> None:
+        LOG.warning("worker %d is lost and will be replaced; its part is measured again", number)
+        if part is not None:
+            self._queue.appendleft(part)
+        self.crew.lose(number, error)
+        self._scale()

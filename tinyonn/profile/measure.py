@@ -1,0 +1,206 @@
+"""What every group of weights did on a sample: one forward and one backward pass of the dense model.
+
+The same passes as the recorder's (`tinyonn.record.recorder`): the head runs on the labelled tokens alone, a tap behind
+every module that has groups meets its input X and the gradient G of its output, and the weight gradient is formed in
+bands that are summed by group at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.corpus_file import Int32, Sample
+from tinyonn.base.load import DenseModel
+from tinyonn.base.parameters import Use, list_uses
+from tinyonn.errors import InputError
+from tinyonn.profile.groups import WeightGroups
+from tinyonn.profile.kernel import GroupSums, Totals
+from tinyonn.record.gradients import is_finite, product_bands
+from tinyonn.record.loss import check_head, head_backward
+from tinyonn.record.recorder import BadSampleError
+from tinyonn.record.sites import mean_square, weight_of
+from tinyonn.record.taps import attach
+from tinyonn.store.records import TensorCalibration
+
+UNLABELLED = -100
+RESIDENT_SHARE = 0.5  # of the free GPU memory that groups may take; beyond that they are sent band by band
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A sample's profile.
+
+    Attributes
+    ----------
+    loss : float
+        Mean over the labelled tokens, in nats.
+    totals : Totals
+        By group.
+    """
+
+    loss: float
+    totals: Totals
+
+
+class Measurer:
+    """Profiles samples on one device.
+
+    Parameters
+    ----------
+    dense : DenseModel
+        Loaded by `tinyonn.base.load.load_model`.
+    groups : WeightGroups
+    calibration : mapping of str to TensorCalibration
+        The run's, of every tensor that has groups.
+    threads : int
+        CPU threads. They decide how products are rounded, so all workers of a profile use the same number.
+
+    Raises
+    ------
+    InputError
+        The model has no such tensor, or changes its logits after the head; the groups cannot be read.
+    """
+
+    def __init__(
+        self,
+        dense: DenseModel,
+        groups: WeightGroups,
+        calibration: Mapping[str, TensorCalibration],
+        threads: int = 1,
+    ) -> None:
+        torch.set_num_threads(threads)
+        model: Any = dense.model
+        self.decoder, self.head, self.device = model.base_model, model.get_output_embeddings(), dense.device
+        self.groups = groups.identity.groups
+        self._calibration = calibration
+        self._pool = ThreadPoolExecutor(1) if threads > 1 else None
+        self._group: dict[str, torch.Tensor] = {}
+        self._uses: dict[str, list[Use]] = defaultdict(list)
+        self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._seen: set[str] = set()
+        self._checks: list[tuple[str, bool | torch.Tensor]] = []
+        self._sums = GroupSums(self.groups, self.device)
+        check_head(model)
+        self._read(groups)
+        self._attach(model)
+
+    def run(self, sample: Sample) -> Measured:
+        """Profile a sample.
+
+        Raises
+        ------
+        BadSampleError
+            A loss, an input or a gradient was not finite.
+        """
+        self._pending.clear()
+        self._seen.clear()
+        self._checks.clear()
+        self._sums = GroupSums(self.groups, self.device, self._pool)
+        ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(self.device)[None]
+        with torch.enable_grad():
+            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            leaf = hidden.detach().requires_grad_()
+            loss = head_backward(self.head, leaf, sample)
+            if not np.isfinite(loss):
+                raise BadSampleError(f"loss is {loss}")
+            hidden.backward(leaf.grad)
+        self._finish(leaf.detach()[0])
+        for what, finite in self._checks:
+            if not finite:
+                raise BadSampleError(f"{what} is not finite")
+        return Measured(loss, self._sums.totals())
+
+    def _read(self, groups: WeightGroups) -> None:
+        """Groups lie on the device if they take no more than half of what is free there."""
+        total = sum(parameter.size for parameter in groups.tensors)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+        place = self.device if total < RESIDENT_SHARE * free else torch.device("cpu")
+        for parameter in groups.tensors:
+            self._group[parameter.name] = torch.from_numpy(groups.read(parameter.name)).to(place)
+
+    def _attach(self, model: torch.nn.Module) -> None:
+        for use in list_uses(model):
+            if use.parameter_name in self._group:
+                self._uses[use.parameter_name].append(use)
+        if lost := self._group.keys() - self._uses.keys():
+            raise InputError(
+                f"the model has no tensor {min(lost)}, which has groups; give the recorded model"
+            )
+        modules: dict[str, list[Use]] = defaultdict(list)
+        for uses in self._uses.values():
+            for use in uses:
+                assert use.operation in ("linear", "conv1d"), use
+                modules[use.module_name].append(use)
+        for uses in modules.values():
+            attach(uses[0].module, partial(self._meet, uses), lambda: True)
+
+    def _meet(self, uses: list[Use], X: torch.Tensor, G: torch.Tensor) -> None:
+        """X and G of a module have met: sum its tensor, or keep them until all its uses have come."""
+        G_TO = G.detach().reshape(-1, G.shape[-1])
+        for use in uses:
+            name = use.parameter_name
+            if use.module is self.head or len(self._uses[name]) > 1:
+                self._pending[name].append((use, X, G_TO))
+                continue
+            if use.module_name in self._seen:
+                raise InputError(
+                    f"{use.module_name} is called more than once in a forward pass, which cannot be profiled; "
+                    "the model's code must call each module once"
+                )
+            self._seen.add(use.module_name)
+            self._add(use, X, G_TO, mean_square(X))
+
+    def _finish(self, hidden_TH: torch.Tensor) -> None:
+        """The head, whose tokens came in chunks, and tensors of several modules."""
+        for parts in self._pending.values():
+            # Every token is the head's input, labelled or not.
+            inputs = {use.module_name: hidden_TH if use.module is self.head else X for use, X, _ in parts}
+            square = torch.stack([mean_square(X) for X in inputs.values()]).sum(0)
+            X, G = torch.cat([X for _, X, _ in parts]), torch.cat([G for _, _, G in parts])
+            self._add(parts[0][0], X, G, square)
+        self._pending.clear()
+
+    def _add(self, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor, square_I: torch.Tensor) -> None:
+        name, by_row = use.parameter_name, use.operation == "conv1d"
+        calibration = self._calibration[name]
+        bases = calibration.act_base, calibration.grad_base
+        rms = square_I.sqrt()
+        self._checks.append((f"input of {name}", torch.isfinite(rms).all()))
+        A, B = (X_TI, G_TO) if by_row else (G_TO, X_TI)
+        if A.dtype != B.dtype:
+            A, B = A.float(), B.float()
+        W, group = weight_of(use).detach(), self._group[name]
+        for first, band in product_bands(A, B):
+            rows = slice(first, first + band.shape[0])
+            here = group[rows].to(self.device)
+            top = self._sums.add(W[rows], band, here, rms[rows] if by_row else rms, by_row, bases)
+            self._checks.append((f"gradient of {name}", is_finite(top)))
+
+
+def prompt_length(labels_T: Int32, limit: int) -> int:
+    """How many of a sample's first tokens are its prompt, from which gates are chosen.
+
+    Parameters
+    ----------
+    labels_T : int32 [T]
+        -100 where a token is not labelled.
+    limit : int
+        Most tokens of the prompt of a text.
+
+    Returns
+    -------
+    int
+        Tokens before the first labelled one if the sample begins unlabelled (a chat), else ``min(limit, T // 2)``.
+    """
+    labelled = labels_T != UNLABELLED
+    if labelled[0]:
+        return min(limit, len(labels_T) // 2)
+    return int(labelled.argmax()) if labelled.any() else len(labels_T)

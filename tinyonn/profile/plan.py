@@ -1,0 +1,114 @@
+"""What profiling needs, stated before anything is loaded.
+
+A worker holds what a recorder holds but for its sums (`tinyonn.memory`), a byte for every weight that has a group, and
+while a band is summed its copies in float32 and the sums by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.cost import Device
+from tinyonn.errors import CapacityError
+from tinyonn.memory import (
+    DRIVER_BYTES,
+    PROCESS_BYTES,
+    SYSTEM_BYTES,
+    DataFacts,
+    Machine,
+    ModelFacts,
+    Need,
+    Tier,
+    compute_needs,
+)
+from tinyonn.profile.kernel import CHUNK
+from tinyonn.sizes import format_size
+
+CHUNK_BYTES = 72  # of a weight while its chunk is summed on a GPU: floats, levels, places, products
+
+
+@dataclass(frozen=True)
+class ProfilePlan:
+    """How many workers there may be, and the memory of one.
+
+    Attributes
+    ----------
+    device : str
+    worker : Tier
+        Needs of a worker's RAM.
+    vram : Tier or None
+    workers : int
+        As many as fit.
+    """
+
+    device: Device
+    worker: Tier
+    vram: Tier | None
+    workers: int
+
+
+def plan_profile(
+    parameters: Sequence[Parameter],
+    grouped: Sequence[Parameter],
+    model: ModelFacts,
+    data: DataFacts,
+    machine: Machine,
+    threads: int,
+    workers: int | None = None,
+) -> ProfilePlan:
+    """Choose the number of workers, or refuse.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        All of the model.
+    grouped : sequence of Parameter
+        Those that have groups.
+    model, data, machine
+        Facts; the machine's disk does not matter.
+    threads : int
+        CPU threads of a worker.
+    workers : int, optional
+        Asked for; by default as many as there are GPUs or CPU shares, and as fit.
+
+    Raises
+    ------
+    CapacityError
+        Names what is needed, the limit and a remedy.
+    """
+    compute = compute_needs(parameters, [[]], model, data, machine.device)
+    groups = Need("groups of weights", sum(parameter.size for parameter in grouped))
+    host = [groups, Need("process", PROCESS_BYTES[machine.device])]
+    vram = None
+    if machine.device == "cuda":
+        vram = Tier("VRAM of a GPU", (*compute, Need("a chunk of sums", CHUNK * CHUNK_BYTES)), machine.vram)
+        _check(vram, model)
+    else:
+        host = [*compute, *host]
+    worker = Tier("RAM of a worker", tuple(host), None)
+    places = max(1, machine.units if machine.device == "cuda" else machine.units // threads)
+    for count in range(workers or places, 0, -1):
+        driver = [Need("driver and Ray", DRIVER_BYTES)] if count > 1 else []
+        needs = (Need(f"{count} worker(s)", count * worker.total), *driver)
+        ram = Tier("RAM", needs, max(0, machine.ram - SYSTEM_BYTES))
+        if ram.fits:
+            return ProfilePlan(machine.device, worker, vram, count)
+        if workers is not None:
+            break
+    _check(ram, model, "fewer workers, " if count > 1 else "")
+    raise AssertionError("a plan that fits was returned")
+
+
+def _check(tier: Tier, model: ModelFacts, first: str = "") -> None:
+    if tier.fits:
+        return
+    needs = sorted(tier.needs, key=lambda need: -need.bytes)[:3]
+    what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in needs)
+    checkpointing = "" if model.checkpointing else "model.checkpointing: true, "
+    limit = format_size(tier.limit or 0)
+    raise CapacityError(
+        f"{model.name}: profiling needs {format_size(tier.total)} of {tier.name} and {limit} are there ({what}); use "
+        f"{first}{checkpointing}a smaller data.max_tokens, or a machine with more of it"
+    )

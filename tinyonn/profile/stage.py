@@ -1,0 +1,284 @@
+"""``tinyonn profile``: what every expert did on every sample, as a Parquet dataset.
+
+Data flow: the run's corpus, the dense model, the groups of the assembled model (or the run's cells) → parts, dealt to
+workers (`crew`), each of which runs the model forward and backward per sample and sums by group (`measure`) → two
+Parquet files a part (`dataset`). Parts that are there already are kept, so a killed call goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from tinyonn.base.corpus import Corpus, even_shares, prepare_corpus
+from tinyonn.base.load import choose_device, load_tokenizer
+from tinyonn.config import Config
+from tinyonn.cost import Device
+from tinyonn.errors import InputError
+from tinyonn.experts.choice import check_base
+from tinyonn.machine import free_ram, gpus, usable_cpus
+from tinyonn.memory import DataFacts, Machine
+from tinyonn.places import local_folder
+from tinyonn.planning import describe_model
+from tinyonn.profile.crew import Dealer, ProfileCrew, measure_here
+from tinyonn.profile.dataset import Dataset
+from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
+from tinyonn.profile.manifest import Manifest, Part
+from tinyonn.profile.plan import ProfilePlan, plan_profile
+from tinyonn.profile.reader import Profile, open_profile
+from tinyonn.profile.report import ProfileReport, spread
+from tinyonn.profile.tables import PartProfile
+from tinyonn.profile.worker import Job
+from tinyonn.record.cluster import cluster_address, cluster_device, connected
+from tinyonn.record.worker import WorkerUse
+from tinyonn.run import Run, open_run
+from tinyonn.store.lock import RunLock
+
+LOG = logging.getLogger(__name__)
+LINE_SECONDS = 15.0  # between lines of progress
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """How a run is profiled.
+
+    Attributes
+    ----------
+    groups : str
+        ``experts`` of the assembled model, ``labels`` of the run, or ``auto``: experts if there are any.
+    samples : int or None
+        Of the corpus, evenly over the slices, the first in their stored order; None takes all.
+    prompt_tokens : int
+        Most tokens of a text's prompt.
+    excerpt : int
+        Characters of a sample that are kept.
+    workers : int or None
+        None: those of ``record.workers``; ``auto`` there is one per GPU or CPU share, as many as fit.
+    memory : int or None
+        Bytes of RAM that all workers may use; None: what is free.
+    fresh : bool
+        Measure anew, whatever is there.
+    """
+
+    groups: Wanted = "auto"
+    samples: int | None = None
+    prompt_tokens: int = 64
+    excerpt: int = 160
+    workers: int | None = None
+    memory: int | None = None
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("prompt_tokens", 1), ("excerpt", 0), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"profile.{name} = {value}; it must be at least {least}")
+
+
+def profile_run(
+    location: str,
+    config: Config,
+    options: ProfileOptions = ProfileOptions(),
+    *,
+    address: str | None = None,
+    tell: Callable[[str], None] = LOG.info,
+) -> ProfileReport:
+    """Profile a run's samples; may be killed at any moment and called again.
+
+    One worker without a cluster measures in this process; several are actors of a local Ray or of the cluster, whose
+    machines must reach the run's folder.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    config : Config
+        Its model must be the recorded one; its corpus is the run's own.
+    options : ProfileOptions
+    address : str, optional
+        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+    tell : callable
+        Takes a line of progress now and then.
+
+    Raises
+    ------
+    InputError
+        The run is not clustered; the base model or the corpus is not the recorded one; a profile of something else is
+        there.
+    CapacityError
+        It does not fit.
+    StoreBusyError
+        Another process works on the run.
+    """
+    run = open_run(location)
+    with RunLock(local_folder(location)) as lock:
+        return _Profiling(run, location, config, options, tell, lock.check).carry_out(
+            cluster_address(address)
+        )
+
+
+class _Profiling:
+    """One call of `profile_run`."""
+
+    def __init__(
+        self,
+        run: Run,
+        location: str,
+        config: Config,
+        options: ProfileOptions,
+        tell: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        self.run, self.location, self.config, self.options = run, location, config, options
+        self.tell, self.check = tell, check
+        self.folder = local_folder(location)
+        self.started = self.told = time.monotonic()
+        self.measured = self.before = 0
+        self.first = 0.0, 0  # moment and samples of the first part: what came before it was loading
+        fingerprint = check_base(run, location, config.model)
+        self.groups: WeightGroups = find_groups(run, self.folder / "experts", config.model, options.groups)
+        self.corpus = _corpus(run, self.folder, config)
+        model = {"quantization": config.model.quantization, "dtype": config.model.dtype}
+        shares = even_shares(list(self.corpus.slices.values()), options.samples)
+        manifest = Manifest(
+            groups=self.groups.identity,
+            model=fingerprint | model,
+            corpus=self.corpus.fingerprint,
+            threads=config.record.threads,
+            prompt_tokens=options.prompt_tokens,
+            excerpt=options.excerpt,
+            taken=dict(zip(self.corpus.slices, shares, strict=True)),
+        )
+        self.dataset = Dataset(self.folder / "profile", manifest, options.fresh)
+
+    def carry_out(self, address: str | None) -> ProfileReport:
+        """Measure what is missing."""
+        parts = self.dataset.missing()
+        self.total = self.dataset.manifest.samples
+        self.before = self.total - sum(part.last - part.first for part in parts)
+        uses = self._measure(parts, address) if parts else []
+        return self._report(open_profile(self.dataset.folder), uses)
+
+    def _measure(self, parts: list[Part], address: str | None) -> list[WorkerUse]:
+        on_ray = address is not None or ray.is_initialized()
+        threads = self.config.record.threads
+        wanted = self._wanted
+        if not on_ray:
+            device: Device = "cuda" if choose_device(self.config.model.device).type == "cuda" else "cpu"
+            plan = self._plan(device, len(gpus()) if device == "cuda" else usable_cpus(), free_ram())
+            count = min(plan.workers, len(parts))
+            if count == 1:
+                return measure_here(self._job(device), self.corpus, parts, self._done)
+        cpus = max(usable_cpus(), threads * (wanted or 1))
+        with connected(address, cpus):
+            device = cluster_device(self.config)
+            resources = ray.cluster_resources()
+            units = int(resources.get("GPU" if device == "cuda" else "CPU", 0))
+            plan = self._plan(device, units, _cluster_ram())
+            job = self._job(device)
+            crew = ProfileCrew(self.config, device, job=job)
+            return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done).run()
+
+    @property
+    def _wanted(self) -> int | None:
+        if self.options.workers is not None:
+            return self.options.workers
+        recorded = self.config.record.workers
+        return recorded if isinstance(recorded, int) else None
+
+    def _plan(self, device: Device, units: int, ram: int) -> ProfilePlan:
+        parameters, model = describe_model(self.config.model)
+        corpus = self.corpus
+        data = DataFacts(len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices))
+        vram = min((gpu.free for gpu in gpus()), default=None) if device == "cuda" else None
+        limit = ram if self.options.memory is None else self.options.memory
+        machine = Machine(device, vram, limit, None, units)
+        threads = self.config.record.threads
+        return plan_profile(parameters, self.groups.tensors, model, data, machine, threads, self._wanted)
+
+    def _job(self, device: Device) -> Job:
+        calibration = self.run.calibration
+        return Job(
+            self.config.model.model_copy(update={"device": device}),
+            self.groups,
+            {parameter.name: calibration[parameter.name] for parameter in self.groups.tensors},
+            {item["index"]: item["reason"] for item in self.run.set_aside},
+            self.config.record.threads,
+            self.options.prompt_tokens,
+            self.options.excerpt,
+        )
+
+    def _done(self, part: Part, found: PartProfile) -> None:
+        self.check()
+        self.dataset.write(part, found)
+        self.measured += part.last - part.first
+        LOG.debug("wrote %s/%d-%d: %d set aside", part.slice, part.first, part.last, len(found.set_aside))
+        now = time.monotonic()
+        if not self.first[1]:
+            self.first = now, self.measured
+        if now - self.told > LINE_SECONDS:
+            self.told = now
+            done = self.before + self.measured
+            rate = (self.measured - self.first[1]) / max(now - self.first[0], 1e-9)
+            left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "no estimate yet"
+            self.tell(f"{done}/{self.total} samples profiled, {left}")
+
+    def _report(self, profile: Profile, uses: list[WorkerUse]) -> ProfileReport:
+        identity = profile.manifest.groups
+        seconds = sum(use.recording for use in uses)
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        core_share, effective = spread(profile)
+        return ProfileReport(
+            location=self.location,
+            folder=str(self.dataset.folder),
+            source=identity.kind,
+            id=identity.id,
+            experts=identity.experts,
+            groups=identity.groups,
+            samples=len(profile.samples),
+            samples_measured=self.measured,
+            set_aside=len(profile.set_aside),
+            slices=dict(Counter(profile.slices)),
+            loss=float(profile.losses.mean()) if len(profile.losses) else float("nan"),
+            core_share=core_share,
+            effective_experts=effective,
+            bytes=sum(path.stat().st_size for path in self.dataset.folder.rglob("*.parquet")),
+            workers=len(uses),
+            seconds_measuring=round(seconds, 3),
+            samples_per_second=round(len(uses) * self.measured / seconds, 3) if seconds else 0.0,
+            peak_rss_bytes=max([own, *(use.peak_rss for use in uses)]),
+            peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
+            seconds=round(time.monotonic() - self.started, 3),
+        )
+
+
+def _corpus(run: Run, folder: Path, config: Config) -> Corpus:
+    """The corpus that was recorded, tokenised anew if its file is gone.
+
+    Raises
+    ------
+    InputError
+        It is another one.
+    """
+    path = folder / "corpus.arrow"
+    corpus = Corpus(path) if path.exists() else prepare_corpus(config, load_tokenizer(config.model), path)
+    recorded = run.manifest.data.get("corpus")
+    if corpus.fingerprint != recorded:
+        raise InputError(
+            f"{path} has the fingerprint {corpus.fingerprint[:12]} and the corpus that was recorded had "
+            f"{str(recorded)[:12]}; delete the file and give the configuration that the run was recorded with"
+        )
+    return corpus
+
+
+def _cluster_ram() -> int:
+    """Free RAM of all machines; Ray counts seven tenths of what was free on each when it joined."""
+    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    return free_ram() if len(nodes) == 1 else int(sum(nodes) / 0.7)

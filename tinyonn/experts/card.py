@@ -60,7 +60,7 @@ def write_card(
                 "",
                 "## Limits",
                 "",
-                "- Nothing was trained after the cut. What the model knew through the dropped weights is lost, and",
+                f"- {_training(assembly)} What the model knew through the dropped weights is lost, and",
                 "  perplexity does not show all of it.",
                 "- Scores come from the samples named above. On other kinds of text more is lost.",
                 "- Speed and memory gain as fewer experts are on; with all on, the model runs as a dense one.",
@@ -118,17 +118,25 @@ def _name(assembly: dict[str, Any]) -> str:
     return "The reference model" if path == "reference" else path.rsplit("/", 1)[-1]
 
 
+def _training(assembly: dict[str, Any]) -> str:
+    training = assembly.get("training")
+    if training is None:
+        return "Nothing was trained after the cut."
+    return f"Router and experts were trained for {training['steps']:,} steps after the cut."
+
+
 def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
     report, selection = assembly["report"], assembly["selection"]
     experts = len(report["sizes"]) - 1
     on = "all experts are on" if top_k is None else f"{top_k} of {experts} experts are on"
     slices = ", ".join(f"{name} ({count:,})" for name, count in assembly["slices"].items())
     base, share = assembly["base"], report["budget"] / report["linear"]
+    since = "they were trained since" if "training" in assembly else "none was trained"
     rounded = " after NF4" if base["quantization"] == "nf4" else ""
     what = (
         f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of `{base['path']}`, "
         f"in {experts} experts and a core of {report['sizes'][-1]:,} weights that is always on. Values are the base's"
-        f"{rounded}; none was trained. Embeddings, head, norms and biases ({report['trunk']:,}) are whole. "
+        f"{rounded}; {since}. Embeddings, head, norms and biases ({report['trunk']:,}) are whole. "
         f"By default {on}."
     )
     made = (

@@ -1,0 +1,45 @@
+"""One worker of a group of processes: ``python -m tests.train.gloo_child FOLDER RANK WORLD [KILL]``.
+
+With KILL it ends itself by SIGKILL, as from outside, when so many steps are done.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from tests.train.trained import OPTIONS, load_models
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.train.monitor import StepFacts
+from tinyonn.train.teacher import Live
+from tinyonn.train.trainer import Trainer
+
+
+def main(folder: Path, rank: int, world: int, kill: int) -> None:
+    torch.set_num_threads(1)
+    if world > 1:
+        store = FileStore(str(folder / "store"), world)
+        distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        )
+
+    def observe(facts: StepFacts) -> None:
+        if facts.step == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    base, student = load_models(folder / "model")
+    trainer = Trainer(
+        student, Corpus(folder / "corpus.arrow"), OPTIONS, folder / "train", Live(base), observe=observe
+    )
+    trainer.run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

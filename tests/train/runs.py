@@ -1,0 +1,66 @@
+"""An assembled and profiled run of a small real model, and short trainings of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tests.experts.runs import clustered_run
+from tinyonn.config import Config, ExpertsConfig
+from tinyonn.experts.assemble import assemble_run
+from tinyonn.profile.stage import ProfileOptions, profile_run
+from tinyonn.train.options import TrainOptions
+from tinyonn.train.spec import RouterShape
+from tinyonn.train.stage import TrainStageOptions
+
+OPTIONS = TrainOptions(
+    steps=12,
+    batch=4,
+    micro_batch=2,
+    warm_start=3,
+    warm_start_batch=8,
+    prompt_tokens=4,
+    precision="float32",
+    checkpoint_every=4,
+)
+ROUTER = RouterShape(branches=2, width=16, top_k=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """A run with experts and profile; the dense model lies in ``folder / "model"``."""
+
+    folder: Path
+    config: Config
+
+    @property
+    def run(self) -> str:
+        return str(self.folder / "run")
+
+    def options(self, folder: Path, **changes: Any) -> TrainStageOptions:
+        """A training into a folder of its own; `changes` are of `TrainOptions` or of the stage's options."""
+        train = {name: value for name, value in changes.items() if hasattr(OPTIONS, name)}
+        rest = {name: value for name, value in changes.items() if name not in train}
+        given = TrainStageOptions(
+            train=replace(OPTIONS, **train),
+            router=ROUTER,
+            threads=1,
+            folder=folder / "train",
+            output=folder / "model",
+        )
+        return replace(given, **rest)
+
+    def copy(self, folder: Path) -> World:
+        """One that may be changed."""
+        shutil.copytree(self.folder, folder)
+        return replace(self, folder=folder)
+
+
+def make_world(folder: Path) -> World:
+    """Record, score, cluster, assemble and profile."""
+    config = clustered_run(folder, quantization="none")
+    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.6))
+    profile_run(str(folder / "run"), config, ProfileOptions(workers=1))
+    return World(folder, config)

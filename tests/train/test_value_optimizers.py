@@ -1,0 +1,83 @@
+"""AdamW and Muon for sparse values are Torch's where nothing is masked; updates have one size at every density."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.train.layers import group_slices, sparse_layer
+from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.train.newton_schulz import iterated, orthogonalised
+from tinyonn.train.sparse_adamw import SparseAdamW
+from tinyonn.train.sparse_muon import SparseMuon
+from tinyonn.train.value_groups import runs
+
+
+def test_neighbouring_groups_make_one_run() -> None:
+    found = runs([True, True, True, False, True, True], [3, 0, 2, 4, 1, 0])
+    assert [(run.groups, run.sizes, run.entries) for run in found] == [
+        ([0, 2], [3, 2], slice(0, 5)),
+        ([4], [1], slice(9, 10)),
+    ]
+
+
+def test_sparse_adamw_is_adamw() -> None:
+    layer = sparse_layer(24, 16)
+    plain = nn.Parameter(layer.values.detach().clone())
+    ours = SparseAdamW([("layer", layer)], 0.01, (0.8, 0.9), 1e-6, 0.3)
+    theirs = torch.optim.AdamW([plain], 0.01, (0.8, 0.9), 1e-6, 0.3)
+    for seed in range(5):
+        plain.grad = layer.values.grad = torch.randn(
+            plain.shape, generator=torch.Generator().manual_seed(seed)
+        )
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(layer.values.detach(), plain.detach(), rtol=1e-6, atol=1e-7)
+
+
+def dense(layer: ExpertLinear, values: torch.Tensor) -> torch.Tensor:
+    """The values in a dense matrix, entry by entry."""
+    W_OI = torch.zeros(layer.out_features, layer.in_features)
+    pointer, columns = layer.row_pointer.tolist(), layer.columns.tolist()
+    for number in range(len(pointer) - 1):
+        for place in range(pointer[number], pointer[number + 1]):
+            W_OI[number % layer.out_features, columns[place]] = values[place]
+    return W_OI
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_sparse_muon_of_all_entries_is_muon(shape: tuple[int, int]) -> None:
+    layer = sparse_layer(*shape, kept=1.0)
+    plain = nn.Parameter(dense(layer, layer.values.detach()))
+    ours = SparseMuon([("layer", layer)], 0.02, 0.9, weight_decay=0.1)
+    theirs = torch.optim.Muon([plain], 0.02, 0.1, 0.9, adjust_lr_fn="match_rms_adamw")
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        layer.values.grad = torch.randn(layer.values.shape, generator=generator)
+        plain.grad = dense(layer, layer.values.grad)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(dense(layer, layer.values.detach()), plain.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sparse_muons_updates_have_the_size_of_adamws(kept: float, masked: bool) -> None:
+    layer = sparse_layer(96, 64, kept)
+    before = layer.values.detach().clone()
+    optimizer = SparseMuon([("layer", layer)], lr=1.0)
+    layer.values.grad = torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    if masked:
+        layer.values.grad[group_slices(layer)[1].start :] = 0
+    optimizer.step()
+    moved = (layer.values.detach() - before)[layer.values.grad != 0]
+    assert 0.1 < float(moved.square().mean().sqrt()) < 0.3
+    assert float((moved * layer.values.grad[layer.values.grad != 0]).sum()) < 0  # downhill
+
+
+def test_newton_schulz_of_ours_is_torchs() -> None:
+    for shape in ((5, 9), (9, 5)):
+        M_OI = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(iterated(M_OI), orthogonalised(M_OI), rtol=0, atol=0.01)
+        assert bool(((torch.linalg.svdvals(iterated(M_OI).float()) - 1).abs() < 0.5).all())

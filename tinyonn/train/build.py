@@ -1,0 +1,137 @@
+"""From a spec to a trainer: every worker loads student, teacher, corpus and targets for itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.base.load import load_model, load_tokenizer
+from tinyonn.config import ModelConfig
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.train.spec import Spec, assembled_id, experts_of, read_student
+from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.teacher import Cached, Live, Teacher, cache_key, cache_teacher, check_tokenizers
+from tinyonn.train.trainer import Trainer
+from tinyonn.train.workers import Workers
+
+CACHE = "teacher"  # in the training's folder
+POLL = 2.0  # seconds between looks for a cache that another worker writes
+PATIENCE = 30.0  # seconds between lines about it
+
+Tell = Callable[[str], None]
+
+
+def build_trainer(spec: Spec, tell: Tell = lambda line: None) -> Trainer:
+    """Build all that a worker needs; resumes the newest checkpoint.
+
+    Parameters
+    ----------
+    spec : Spec
+    tell : callable
+        Gets a line now and then while the teacher's outputs are cached.
+
+    Raises
+    ------
+    InputError
+        Something is missing, damaged, or does not fit the rest; a checkpoint of another training.
+    CapacityError
+        The GPU's memory is too small.
+    """
+    torch.set_num_threads(spec.threads)
+    device = torch.device(spec.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        corpus = Corpus(Path(spec.corpus))
+        return Trainer(
+            build_student(spec, device),
+            corpus,
+            spec.train,
+            spec.folder,
+            build_teacher(spec, corpus, device, tell),
+            build_targets(spec),
+            spec.identity,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise CapacityError(
+            f"out of GPU memory on {device} ({str(error).splitlines()[0]}); use a smaller train.micro_batch, "
+            "train.checkpointing: true or model.quantization: nf4"
+        ) from None
+
+
+def build_student(spec: Spec, device: torch.device) -> Any:
+    """What is trained: an assembled model with its own or a new router, or a dense one without any.
+
+    Raises
+    ------
+    InputError
+        It cannot be loaded, or has another number of experts than the router.
+    """
+    from tinyonn.experts.assemble import open_assembled
+
+    folder = Path(spec.student)
+    if not experts_of(read_student(folder)):
+        plain = ModelConfig(path=str(folder), quantization="none", dtype=spec.model.dtype)
+        return load_model(plain, device).model
+    model = open_assembled(folder).to(device)
+    if spec.router is not None:
+        try:
+            model.set_router(spec.router, spec.train.seed)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    return model
+
+
+def build_teacher(
+    spec: Spec, corpus: Corpus, device: torch.device, tell: Tell = lambda line: None
+) -> Teacher | None:
+    """The dense model or what is cached of it; None if no loss needs it.
+
+    Raises
+    ------
+    InputError
+        Student and teacher have different tokenizers.
+    """
+    if not spec.needs_teacher:
+        return None
+    check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.model))
+    if spec.teacher_k is None:
+        return Live(load_model(spec.model, device).model)
+    folder = Path(spec.folder) / CACHE
+    fingerprint = str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
+    target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
+    if (target / "teacher.json").exists():
+        return Cached(target)
+    if not Workers.found().first:  # no barrier: a large corpus takes longer than any of them waits
+        while not (target / "teacher.json").exists():
+            time.sleep(POLL)
+        return Cached(target)
+    last = time.monotonic()
+
+    def progress(done: int, parts: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > PATIENCE:
+            last = time.monotonic()
+            tell(f"caching the teacher: {done} of {parts} parts")
+
+    return cache_teacher(
+        Live(load_model(spec.model, device).model), corpus, folder, fingerprint, spec.teacher_k, progress
+    )
+
+
+def build_targets(spec: Spec) -> ProfileTargets | None:
+    """What the profile wants of the router; None if nothing asks for it."""
+    from tinyonn.profile.reader import open_profile
+
+    if not spec.needs_targets or spec.profile is None:
+        return None
+    profile = open_profile(spec.profile, assembled_id(read_student(Path(spec.student))))
+    contribution_SE = profile.contribution[:, : profile.experts]
+    return ProfileTargets(
+        profile.samples.tolist(), contribution_SE, spec.targets.sharpness, spec.targets.relative
+    )

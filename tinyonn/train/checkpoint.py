@@ -1,0 +1,215 @@
+"""Checkpoints: all that a training needs to go on to the same bits, whole or not there.
+
+    <train>/checkpoint-00000123/state.safetensors   trained weights, optimizers' state, running means
+    <train>/checkpoint-00000123/state.json          step, what the training is of, sizes and checksums; written last
+    <train>/curve.jsonl                             a line for every step
+
+A checkpoint is written into a folder with another name, synced, and renamed; a kill leaves the older ones. Random
+numbers are functions of seed and step, so none of their state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from tinyonn.errors import CapacityError, InputError
+from tinyonn.store.faults import is_full
+
+LOG = logging.getLogger(__name__)
+FORMAT = 1
+NAME = "checkpoint-{:08d}"
+TENSORS, ABOUT = "state.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is resumed.
+
+    Attributes
+    ----------
+    step : int
+        Steps done.
+    tensors : dict of str to Tensor
+    state : dict
+        JSON.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one training.
+
+    Parameters
+    ----------
+    folder : path
+        ``<train>``; made if it is not there.
+    identity : mapping
+        What the training is of, JSON, flat: assembly, corpus, options that decide the result. A checkpoint of another
+        one is refused.
+    keep : int
+        How many of the latest stay.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, Any], keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity)))
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint and remove those that are too old.
+
+        Raises
+        ------
+        CapacityError
+            The disk is full; the older ones stay.
+        """
+        target = self.folder / NAME.format(step)
+        side = self.folder / f".{target.name}.part"
+        shutil.rmtree(side, ignore_errors=True)
+        try:
+            side.mkdir()
+            content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(content, side / TENSORS)
+            _sync(side / TENSORS)
+            about = {
+                "format": FORMAT,
+                "step": step,
+                "identity": self.identity,
+                "state": dict(state),
+                "bytes": (side / TENSORS).stat().st_size,
+                "crc32": _checksum(side / TENSORS),
+            }
+            (side / ABOUT).write_text(json.dumps(about), "utf-8")
+            _sync(side / ABOUT)
+            shutil.rmtree(target, ignore_errors=True)
+            side.rename(target)
+            _sync(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(side, ignore_errors=True)
+            if is_full(error):
+                raise CapacityError(
+                    f"{target}: no space left for the checkpoint; free some and run again, "
+                    "training goes on from the checkpoint before"
+                ) from None
+            raise
+        for path in self.paths()[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+        return target
+
+    def paths(self) -> list[Path]:
+        """Folders of complete checkpoints, the oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if (path / ABOUT).is_file()]
+        return sorted(found, key=lambda path: path.name)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest that is whole; damaged ones are passed over with a warning.
+
+        Raises
+        ------
+        InputError
+            It is of another training: names the first difference.
+        """
+        for side in self.folder.glob(".checkpoint-*.part"):
+            shutil.rmtree(side, ignore_errors=True)
+        for path in reversed(self.paths()):
+            try:
+                about = json.loads((path / ABOUT).read_text("utf-8"))
+                if about["format"] != FORMAT:
+                    raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
+                self._compare(path, about["identity"])
+                size = (path / TENSORS).stat().st_size
+                if size != about["bytes"] or _checksum(path / TENSORS) != about["crc32"]:
+                    raise ValueError(f"{TENSORS} has other bytes than were written")
+                return Checkpoint(about["step"], load_file(path / TENSORS), about["state"])
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                LOG.warning("%s is damaged (%s) and is passed over", path, error)
+        return None
+
+    def _compare(self, path: Path, found: Mapping[str, Any]) -> None:
+        for name in [*self.identity, *found]:
+            ours, theirs = self.identity.get(name), found.get(name)
+            if ours != theirs:
+                raise InputError(
+                    f"{path} is of another training: {name} is {theirs!r} there and {ours!r} now; "
+                    "use the same options, or start anew with --fresh"
+                )
+
+    def clear(self) -> None:
+        """Remove all checkpoints and the curve."""
+        for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*.part")):
+            shutil.rmtree(path, ignore_errors=True)
+        (self.folder / "curve.jsonl").unlink(missing_ok=True)
+
+
+class Curve:
+    """The figures of every step, a line of JSON each.
+
+    Parameters
+    ----------
+    path : path
+    step : int
+        Steps done: lines of this step and later ones are dropped, they will be written again.
+    """
+
+    def __init__(self, path: str | Path, step: int = 0) -> None:
+        self.path = Path(path)
+        kept = [line for line in read_curve(self.path) if line["step"] < step]
+        side = self.path.with_suffix(".part")
+        side.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        side.replace(self.path)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append the figures of a step."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(line)) + "\n")
+
+    def sync(self) -> None:
+        """Bring it to the disk, before a checkpoint that counts on it."""
+        if self.path.exists():
+            _sync(self.path)
+
+
+def read_curve(path: str | Path) -> list[dict[str, Any]]:
+    """Figures of all steps so far; a line that was cut off by a kill ends them."""
+    found: list[dict[str, Any]] = []
+    try:
+        text = Path(path).read_text("utf-8")
+    except FileNotFoundError:
+        return found
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with path.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            found = zlib.crc32(part, found)
+    return found
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

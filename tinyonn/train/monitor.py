@@ -1,0 +1,270 @@
+"""What a training shows while it runs: JSON lines, a tracker, alarms, and the load of every expert over time.
+
+``monitor.jsonl`` has a line for each step: its values, the samples that chose each expert (``load``), and what is taken
+over the last steps (the window): ``load_cv``, the coefficient of variation std / mean of the load over experts;
+``load_dead``, the share of experts that nothing chose; ``load_entropy``, the load's entropy over its largest possible
+value. One process writes it, the first of a group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tinyonn.train.alarms import Alarm, Int64, Watch, finite_alarm, load_alarms, spike_alarm
+
+FILE = "monitor.jsonl"
+HEAT_MAP = "load.png"
+SPIKES = ("loss", "gradient_norm")  # values whose jumps are alarms
+PNG_DPI = 110
+COLUMNS = 400  # of a heat map, at most
+BRIGHTEST = 4.0  # times the mean load
+
+
+class Scalars(Protocol):
+    """Where scalars go; a `tinyonn.track.Tracker`."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Send scalars by name."""
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One step, all workers together.
+
+    Attributes
+    ----------
+    step : int
+        Steps done with this one: from 1.
+    values : mapping
+        Loss and its parts, learning rate, gradient norm, gate entropy, active weights per token, surprise, ...
+    load_E : int64 [E] or None
+        Samples that chose each expert; None without a router, or while all experts are on.
+    samples, tokens : int
+        Of the step.
+    seconds : float
+        That it took.
+    """
+
+    step: int
+    values: Mapping[str, float]
+    load_E: Int64 | None
+    samples: int
+    tokens: int
+    seconds: float
+
+
+def load_cv(load_E: Int64) -> float:
+    """Standard deviation of the load over experts, divided by its mean; 0 without any."""
+    mean = load_E.mean()
+    return float(load_E.std() / mean) if mean > 0 else 0.0
+
+
+def load_dead(load_E: Int64) -> float:
+    """Share of experts that nothing chose."""
+    return float((load_E == 0).mean())
+
+
+def load_entropy(load_E: Int64) -> float:
+    """Entropy of the load divided by ``log E``: 1 if it is even, 0 if one expert has all of it."""
+    share_E = load_E[load_E > 0] / max(1, load_E.sum())
+    return float(-(share_E * np.log(share_E)).sum() / math.log(load_E.size)) if load_E.size > 1 else 1.0
+
+
+class Monitor:
+    """Takes the facts of every step.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the training; made if it is not there.
+    tracker : Tracker, optional
+        Gets every value too.
+    window : int
+        Steps that averages and alarms look back on; alarms about the load wait for half of them.
+    tell : callable
+        Gets the alarms as sentences.
+    shared : sequence of int
+        Experts that are always on: not chosen, and left out of what is said about the load.
+    resumed : int
+        Steps done before; lines of later ones are taken out, and the window is filled from those that stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tracker: Scalars | None = None,
+        window: int = 50,
+        tell: Callable[[str], None] = lambda line: None,
+        shared: Sequence[int] = (),
+        resumed: int = 0,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE
+        self._tracker, self._tell, self._shared, self._window = tracker, tell, tuple(shared), window
+        self._loads: deque[tuple[Int64, int]] = deque(maxlen=window)
+        self._values: dict[str, deque[float]] = {name: deque(maxlen=window) for name in SPIKES}
+        self._times: deque[tuple[int, float]] = deque(maxlen=window)
+        self._watch = Watch(window)
+        self.line: dict[str, Any] = {}  # the last that was written
+        cut_lines(self.path, resumed)
+        for line in read_lines(self.path):
+            self._remember(_facts(line))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def record(self, facts: StepFacts) -> list[Alarm]:
+        """Write a step down, send it on; the alarms that are new with it."""
+        alarms = self._alarms_of(facts)
+        self._remember(facts)
+        load_E, samples = self.window_load()
+        over_window: dict[str, float] = {"tokens_per_second": self._speed()}
+        if load_E is not None:
+            free = np.setdiff1d(np.arange(load_E.size), self._shared)
+            load_F = load_E[free]
+            over_window |= {
+                "load_cv": load_cv(load_F),
+                "load_dead": load_dead(load_F),
+                "load_entropy": load_entropy(load_F),
+            }
+            if 2 * len(self._loads) >= self._window:  # a few batches alone may look like anything
+                alarms += load_alarms(load_F, samples, free)
+        new = self._watch.fresh(facts.step, alarms, ("spike", "not finite", "high", "low", "collapse"))
+        values = {**facts.values, **over_window}
+        self.line = line = {
+            "step": facts.step,
+            "samples": facts.samples,
+            "tokens": facts.tokens,
+            "seconds": round(facts.seconds, 6),
+            "values": {name: value if math.isfinite(value) else None for name, value in values.items()},
+        }
+        if facts.load_E is not None:
+            line["load"] = [int(count) for count in facts.load_E]
+        if new:
+            line["alarms"] = [alarm.message for alarm in new]
+        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(
+                facts.step, {name: value for name, value in values.items() if math.isfinite(value)}
+            )
+        for alarm in new:
+            self._tell(f"step {facts.step}: {alarm.message}")
+        return new
+
+    def window_load(self) -> tuple[Int64 | None, int]:
+        """Load of every expert and number of samples over the window."""
+        if not self._loads:
+            return None, 0
+        return np.sum([load for load, _ in self._loads], axis=0), sum(count for _, count in self._loads)
+
+    def mean(self, name: str) -> float:
+        """Mean of one of `SPIKES` over the window; NaN before the first step."""
+        values = self._values[name]
+        return float(np.mean(values)) if values else math.nan
+
+    def close(self) -> Path | None:
+        """Close the file and draw the heat map, if matplotlib is there and experts were chosen; its path."""
+        self._file.close()
+        return plot_load(self.path, self.path.with_name(HEAT_MAP))
+
+    def _alarms_of(self, facts: StepFacts) -> list[Alarm]:
+        spikes = [
+            spike_alarm(name, facts.values[name], self._values[name])
+            for name in SPIKES
+            if name in facts.values
+        ]
+        return [alarm for alarm in (finite_alarm(facts.values), *spikes) if alarm is not None]
+
+    def _remember(self, facts: StepFacts) -> None:
+        for name, values in self._values.items():
+            if name in facts.values:
+                values.append(facts.values[name])
+        self._times.append((facts.tokens, facts.seconds))
+        if facts.load_E is not None:
+            self._loads.append((facts.load_E, facts.samples))
+
+    def _speed(self) -> float:
+        tokens, seconds = (sum(column) for column in zip(*self._times, strict=True))
+        return tokens / seconds if seconds > 0 else 0.0
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a monitor's file; one that a kill left unfinished is left out."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                yield json.loads(text)
+            except ValueError:
+                return
+
+
+def cut_lines(path: Path, done: int) -> None:
+    """Leave the lines of the first `done` steps; one that a kill left unfinished goes too."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_lines(path) if line["step"] <= done]
+    side = path.with_suffix(".part")
+    with side.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    side.replace(path)
+
+
+def load_over_time(path: Path, columns: int = COLUMNS) -> tuple[np.ndarray[Any, Any], int, int]:
+    """The load of every expert in stretches of steps of like length.
+
+    Returns
+    -------
+    float64 [E, columns]
+        Load divided by the mean over experts in the same stretch; 0 where nothing was chosen. [0, 0] without loads.
+    first, last : int
+        Steps.
+    """
+    loads = [(line["step"], line["load"]) for line in read_lines(path) if "load" in line]
+    if not loads:
+        return np.zeros((0, 0)), 0, 0
+    load_SE = np.array([load for _, load in loads], dtype=np.float64)
+    edges = np.linspace(0, len(loads), min(columns, len(loads)) + 1).astype(int)[:-1]
+    load_CE = np.add.reduceat(load_SE, edges, axis=0)
+    mean_C1 = load_CE.mean(axis=1, keepdims=True)
+    return (load_CE / np.where(mean_C1 > 0, mean_C1, 1)).T, loads[0][0], loads[-1][0]
+
+
+def plot_load(source: Path, picture: Path) -> Path | None:
+    """Draw the load of every expert over time; None without matplotlib or without loads."""
+    load_EC, first, last = load_over_time(source)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    if load_EC.size == 0:
+        return None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    extent = (first - 0.5, last + 0.5, load_EC.shape[0] - 0.5, -0.5)
+    image = axes.imshow(
+        load_EC, aspect="auto", interpolation="nearest", vmin=0, vmax=BRIGHTEST, cmap="viridis", extent=extent
+    )
+    axes.set(xlabel="step", ylabel="expert", title="load of every expert, as a multiple of the mean")
+    figure.colorbar(image, ax=axes)
+    side = picture.with_suffix(".part.png")
+    figure.savefig(side, dpi=PNG_DPI)
+    side.replace(picture)
+    return picture
+
+
+def _facts(line: Mapping[str, Any]) -> StepFacts:
+    load = np.array(line["load"], dtype=np.int64) if "load" in line else None
+    values = {name: math.nan if value is None else value for name, value in line["values"].items()}
+    return StepFacts(line["step"], values, load, line["samples"], line["tokens"], line["seconds"])

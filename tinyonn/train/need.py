@@ -1,0 +1,167 @@
+"""The memory that a training needs, as a pure function of student, teacher and options.
+
+With ``N`` weights of the student's experts, ``R`` others, ``b`` bytes a value, micro batches of ``T`` tokens (padding
+counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V``, one worker holds
+
+- student: ``(b + p) N`` with ``p`` the bytes of a place (2, in layers over 65,536 wide 4), ``b R``; what is trained has
+  float32 masters in place of ``b``, a gradient of 4 bytes and an optimizer's state of 8 (AdamW) or 4 (Muon);
+- its matrices: the backward pass needs those of every layer for which a micro batch was multiplied;
+- teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L``;
+- activations and logits as in `tinyonn.memory`, of a micro batch; with checkpointing those of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.cost import Device
+from tinyonn.errors import CapacityError
+from tinyonn.memory import (
+    CUDA_BYTES,
+    LOGIT_BYTES,
+    LOGITS_BYTES,
+    NF4_BYTES,
+    PROCESS_BYTES,
+    SYSTEM_BYTES,
+    ModelFacts,
+    Need,
+    Tier,
+    is_quantized,
+)
+from tinyonn.sizes import MiB, format_size
+from tinyonn.train.options import TrainOptions
+
+MASTER, GRADIENT = 4, 4
+STATES = {"adamw": 8, "muon": 4, "frozen": 0}
+MATRIX_BYTES = 64 * MiB  # of dense matrices at a time, or four of the layer's
+KERNEL_BYTES = 128 * MiB  # kernels as they are compiled, and what the allocator keeps
+DRIVER_BYTES = {1: 0, 2: 512 * MiB}  # of Ray itself, beside a group of several
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """What the memory depends on.
+
+    Attributes
+    ----------
+    entries : int
+        Weights of the experts.
+    others : int
+        All other weights.
+    places : int
+        Bytes that say where the entries lie.
+    largest : int
+        Weights of the largest dense matrix.
+    """
+
+    entries: int
+    others: int
+    places: int
+    largest: int
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any], parameters: Sequence[Parameter]) -> StudentFacts:
+        """From an assembled model's ``config.json``, or of a dense one, and the base's parameters."""
+        layers = tree.get("sparse_layers") or {}
+        sparse = {f"{name}.weight" for name in layers}
+        entries = sum(layer["entries"] for layer in layers.values())
+        places = sum(layer["entries"] * (2 if layer["in"] <= 1 << 16 else 4) for layer in layers.values())
+        groups = int(tree.get("experts", 0)) + 1
+        places += sum(4 * groups * layer["out"] for layer in layers.values())
+        largest = max((layer["out"] * layer["in"] for layer in layers.values()), default=0)
+        others = sum(parameter.size for parameter in parameters if parameter.name not in sparse)
+        return cls(entries, others, places, largest)
+
+
+def train_needs(
+    student: StudentFacts,
+    parameters: Sequence[Parameter],
+    base: ModelFacts,
+    options: TrainOptions,
+    max_tokens: int,
+    device: Device,
+    live_teacher: bool,
+) -> list[Need]:
+    """Of one worker, beside the compute.
+
+    Parameters
+    ----------
+    student : StudentFacts
+    parameters : sequence of Parameter
+        Of the teacher.
+    base : ModelFacts
+        Of the teacher; the student has its shape.
+    options : TrainOptions
+    max_tokens : int
+        Of a sample.
+    device : str
+    live_teacher : bool
+        The teacher runs at every step.
+    """
+    optimizers, b = options.optimizers, 2 if options.precision == "bfloat16" else 4
+    T, H, I = options.micro_batch * max_tokens, base.hidden, base.intermediate  # noqa: E741
+    learns = optimizers.experts != "frozen"
+    trunk = MASTER + GRADIENT + STATES["adamw"] if optimizers.trunk_lr > 0 else b
+    values = MASTER + GRADIENT + STATES[optimizers.experts] if learns else b
+    layer = T * (4 * b * I + (6 * b + 9) * H)
+    kept = base.layers * T * b * H + layer if options.checkpointing else base.layers * layer
+    passing = T * ((3 * b + 4) * I + 6 * b * H)
+    chunk = min(LOGITS_BYTES, T * base.vocabulary * LOGIT_BYTES)
+    logits = T * base.vocabulary * b * (3 if live_teacher else 2)
+    needs = [
+        Need("experts" + (", trained" if learns else ""), student.entries * values + student.places),
+        Need("trunk and head of the student", student.others * trunk),
+        Need("matrices of a layer", max(MATRIX_BYTES, 4 * b * student.largest) if student.entries else 0),
+        Need("activations, checkpointed" if options.checkpointing else "activations", kept + passing),
+        Need("logits and their gradient", logits + chunk),
+    ]
+    if live_teacher:
+        packed = sum(parameter.size for parameter in parameters if is_quantized(parameter, base))
+        rest = sum(parameter.size for parameter in parameters) - packed
+        weights = round(packed * NF4_BYTES) + rest * base.dtype_bytes
+        scratch = max((p.size for p in parameters if is_quantized(p, base)), default=0) * b
+        needs.append(
+            Need("teacher, its hidden states and scratch", weights + base.layers * T * b * H + scratch)
+        )
+    if device == "cuda":
+        needs.append(Need("CUDA itself", CUDA_BYTES))
+    else:
+        needs.append(Need("process", PROCESS_BYTES["cpu"] + KERNEL_BYTES))
+    return [need for need in needs if need.bytes]
+
+
+def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int | None) -> Tier:
+    """Refuse what does not fit.
+
+    Parameters
+    ----------
+    needs : sequence of Need
+        Of one worker.
+    workers : int
+        That share the memory: on CPUs all of a machine's, on GPUs one.
+    device : str
+    limit : int or None
+        Free bytes; None is not known.
+
+    Raises
+    ------
+    CapacityError
+        Names what is needed, what there is, the largest parts and remedies.
+    """
+    name = "VRAM of a GPU" if device == "cuda" else "RAM"
+    system = (
+        () if device == "cuda" else (Need("system", SYSTEM_BYTES), Need("Ray", DRIVER_BYTES[min(workers, 2)]))
+    )
+    tier = Tier(name, tuple(Need(need.what, need.bytes * workers) for need in needs) + system, limit)
+    if not tier.fits:
+        largest = sorted(tier.needs, key=lambda need: -need.bytes)[:3]
+        what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in largest)
+        raise CapacityError(
+            f"training needs {format_size(tier.total)} of {name} and {format_size(limit or 0)} are there ({what}); "
+            "use a smaller train.micro_batch or data.max_tokens, train.checkpointing: true, a cached teacher, "
+            "train.optimizers.experts: muon or frozen, or fewer workers"
+        )
+    return tier

@@ -1,0 +1,200 @@
+"""How a model is trained: everything that decides the result, as one frozen tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tinyonn.errors import InputError
+from tinyonn.train.data import PROMPT_TOKENS
+from tinyonn.train.optimizers import OptimizerOptions
+
+PRECISIONS = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """What each part of the loss counts; a part of weight 0 is not computed.
+
+    Attributes
+    ----------
+    kl : float
+        Cross entropy towards the teacher's distribution, per counted token.
+    ce : float
+        Cross entropy of the text itself, per counted token.
+    hidden : float
+        Relative squared error of every layer's output against the teacher's, mean over layers and samples.
+    balance, z, specificity, profile : float
+        Of the router, mean over samples.
+    """
+
+    kl: float = 1.0
+    ce: float = 0.1
+    hidden: float = 0.1
+    balance: float = 0.01
+    z: float = 0.001
+    specificity: float = 0.01
+    profile: float = 0.0
+
+
+@dataclass(frozen=True)
+class RoutingOptions:
+    """How experts are chosen while training.
+
+    Attributes
+    ----------
+    ks : tuple of int
+        Each sample draws one: so many experts are on for it. 0 is all of them; empty takes the model's own rule.
+    noise : float
+        Standard deviation of what is added to the scores before choosing.
+    dropout : float
+        Share of the experts that cannot be chosen in a step.
+    capacity : float or None
+        An expert takes at most so many times its even share of a batch's samples; None is no limit.
+    bias_rate : float
+        Step of the bias that balances the load without a loss.
+    """
+
+    ks: tuple[int, ...] = ()
+    noise: float = 0.0
+    dropout: float = 0.0
+    capacity: float | None = None
+    bias_rate: float = 0.001
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.smk`.
+
+    Attributes
+    ----------
+    first : float
+        Share of the steps that belong to stage 1; the rest is stage 2. In stage 1 all experts get gradients, whether
+        they are on or not; in stage 2 those that are on.
+    act_k : int or None
+        Stage 1: experts that may be updated at all; None is every one.
+    min_k : int or None
+        Stage 1: the least surprised of these are updated; None is all of them. The core is updated in any case.
+    grow : float
+        Stage 2: the number of experts on is multiplied by ``(surprise / running mean) ** grow``; 0 keeps it.
+    least, most : float
+        Bounds of that factor.
+    integrity : bool
+        Stage 2: learning rates are scaled by predictive integrity relative to its running mean.
+    alpha, gamma : float
+        Of predictive integrity.
+    """
+
+    first: float = 0.5
+    act_k: int | None = None
+    min_k: int | None = None
+    grow: float = 0.0
+    least: float = 0.5
+    most: float = 2.0
+    integrity: bool = False
+    alpha: float = 1.0
+    gamma: float = 0.5
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Shares of the steps, as of `tinyonn.train.schedule.Schedule.of_shares`."""
+
+    warmup: float = 0.05
+    decay: float = 0.2
+    floor: float = 0.0
+    form: Literal["linear", "root", "exponential"] = "linear"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One training.
+
+    Attributes
+    ----------
+    steps : int
+    batch : int
+        Samples of a step, all workers together.
+    micro_batch : int
+        Samples that a worker runs at a time; decides the memory, and bits only by rounding.
+    seed : int
+    prompt_tokens : int
+        Of a text, from which gates are chosen.
+    prompt_loss : bool
+        Labelled tokens of the prompt count in the loss too.
+    precision : str
+        ``bfloat16``: what is trained is held in float32 and multiplied in bfloat16. ``float32``: all in float32.
+    temperature : float
+        Of the distillation.
+    warm_start, warm_start_batch : int
+        Steps before the first in which the router alone learns from the profile, and samples of each.
+    warm_start_lr : float
+        Learning rate of these steps.
+    clip : float
+        Largest norm of all gradients together; 0 does not clip.
+    spike : float
+        A step whose norm is so many times the running median is reported.
+    checkpointing : bool
+        Layers' activations are computed again in the backward pass: less memory, a third more work.
+    checkpoint_every, keep : int
+        Steps between checkpoints; how many of the latest are kept. Neither decides bits.
+    weights, routing, stages, schedule, optimizers
+    """
+
+    steps: int = 400
+    batch: int = 8
+    micro_batch: int = 4
+    seed: int = 0
+    prompt_tokens: int = PROMPT_TOKENS
+    prompt_loss: bool = False
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    temperature: float = 1.0
+    warm_start: int = 0
+    warm_start_batch: int = 64
+    warm_start_lr: float = 3e-3
+    checkpointing: bool = False
+    clip: float = 1.0
+    spike: float = 10.0
+    checkpoint_every: int = 50
+    keep: int = 2
+    weights: LossWeights = field(default_factory=LossWeights)
+    routing: RoutingOptions = field(default_factory=RoutingOptions)
+    stages: StageOptions = field(default_factory=StageOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    optimizers: OptimizerOptions = field(default_factory=OptimizerOptions)
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 1, "micro_batch": 1, "warm_start": 0, "checkpoint_every": 1, "keep": 1}
+        for name, limit in least.items():
+            if getattr(self, name) < limit:
+                raise InputError(f"train.{name} = {getattr(self, name)}; give at least {limit}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"train.precision = {self.precision!r}; choose {' or '.join(PRECISIONS)}")
+        if not 0 <= self.stages.first <= 1:
+            raise InputError(f"train.stages.first = {self.stages.first}; it is a share of the steps, 0 to 1")
+        if not 0 <= self.routing.dropout < 1:
+            raise InputError(f"train.routing.dropout = {self.routing.dropout}; a share from 0 to below 1")
+        if self.temperature <= 0:
+            raise InputError(f"train.temperature = {self.temperature}; it must be above 0")
+
+    @property
+    def first_stage(self) -> int:
+        """Steps of stage 1."""
+        return round(self.stages.first * self.steps)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result, flat: a checkpoint is of the same training if all of it is equal."""
+        tree = asdict(self)
+        for name in ("micro_batch", "checkpointing", "checkpoint_every", "keep"):  # rounding at most
+            tree.pop(name)
+        return dict(flat(tree))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of nested dictionaries by dotted names; tuples as lists, as JSON has them."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,213 @@
+"""What a training is to be made of, before anything is loaded: its spec, its places, its memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinyonn.base.corpus import prepare_corpus
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.base.load import choose_device, load_tokenizer
+from tinyonn.base.source import fingerprint_model
+from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.machine import usable_cpus
+from tinyonn.memory import Need, Tier
+from tinyonn.places import local_folder
+from tinyonn.planning import describe_model
+from tinyonn.record.cluster import cluster_address, cluster_device, connected
+from tinyonn.train.need import StudentFacts, check_needs, train_needs
+from tinyonn.train.options import TrainOptions
+from tinyonn.train.places import Places, alone, places_of
+from tinyonn.train.spec import (
+    RouterShape,
+    Spec,
+    TargetOptions,
+    assembled_id,
+    experts_of,
+    identity_of,
+    read_student,
+)
+
+
+@dataclass(frozen=True)
+class TrainStageOptions:
+    """A call of `train_run`. Only `train`, `router`, `targets`, `student` and `teacher_k` decide what comes out.
+
+    Attributes
+    ----------
+    train : TrainOptions
+    router : RouterShape or None
+        Of a new router; None keeps the one that the student has, or trains without.
+    targets : TargetOptions
+    teacher_k : int or None
+        So many of the teacher's likeliest tokens are cached on disk; None runs it at every step.
+    student, folder, output : Path, optional
+        What is trained, where checkpoints lie and where the model goes: by default ``experts``, ``train`` and
+        ``model`` in the run's folder.
+    workers : int or None
+        None is one in this process, or on a cluster one for each GPU, or for each machine if there is none.
+    threads : int or None
+        CPU threads of a worker; None takes a machine's.
+    address : str or None
+        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+    memory : int or None
+        Bytes that may be used; None is what is free.
+    window : int
+        Steps that the monitor looks back on.
+    fresh : bool
+        Forget the checkpoints.
+    """
+
+    train: TrainOptions = field(default_factory=TrainOptions)
+    router: RouterShape | None = field(default_factory=RouterShape)
+    targets: TargetOptions = field(default_factory=TargetOptions)
+    teacher_k: int | None = None
+    student: Path | None = None
+    folder: Path | None = None
+    output: Path | None = None
+    workers: int | None = None
+    threads: int | None = None
+    address: str | None = None
+    memory: int | None = None
+    window: int = 50
+    fresh: bool = False
+
+
+def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec:
+    """What the workers build from; checks what can be checked without loading a model.
+
+    Raises
+    ------
+    InputError
+        As of `train_run`.
+    """
+    run = local_folder(location).absolute()
+    student = (options.student or run / "experts").absolute()
+    tree = read_student(student)
+    experts = experts_of(tree)
+    output = (options.output or run / "model").absolute()
+    _check_output(output)
+    corpus = training_corpus(config, run)
+    router, targets = None, None
+    train = options.train
+    wants_targets = train.warm_start > 0 or train.weights.profile > 0
+    if experts and (options.router is not None or wants_targets):
+        from tinyonn.profile.reader import open_profile
+
+        profile = open_profile(run / "profile", assembled_id(tree))
+        targets = options.targets if wants_targets else None
+        if options.router is not None:
+            router = options.router.options(profile, train.prompt_tokens).tree()
+    teacher = None
+    if train.weights.kl > 0 or train.weights.hidden > 0:
+        fingerprint = fingerprint_model(config.model, run / "fingerprint.json")
+        teacher = fingerprint | config.model.model_dump(include={"quantization", "dtype"})
+    return Spec(
+        folder=str((options.folder or run / "train").absolute()),
+        student=str(student),
+        model=config.model,
+        corpus=str(corpus.path.absolute()),
+        profile=str(run / "profile") if targets is not None else None,
+        router=router,
+        train=train,
+        output=str(output),
+        targets=options.targets,
+        teacher_k=options.teacher_k,
+        identity={**identity_of(tree, teacher, router, targets), "teacher_k": options.teacher_k},
+        track=config.track,
+        window=options.window,
+    )
+
+
+def training_corpus(config: Config, folder: Path) -> Corpus:
+    """Tokenise what is trained on, or open what was tokenised before: ``train.data``, else all of ``data``.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        Of the run.
+    """
+    data = config.train.data or config.data.model_copy(update={"samples": None})
+    if data == config.data and (folder / "corpus.arrow").exists():
+        return Corpus(folder / "corpus.arrow")
+    settings = config.model_copy(update={"data": data})
+    return prepare_corpus(settings, load_tokenizer(config.model), folder / "train.arrow")
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The memory of a training.
+
+    Attributes
+    ----------
+    worker : tuple of Need
+        Of one worker.
+    tier : Tier
+        Of all that share a machine's memory or a GPU.
+    """
+
+    worker: tuple[Need, ...]
+    tier: Tier
+
+    @property
+    def worker_bytes(self) -> int:
+        """Of one worker, to compare with its peak."""
+        return sum(need.bytes for need in self.worker)
+
+
+def plan_training(spec: Spec, places: Places, limit: int | None = None) -> TrainPlan:
+    """What a training needs, of the memory that its workers share.
+
+    Parameters
+    ----------
+    spec : Spec
+    places : Places
+    limit : int, optional
+        Bytes in place of what is free.
+
+    Raises
+    ------
+    CapacityError
+        It does not fit.
+    """
+    parameters, base = describe_model(spec.model)
+    tree = read_student(Path(spec.student))
+    shape = parameters
+    if not experts_of(tree):
+        shape, base = describe_model(spec.model.model_copy(update={"path": spec.student}))
+    student = StudentFacts.of(tree, shape)
+    tokens = Corpus(Path(spec.corpus)).header.max_tokens
+    live = spec.needs_teacher and spec.teacher_k is None
+    needs = train_needs(student, parameters, base, spec.train, tokens, places.device, live)
+    tier = check_needs(needs, places.sharing, places.device, places.memory if limit is None else limit)
+    return TrainPlan(tuple(needs), tier)
+
+
+def take_places(options: TrainStageOptions, config: Config, stack: ExitStack, most: int) -> Places:
+    """Where it runs, at most so many workers; Ray, if it is needed, stays connected as long as the stack is open.
+
+    Raises
+    ------
+    InputError
+        Numbers below 1, no such cluster or device, or more workers than there is work for.
+    """
+    address = cluster_address(options.address)
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"train.workers = {options.workers}; give at least 1")
+    if options.threads is not None and options.threads < 1:
+        raise InputError(f"train.threads = {options.threads}; give at least 1")
+    if address is None and (options.workers or 1) == 1:
+        device = choose_device(config.model.device)
+        return alone("cuda" if device.type == "cuda" else "cpu", options.threads or usable_cpus())
+    threads = options.threads or max(1, usable_cpus() // (options.workers or 1))
+    stack.enter_context(connected(address, max(usable_cpus(), threads * (options.workers or 1))))
+    return places_of(address, cluster_device(config), options.workers, options.threads, most)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse to replace a folder that is not a model."""
+    if output.exists() and not (output / "config.json").is_file() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty and holds no model; give a new folder as --output")

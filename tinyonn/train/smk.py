@@ -1,0 +1,252 @@
+"""The rules of the two stages: which experts may learn from a step, how many run, and how fast all of it learns.
+
+    surprise of an expert   rms of the loss's gradient over all its entries, all layers
+    stage 1                 top_k run, act_k get gradients, the min_k least surprised of these are updated
+    stage 2                 k grows with surprise; PI scales the learning rate
+    PI                      exp(-alpha * ((1 - gamma) * eps / tau + gamma * S))
+
+with eps the loss per token, tau the mean entropy of the predicted distributions (both nats) and S the gradient's norm.
+Source: Predictive Integrity, github.com/dmf-archive/PILF, utils/pi_calculator.py, with alpha 1, gamma 0.5 and S the
+raw norm. Here S is the norm over its running mean. A raw norm goes with the number of weights and the loss's scale, so
+that its share of PI would differ from model to model; eps / tau is about 1 for a calibrated one, and now so is S.
+
+Shape suffixes: E experts, G groups (experts and, last, the core), B samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tinyonn.train.running import RunningMean
+from tinyonn.train.value_groups import expert_layers, group_sizes
+
+
+def expert_norms(grad: torch.Tensor, row_pointer: torch.Tensor, out: int, groups: int) -> torch.Tensor:
+    """Squared norm of each group's gradient.
+
+    Parameters
+    ----------
+    grad : float [entries]
+        Sorted by group.
+    row_pointer : int32 [groups * out + 1]
+    out, groups : int
+
+    Returns
+    -------
+    float64 [groups]
+        Summed in float64, group by group, so that a small group beside a large one is exact too. Of no entries: 0.
+    """
+    parts = grad.split(group_sizes(row_pointer, out, groups))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square()
+
+
+def group_surprise(model: nn.Module) -> torch.Tensor:
+    """Rms of the gradient over each group's entries in all layers, as it lies in ``values.grad`` now.
+
+    Parameters
+    ----------
+    model : module
+        Holding sparse layers, after a backward pass (of all micro batches, summed over workers).
+
+    Returns
+    -------
+    float64 [G], on the CPU
+        0 for a group without entries or without gradient.
+
+    Raises
+    ------
+    ValueError
+        No sparse layers.
+    """
+    squares: torch.Tensor | None = None
+    entries: torch.Tensor | None = None
+    for _, layer in expert_layers(model):
+        sizes = layer.matrix.group_sizes().cpu()
+        zero = torch.zeros(layer.groups, dtype=torch.float64)
+        grad = layer.values.grad
+        part = zero
+        if grad is not None:
+            part = expert_norms(grad, layer.row_pointer, layer.out_features, layer.groups).cpu()
+        squares = part if squares is None else squares + part
+        entries = sizes if entries is None else entries + sizes
+    if squares is None or entries is None:
+        raise ValueError("the model has no sparse layers, so no expert has a surprise")
+    return (squares / entries.clamp(min=1)).sqrt()
+
+
+class Surprise(RunningMean):
+    """Running mean of every group's surprise; steps without its gradient do not count for a group.
+
+    Parameters
+    ----------
+    groups : int
+        Experts and the core.
+    decay : float
+    """
+
+    def __init__(self, groups: int, decay: float = 0.9) -> None:
+        super().__init__(groups, decay)
+
+    def observe(self, model: nn.Module) -> torch.Tensor:
+        """Measure the gradients as they are, take them in, and return them: float64 [G], see `group_surprise`."""
+        now = group_surprise(model)
+        self.update(now, now > 0)
+        return now
+
+
+def stage1_mask(
+    surprise_E: torch.Tensor, active_E: torch.Tensor, act_k: int | None = None, min_k: int = 10
+) -> torch.Tensor:
+    """Experts that stage 1 may update: of those with gradients, the least surprised, to deepen what they do well.
+
+    Parameters
+    ----------
+    surprise_E : float [E]
+        Experts without any gradient (0, or nan for never) come last: to update them is to update nothing.
+    active_E : bool [E]
+        Experts that ran.
+    act_k : int, optional
+        How many get gradients: the active ones, then the least surprised of the others; all of them by default.
+    min_k : int
+        How many are updated.
+
+    Returns
+    -------
+    bool [E]
+        `min_k` true, fewer if fewer get gradients. Ties go to the lower number.
+
+    Raises
+    ------
+    ValueError
+        Negative counts.
+    """
+    experts = surprise_E.numel()
+    if min_k < 0 or (act_k is not None and act_k < 0):
+        raise ValueError(f"act_k is {act_k} and min_k {min_k}; neither can be negative")
+    surprise = surprise_E.detach().double()
+    surprise = torch.where(surprise > 0, surprise, torch.inf)  # 0 and nan last
+    order = surprise.argsort(stable=True)
+    active = active_E.to(order.device)[order]
+    ranked = torch.cat([order[active], order[~active]])
+    reached = max(int(active.sum()), experts if act_k is None else min(act_k, experts))
+    candidate = torch.zeros(experts, dtype=torch.bool, device=order.device)
+    candidate[ranked[:reached]] = True
+    allowed = torch.zeros_like(candidate)
+    allowed[order[candidate[order]][:min_k]] = True
+    return allowed
+
+
+def mask_value_gradients(model: nn.Module, allowed_G: torch.Tensor) -> None:
+    """Zero the gradients of the groups that are not allowed, in place; the experts' optimizers leave such groups alone.
+
+    Parameters
+    ----------
+    model : module
+    allowed_G : bool [G]
+        Of experts and the core.
+
+    Raises
+    ------
+    ValueError
+        A mask for another number of groups.
+    """
+    allowed = allowed_G.tolist()
+    for name, layer in expert_layers(model):
+        if len(allowed) != layer.groups:
+            raise ValueError(
+                f"{len(allowed)} groups are allowed or not but {name} has {layer.groups}, the core being the last"
+            )
+        grad = layer.values.grad
+        if grad is None:
+            continue
+        sizes = group_sizes(layer.row_pointer, layer.out_features, layer.groups)
+        for part, may in zip(grad.split(sizes), allowed, strict=True):
+            if not may:
+                part.zero_()
+
+
+def dynamic_k(
+    surprise_B: torch.Tensor, mean: float, base: int, lo: int, hi: int, power: float = 1.0
+) -> torch.Tensor:
+    """How many experts a sample gets: k = clip(round(base * (surprise / mean) ** power), lo, hi).
+
+    Parameters
+    ----------
+    surprise_B : float [B]
+        Not negative; of samples, or one number of a batch.
+    mean : float
+        Its running mean; nan or 0 while there is none, and then k is `base`.
+    base, lo, hi : int
+    power : float
+        0: always `base`.
+
+    Returns
+    -------
+    int64 [B]
+        A surprise that is not finite gets `hi`.
+
+    Raises
+    ------
+    ValueError
+        Limits that are out of order.
+    """
+    if not 0 <= lo <= hi:
+        raise ValueError(f"k lies between {lo} and {hi}; give 0 <= lo <= hi")
+    surprise = surprise_B.detach().double()
+    relative = surprise / mean if math.isfinite(mean) and mean > 0 else torch.ones_like(surprise)
+    wanted = base * relative**power
+    wanted = torch.where(surprise.isfinite(), wanted, float(hi)).nan_to_num(nan=hi, posinf=hi)
+    return wanted.clamp(lo, hi).round().long()
+
+
+def predictive_integrity(
+    loss: float, entropy: float, surprise: float, alpha: float = 1.0, gamma: float = 0.5
+) -> float:
+    """PI = exp(-alpha * ((1 - gamma) * loss / entropy + gamma * surprise)), in 0..1.
+
+    Parameters
+    ----------
+    loss : float
+        Mean cross entropy per token, nats.
+    entropy : float
+        Mean entropy of the predicted distributions, nats.
+    surprise : float
+        Norm of the gradient over its running mean (1 in an ordinary step).
+    alpha, gamma : float
+
+    Returns
+    -------
+    float
+        0 if any of them is not finite.
+    """
+    cost = (1 - gamma) * loss / max(entropy, 1e-9) + gamma * surprise
+    return math.exp(-alpha * cost) if math.isfinite(cost) else 0.0
+
+
+def integrity_scale(integrity: float, mean: float, lo: float = 0.5, hi: float = 1.5) -> float:
+    """Factor on the learning rate: PI over its running mean, bounded, so that doubtful steps move the weights less.
+
+    Parameters
+    ----------
+    integrity, mean : float
+        PI of the step and its running mean; without one (nan, 0) the factor is 1.
+    lo, hi : float
+        Bounds, around 1.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        Bounds that do not lie around 1.
+    """
+    if not 0 <= lo <= 1 <= hi:
+        raise ValueError(f"the learning rate's factor lies between {lo} and {hi}; give 0 <= lo <= 1 <= hi")
+    if not (math.isfinite(mean) and mean > 0):
+        return 1.0
+    return min(max(integrity / mean, lo), hi) if math.isfinite(integrity) else lo

@@ -1,0 +1,176 @@
+"""``tinyonn train``: distil the dense model into the assembled one, its router and its experts.
+
+Data flow: assembled model, profile, corpus of the run → checks, memory → `Spec` → `train_loop` in this process, or in
+every worker of a Ray Train group → checkpoints, curve and monitor in ``<run>/train`` → ``<run>/model``. Killed at any
+moment and called again it goes on from the newest checkpoint; a second trainer on the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.config import Config
+from tinyonn.places import local_folder
+from tinyonn.sizes import format_size
+from tinyonn.store.lock import RunLock
+from tinyonn.train.checkpoint import Checkpoints
+from tinyonn.train.follow import Follower, Progress
+from tinyonn.train.group import GroupOptions, run_group
+from tinyonn.train.loop import STARTS, USE, train_loop
+from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
+from tinyonn.train.places import Places
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_training, take_places
+from tinyonn.train.report import TrainReport, ends
+from tinyonn.train.spec import Spec
+
+__all__ = ["TrainStageOptions", "train_run"]
+
+DONE = "done.json"  # in the training's folder: what was trained to the end
+
+Tell = Callable[[str], None]
+
+
+def train_run(
+    location: str,
+    config: Config,
+    options: TrainStageOptions,
+    tell: Tell = lambda line: None,
+) -> TrainReport:
+    """Train an assembled run; may be killed at any moment and called again.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    config : Config
+        Its model is the teacher, its data are those of the run.
+    options : TrainStageOptions
+    tell : callable
+        Gets progress and alarms as lines of text.
+
+    Raises
+    ------
+    InputError
+        Nothing is assembled; the profile is missing or of another assembly; student and teacher have different
+        tokenizers; checkpoints of another training; a loss that is not a number any more.
+    CapacityError
+        It does not fit, or workers are lost again and again.
+    StoreBusyError
+        Another process trains into the folder.
+    """
+    started = time.monotonic()
+    folder = (options.folder or local_folder(location) / "train").absolute()
+    with RunLock(folder):
+        spec = make_spec(location, config, options)
+        if options.fresh:
+            _forget(folder)
+        stored = _stored(spec)
+        if stored is not None:
+            return TrainReport(**stored | {"location": location, "fresh": False})
+        resumed, before = newest_step(folder), _starts(folder)
+        with ExitStack() as stack:
+            places = take_places(options, config, stack, options.train.batch)
+            spec = replace(spec, device=places.device, threads=places.threads)
+            plan = plan_training(spec, places, options.memory)
+            tier, each = plan.tier, plan.worker_bytes
+            largest = max(plan.worker, key=lambda need: need.bytes)
+            tell(
+                f"training needs {format_size(tier.total)} of {tier.name} for {places.sharing} worker(s), "
+                f"{largest.what} {format_size(largest.bytes)} of each"
+            )
+            progress = Progress(spec.train.warm_start + spec.train.steps, tell)
+            if places.address is None and places.workers == 1:
+                train_loop(spec, tell=tell, observe=progress)
+            else:
+                group = GroupOptions(places.workers, places.threads, places.device)
+                since = f", going on from step {resumed}" if resumed else ""
+                tell(f"starting {places.workers} worker(s) on {places.device}{since}")
+                with Follower(folder / FILE, progress, tell):
+                    run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell)
+        report = _report(location, spec, places, each, resumed, time.monotonic() - started)
+        report = replace(report, restarts=max(0, _starts(folder) - before - 1))
+        _keep(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
+        return report
+
+
+def newest_step(folder: Path) -> int:
+    """Steps that the newest checkpoint holds; 0 without any."""
+    return max((int(path.name.rpartition("-")[2]) for path in Checkpoints(folder, {}).paths()), default=0)
+
+
+def _identity(spec: Spec) -> dict[str, Any]:
+    corpus = Corpus(Path(spec.corpus)).fingerprint
+    tree = {**spec.identity, "corpus": corpus, **spec.train.deciding()}
+    return dict(json.loads(json.dumps(tree)))
+
+
+def _stored(spec: Spec) -> dict[str, Any] | None:
+    """The report of the same training, if it came to its end and its model is there."""
+    try:
+        tree = json.loads((Path(spec.folder) / DONE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = (Path(spec.output) / "config.json").is_file() and tree["report"]["model"] == spec.output
+    return dict(tree["report"]) if whole and tree["identity"] == _identity(spec) else None
+
+
+def _forget(folder: Path) -> None:
+    Checkpoints(folder, {}).clear()
+    for name in (FILE, HEAT_MAP, DONE, STARTS, USE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _report(
+    location: str, spec: Spec, places: Places, need: int, resumed: int, seconds: float
+) -> TrainReport:
+    folder = Path(spec.folder)
+    lines = list(read_lines(folder / FILE))
+    last = lines[-1]["values"] if lines else {}
+    loads = {name: last[name] for name in ("load_cv", "load_dead", "load_entropy") if name in last}
+    try:
+        peak = int(json.loads((folder / USE).read_text("utf-8"))["peak_bytes"])
+    except (OSError, ValueError, KeyError):
+        peak = 0
+    main = [line for line in lines if line["values"].get("stage", 1)]
+    spent = sum(line["seconds"] for line in main)
+    picture = folder / HEAT_MAP
+    return TrainReport(
+        location=location,
+        folder=spec.folder,
+        model=spec.output,
+        steps=spec.train.warm_start + spec.train.steps,
+        resumed=resumed,
+        workers=places.workers,
+        device=places.device,
+        losses=ends(lines),
+        loads=loads,
+        active_weights=last.get("active_weights"),
+        tokens=sum(line["tokens"] for line in main),
+        tokens_per_second=sum(line["tokens"] for line in main) / spent if spent > 0 else 0.0,
+        need_bytes=need,
+        peak_worker_bytes=peak,
+        alarms=[f"step {line['step']}: {alarm}" for line in lines for alarm in line.get("alarms", ())],
+        pictures=[str(picture)] if picture.is_file() else [],
+        train_seconds=seconds,
+        fresh=True,
+    )
+
+
+def _starts(folder: Path) -> int:
+    try:
+        return len((folder / STARTS).read_text("utf-8").splitlines())
+    except OSError:
+        return 0
+
+
+def _keep(path: Path, tree: dict[str, Any]) -> None:
+    side = path.with_suffix(".part")
+    side.write_text(json.dumps(tree), "utf-8")
+    side.replace(path)

@@ -1,0 +1,78 @@
+"""What the profile says of the samples of a batch: which experts mattered for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.errors import InputError
+from tinyonn.train.data import Batch
+from tinyonn.train.losses import profile_targets
+
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class ProfileTargets:
+    """Targets of the router, by sample.
+
+    Parameters
+    ----------
+    indexes : sequence of int
+        Rows of the source, one of each profiled sample.
+    contribution_SE : float32 [S, E]
+        Sum of |w g| of every expert on every sample; the core left out.
+    sharpness : float
+        As of `profile_targets`.
+    relative : bool
+        To each expert's mean, so that a large expert is wanted where it does more than usual.
+
+    Raises
+    ------
+    InputError
+        No samples.
+    """
+
+    def __init__(
+        self, indexes: Sequence[int], contribution_SE: Float32, sharpness: float = 1.0, relative: bool = True
+    ) -> None:
+        if not len(indexes):
+            raise InputError("the profile has no samples; run `tinyonn profile` first")
+        contribution = torch.from_numpy(np.ascontiguousarray(contribution_SE))
+        mean_E = contribution.double().mean(0) if relative else None
+        self._targets_SE = profile_targets(contribution, sharpness, mean_E)
+        self._rows = {int(index): row for row, index in enumerate(indexes)}
+
+    @property
+    def experts(self) -> int:
+        """That the targets are over."""
+        return int(self._targets_SE.shape[1])
+
+    def of(self, batch: Batch) -> tuple[list[int], torch.Tensor]:
+        """Rows of a batch that were profiled, and their targets, float32 [rows, E]."""
+        known = [row for row, index in enumerate(batch.indexes) if index in self._rows]
+        return known, self._targets_SE[[self._rows[batch.indexes[row]] for row in known]]
+
+    def places(self, corpus: Corpus) -> list[tuple[str, int]]:
+        """Slices and positions of the profiled samples in a corpus.
+
+        Raises
+        ------
+        InputError
+            The corpus has none of them.
+        """
+        found = []
+        for name, count in corpus.slices.items():
+            for position in range(count):
+                if corpus.sample(name, position).index in self._rows:
+                    found.append((name, position))
+                if len(found) == len(self._rows):
+                    return found
+        if not found:
+            raise InputError(
+                f"none of the {len(self._rows)} profiled samples is in {corpus.path}; profile this run again"
+            )
+        return found

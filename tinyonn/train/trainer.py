@@ -1,0 +1,314 @@
+"""The loop that trains: one for one worker or many, for routed models and for those they are compared with.
+
+A step, for all its samples together:
+
+1. every worker routes the whole batch (`routing`);
+2. each runs its own samples, some at a time: teacher, student, loss parts over the tokens of the whole batch; backward;
+3. gradients are summed over workers, so that one and two workers take the same step up to rounding;
+4. stage rules (`rules`), clipping, learning rates, optimizers, the bias that balances the load;
+5. a line for the curve and the monitors; every so many steps a checkpoint.
+
+What is random is a function of the seed and the step. So a training that was killed and resumed goes through the same
+numbers as one that was not: on CPUs with one worker bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tinyonn.base.corpus_file import Corpus
+from tinyonn.errors import InputError
+from tinyonn.train.checkpoint import Checkpoints, Curve
+from tinyonn.train.clipping import clip_gradients, first_non_finite
+from tinyonn.train.data import Batch, Order
+from tinyonn.train.diagnosis import weight_not_finite
+from tinyonn.train.figures import active_experts, load_of, loss_of, sparsity
+from tinyonn.train.monitor import StepFacts
+from tinyonn.train.optimizers import build_optimizers, set_rates
+from tinyonn.train.options import LossWeights, TrainOptions
+from tinyonn.train.prepare import check_fit, prepare_model
+from tinyonn.train.routing import Growth, Routed, choose_experts
+from tinyonn.train.rules import Rules
+from tinyonn.train.samples import PARTS, Sums, run_samples
+from tinyonn.train.schedule import Schedule
+from tinyonn.train.student import Student
+from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.teacher import Teacher
+from tinyonn.train.training_state import put_back, take, trained
+from tinyonn.train.workers import Workers
+
+LOG = logging.getLogger(__name__)
+
+
+class TrainingDivergedError(InputError):
+    """A loss or a gradient is not a number; the last good checkpoint stays."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A step that was taken: its line of the curve, and what the monitors get besides."""
+
+    line: dict[str, float]
+    load_E: np.ndarray[Any, np.dtype[np.int64]] | None
+    samples: int
+    tokens: int
+
+
+class Trainer:
+    """One training, resumed where its last checkpoint stands.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        What is trained, on its device: a sparse model with or without a router, or any causal language model.
+    corpus : Corpus
+    options : TrainOptions
+    folder : path
+        For checkpoints and the curve; all workers must reach it.
+    teacher : Teacher, optional
+        Needed unless the weights of ``kl`` and ``hidden`` are 0.
+    targets : ProfileTargets, optional
+        Needed for a warm start or a weight of ``profile``.
+    identity : mapping, optional
+        What else the training is of, such as the assembly's and the teacher's fingerprints: JSON. A checkpoint in which
+        any of it differs is refused.
+    places : sequence of (str, int), optional
+        Slices and positions to train on; the whole corpus by default.
+    observe : callable, optional
+        Called with the `StepFacts` of every step, on the first worker.
+
+    Attributes
+    ----------
+    step : int
+        Steps done, those of the warm start counted.
+    steps : int
+        In all.
+
+    Raises
+    ------
+    InputError
+        Options, model, teacher and corpus do not fit together; a checkpoint of another training.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        corpus: Corpus,
+        options: TrainOptions,
+        folder: str | Path,
+        teacher: Teacher | None = None,
+        targets: ProfileTargets | None = None,
+        identity: Mapping[str, Any] | None = None,
+        places: Sequence[tuple[str, int]] | None = None,
+        observe: Callable[[StepFacts], None] | None = None,
+    ) -> None:
+        self.options, self.teacher, self.targets = options, teacher, targets
+        self.student = Student(model, options.weights, options.temperature, options.prompt_loss)
+        check_fit(self.student, teacher, targets, options)
+        self.optimizers = build_optimizers(model, options.optimizers)
+        prepare_model(model, options)
+        self.workers = Workers.found()
+        self.observe = observe or (lambda facts: None)
+        self.steps = options.warm_start + options.steps
+        self.schedule = Schedule.of_shares(options.steps, **vars(options.schedule))
+        self.order = Order(corpus, options.batch, options.seed, places, options.prompt_tokens)
+        self._warm = self._warm_order(corpus)
+        groups = self.student.experts + 1 if self.student.experts else 0
+        self.rules = Rules(options.stages, groups, options.spike)
+        known = {"corpus": corpus.fingerprint, **(identity or {})}
+        self.folder = Path(folder)
+        self.checkpoints = Checkpoints(self.folder, known | options.deciding(), options.keep)
+        self.step = 0
+        self._resume()
+
+    # The loop
+
+    def run(self, until: int | None = None) -> int:
+        """Train to the end, or until so many steps are done.
+
+        Returns
+        -------
+        int
+            Steps done.
+
+        Raises
+        ------
+        TrainingDivergedError
+            A loss or gradient is not a number: names the step and the cause.
+        CapacityError
+            No space for a checkpoint.
+        """
+        last = self.steps if until is None else min(until, self.steps)
+        curve = Curve(self.folder / "curve.jsonl", self.step) if self.workers.first else None
+        while self.step < last:
+            started = time.monotonic()
+            done = self._warm_step(self.step) if self.stage_of(self.step) == 0 else self._full_step(self.step)
+            self.step += 1
+            if curve is not None:
+                curve.add(done.line)
+                values = {name: value for name, value in done.line.items() if name != "step"}
+                seconds = time.monotonic() - started
+                self.observe(StepFacts(self.step, values, done.load_E, done.samples, done.tokens, seconds))
+            if self.step % self.options.checkpoint_every == 0 or self.step == self.steps:
+                if curve is not None:
+                    curve.sync()
+                self.save()
+        return self.step
+
+    def stage_of(self, step: int) -> int:
+        """0 in the warm start, then 1 or 2."""
+        if step < self.options.warm_start:
+            return 0
+        return 1 if step - self.options.warm_start < self.options.first_stage else 2
+
+    def _full_step(self, step: int) -> _Done:
+        stage, own = self.stage_of(step), step - self.options.warm_start
+        batch = self.order.step(own)
+        routed = self._route(batch, own, self.rules.growth if stage == 2 else None)
+        self._forget_gradients()
+        sums = run_samples(
+            self.student, self.teacher, batch, routed, self.options, self.workers, self._value_gates(stage)
+        )
+        self._check_loss(step, sums, routed)
+        self.workers.add(self._gradients())
+        line: dict[str, float] = {
+            "step": step,
+            "stage": stage,
+            "loss": loss_of(sums, routed, self.options.weights),
+        }
+        line |= {name: sums.mean(name) for name in PARTS if name in sums.counts}
+        if self._learns("values"):
+            active_E = active_experts(routed, self.student.model.config)
+            line["surprise"] = self.rules.sort_out(self.student.model, stage, active_E)
+        norm = line["gradient_norm"] = self._clip(step)
+        verdict = self.rules.judge(stage, line["ce"], line["entropy"], norm)
+        line |= {"integrity": verdict.integrity, "lr_factor": self.schedule.factor(own) * verdict.scale}
+        rates = set_rates(self.optimizers, line["lr_factor"])
+        line |= {f"lr/{name}": rate for name, rate in rates.items()}
+        self._update(routed)
+        if routed is not None:
+            line |= routed.parts | sparsity(routed, self.student.model.config.expert_sizes)
+        return _Done(line, load_of(routed), len(batch), int(batch.lengths_B.sum()))
+
+    def _warm_step(self, step: int) -> _Done:
+        """The router alone, on what the profile says."""
+        assert self._warm is not None
+        batch = self._warm.step(step)
+        weights = replace(self.options.weights, profile=1.0, balance=0.0, specificity=0.0)
+        routed = self._route(batch, step, None, weights)
+        assert routed is not None
+        self._forget_gradients()
+        routed.loss.backward()
+        loss = float(routed.loss.detach())
+        if not math.isfinite(loss):
+            self._diverged(step, "the router's loss in the warm start is not finite")
+        norm = self._clip(step)
+        peak = self.options.optimizers.router_lr
+        set_rates(self.optimizers, 1.0, {"router": self.options.warm_start_lr / peak if peak else 0.0})
+        self._update(routed)
+        line = {"step": step, "stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
+        return _Done(line, load_of(routed), len(batch), int(batch.prompts_B.sum()))
+
+    def _route(
+        self, batch: Batch, step: int, growth: Growth | None, weights: LossWeights | None = None
+    ) -> Routed | None:
+        if self.student.router is None:
+            return None
+        seed = self.options.seed if weights is None else self.options.seed + 1
+        with torch.set_grad_enabled(self._learns("router")):
+            return choose_experts(
+                self.student, batch, step, seed, self.options.routing, weights or self.options.weights,
+                self.targets, growth,
+            )  # fmt: skip
+
+    def _clip(self, step: int) -> float:
+        """The norm of all gradients, which are clipped to the limit."""
+        named = trained(self.student.model)
+        clipped = clip_gradients([parameter for _, parameter in named], self.options.clip or None)
+        if not clipped.finite:
+            lost = weight_not_finite(self.student.model)
+            self._diverged(step, lost or f"the gradient of {first_non_finite(named)} is not finite")
+        if self.rules.spikes.observe(clipped.norm):
+            LOG.warning("step %d: the norm of the gradients jumped to %.3g", step, clipped.norm)
+        return clipped.norm
+
+    def _update(self, routed: Routed | None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.student.experts:
+            self.student.model.forget()
+        if routed is not None:
+            self.student.router.update_bias(routed.load_E, self.options.routing.bias_rate)
+
+    def _forget_gradients(self) -> None:
+        for _, parameter in trained(self.student.model):
+            parameter.grad = None
+
+    def _value_gates(self, stage: int) -> torch.Tensor | None:
+        """In stage 1 experts that are off get gradients too."""
+        if stage != 1 or self.student.router is None or not self._learns("values"):
+            return None
+        return torch.ones(self.student.experts, device=self.student.device)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Of all that is trained; zeros where a worker's samples gave none and another's may have."""
+        parameters = [parameter for _, parameter in trained(self.student.model)]
+        for parameter in parameters if self.workers.world > 1 else ():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    # What is not a number
+
+    def _check_loss(self, step: int, sums: Sums, routed: Routed | None) -> None:
+        if routed is not None and not math.isfinite(float(routed.loss.detach())):
+            self._diverged(step, "the router's own loss is not finite")
+        for name in sums.counts:
+            if not math.isfinite(sums.totals[name]):
+                self._diverged(step, sums.bad or f"{name} is not finite on another worker")
+
+    def _diverged(self, step: int, cause: str) -> None:
+        kept = self.checkpoints.paths()
+        where = f"{kept[-1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
+        raise TrainingDivergedError(
+            f"step {step}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
+        )
+
+    def _learns(self, what: str) -> bool:
+        return any(what in name.split(".") for name, _ in trained(self.student.model))
+
+    def _warm_order(self, corpus: Corpus) -> Order | None:
+        if not self.options.warm_start or self.targets is None:
+            return None
+        places = self.targets.places(corpus)
+        options = self.options
+        return Order(corpus, options.warm_start_batch, options.seed + 1, places, options.prompt_tokens)
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done so far."""
+        if self.workers.first:
+            tensors, about = take(self.student.model, self.optimizers, self.rules)
+            self.checkpoints.save(self.step, tensors, about)
+        self.workers.wait()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.latest()
+        if not self.workers.agree(0 if found is None else found.step, self.student.device):
+            raise InputError(
+                f"workers see different checkpoints in {self.folder}; give storage that all of them reach"
+            )
+        if found is not None:
+            put_back(found, self.student.model, self.optimizers, self.rules)
+            self.step = found.step
+            LOG.info("resumed at step %d", self.step)

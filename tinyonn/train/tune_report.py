@@ -1,0 +1,55 @@
+"""What `tinyonn tune` shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from tinyonn.sizes import format_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a search found.
+
+    Attributes
+    ----------
+    best : dict of str to float
+        By dotted names of `TrainOptions`.
+    loss, first_loss : float
+        Of the best trial, and of the options as they were given (NaN if they are out of range or were given up), nats.
+    finished, pruned : int
+        Trials.
+    """
+
+    location: str
+    best: dict[str, float]
+    loss: float
+    first_loss: float | None
+    finished: int
+    pruned: int
+    steps: int
+    tune_seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For people."""
+        from rich.table import Table
+
+        given = "" if self.first_loss is None else f", {self.first_loss:.4f} with the options as given"
+        table = Table(title=f"tuned {self.location}", title_justify="left", caption_justify="left")
+        table.caption = (
+            f"{self.loss:.4f} nats after {self.steps} steps{given}\n{self.finished} trials and {self.pruned} that were "
+            f"given up, in {format_seconds(self.tune_seconds)}"
+        )
+        table.add_column("option")
+        table.add_column("best", justify="right")
+        for name, value in self.best.items():
+            table.add_row(f"train.{name}", f"{value:.3g}")
+        return table

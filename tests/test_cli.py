@@ -18,9 +18,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-import tinyonn.cli
 from tinyonn.base.parameters import Parameter
 from tinyonn.cli import app
+from tinyonn.command import run_stage
 from tinyonn.config import Config
 from tinyonn.doctor import examine, look_at_disk, look_at_nf4, look_at_python, look_at_ram, look_at_ray
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
@@ -268,14 +268,14 @@ def test_a_damaged_store_is_4(run: Path) -> None:
 def test_json_keeps_stdout_clean_of_libraries_and_children(tmp_path: Path) -> None:
     """What prints to standard output during a stage, in any way, ends on stderr."""
     code = """
-import subprocess, sys, os, tinyonn.cli as cli
+import subprocess, sys, os, tinyonn.command as command
 class Report:
     def figures(self): return {"answer": 42, "stage": "overwritten", "peak_rss_bytes": 7}
     def table(self): raise AssertionError
 def body(location, config):
     print("printed"); os.write(1, b"written\\n"); subprocess.run(["echo", "child"])
     return Report()
-cli._run_stage("status", "x", None, True, body, log=False)
+command.run_stage("status", "x", None, True, body, log=False)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -310,12 +310,12 @@ def test_what_goes_wrong_is_one_line(
 
 def test_an_interrupt_ends_cleanly(tmp_path: Path) -> None:
     code = """
-import signal, sys, time, typer, tinyonn.cli as cli
+import signal, sys, time, typer, tinyonn.command as command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
 def body(location, config):
     print("up", flush=True); time.sleep(60)
 try:
-    cli._run_stage("status", "x", None, False, body, log=False)
+    command.run_stage("status", "x", None, False, body, log=False)
 except typer.Exit as ending:
     sys.exit(ending.exit_code)
 """
@@ -337,7 +337,7 @@ def test_a_fault_of_our_own_is_logged_with_its_traceback(tmp_path: Path, monkeyp
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ZeroDivisionError):
-        tinyonn.cli._run_stage("record", "x", None, False, broken)
+        run_stage("record", "x", None, False, broken)
     assert "ZeroDivisionError: a fault" in (tmp_path / "storage" / "x" / "logs" / "record.log").read_text()
 
 

@@ -1,0 +1,205 @@
+"""How a stage is run from the command line: options that several have, errors, exit codes, the JSON line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
+
+import typer
+
+from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.places import local_folder, run_location
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from tinyonn.config import Config
+    from tinyonn.engine import EngineOptions
+
+INTERRUPTED = 130
+
+RunArgument = Annotated[str, typer.Argument(help="A run under storage.root, or its folder or s3:// address.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="One YAML file; see configs/.", metavar="FILE")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line; progress goes to stderr.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help="Ray cluster to use, e.g. auto or 192.168.1.10:6379; else a local Ray."),
+]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="Where Dask runs the tasks: threads, distributed or ray.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Tasks at a time; else one per CPU, of threads two.")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", help="RAM that the stage may use, e.g. 2GiB, instead of what is free."),
+]
+DaskAddressOption = Annotated[
+    str | None, typer.Option("--address", help="Of a Dask scheduler or a Ray cluster; else a local one.")
+]
+
+
+class Report(Protocol):
+    """What a stage returns."""
+
+    def figures(self) -> dict[str, Any]:
+        """The stage's own figures, as JSON values."""
+
+    def table(self) -> Table:
+        """The same for people."""
+
+
+def run_stage(
+    stage: str,
+    run: str,
+    config: Path | None,
+    as_json: bool,
+    body: Callable[[str, Config], Report],
+    log: bool = True,
+) -> Report:
+    """Run a stage with its configuration, tell its report or its error, and exit as the error says.
+
+    Parameters
+    ----------
+    stage, run : str
+    config : Path or None
+    as_json : bool
+    body : callable
+        Takes the run's location and the configuration.
+    log : bool
+        Write the run's log.
+    """
+    started = time.monotonic()
+    try:
+        with _stdout_to_stderr(as_json):
+            from tinyonn.config import load_config
+
+            settings = load_config(config)
+            location = run_location(run, settings.storage.root)
+            if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
+                from tinyonn.logs import setup_logging
+
+                setup_logging(local_folder(location) / "logs", stage)
+            report = body(location, settings)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    except TinyONNError as error:
+        fail(error)
+    except MemoryError:
+        fail(
+            CapacityError(
+                "out of RAM; see `tinyonn plan`, use fewer record.workers or a smaller data.max_tokens"
+            )
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            _crash()
+            raise
+        fail(
+            CapacityError(
+                f"no space left on disk for {error.filename or run}; free some, then run the command again"
+            )
+        )
+    except Exception:
+        _crash()
+        raise
+    if as_json:
+        own = {"stage": stage, "run": location, "seconds": round(time.monotonic() - started, 3)}
+        print(json.dumps({**own, "peak_rss_bytes": _peak_rss(), **report.figures(), **own}), flush=True)
+    else:
+        show(report)
+    return report
+
+
+def changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
+    """The configuration with options given on the command line in a section, validated like the file's."""
+    from tinyonn.config import parse_config
+
+    tree = settings.model_dump()
+    return parse_config({**tree, section: {**tree[section], **changes}}, "command line")
+
+
+def engine_options(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:
+    """What --engine, --workers, --memory and --address ask for."""
+    from tinyonn.engine import KINDS, EngineOptions
+
+    if kind not in KINDS:
+        raise InputError(f"--engine {kind!r} is unknown; choose {', '.join(KINDS)}")
+    return EngineOptions(kind, workers, size_of(memory), address, progress=sys.stderr.isatty())
+
+
+def size_of(memory: str | None) -> int | None:
+    """Bytes of --memory."""
+    from tinyonn.sizes import parse_size
+
+    return None if memory is None else parse_size(memory, "--memory")
+
+
+def show(report: Report) -> None:
+    """Print a report for people."""
+    from rich.console import Console
+
+    Console().print(report.table())
+
+
+def say(message: str) -> None:
+    """A line of progress, to the console and the log."""
+    logging.getLogger("tinyonn").info(message)
+
+
+def fail(error: TinyONNError) -> NoReturn:
+    """One line on stderr, the traceback in the log alone."""
+    line = " ".join(str(error).split())
+    logger = logging.getLogger("tinyonn")
+    if logger.handlers:
+        logger.debug("failed", exc_info=True)
+    print(f"tinyonn: {line}", file=sys.stderr)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _crash() -> None:
+    logging.getLogger("tinyonn").debug("a fault of Tiny-ONN itself", exc_info=True)
+
+
+def given(**options: str | None) -> list[tuple[str, str]]:
+    """The options that were given, with their texts."""
+    return [(name, text) for name, text in options.items() if text is not None]
+
+
+def _peak_rss() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr(active: bool) -> Iterator[None]:
+    """Keep standard output for the JSON line, also from libraries, child processes and daemons."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,0 +1,222 @@
+"""``tinyonn evaluate --trained``: the trained model beside the dense one, with fewer and fewer experts on.
+
+Experts are chosen from each sample's prompt; losses count the labelled tokens after it, for the dense model too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.perplexity import Losses
+from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
+from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
+from tinyonn.experts.assemble import open_assembled
+from tinyonn.places import local_folder
+from tinyonn.sizes import format_seconds
+from tinyonn.train.data import Batch, held_out_batches
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DENSE, ASSEMBLED, TRAINED = "dense, as recorded", "assembled, untrained", "trained"
+
+
+@dataclass(frozen=True)
+class TrainedLine:
+    """One model with so many experts on.
+
+    Attributes
+    ----------
+    model : str
+    experts : int or None
+        On for a prompt, mean over samples; None for the dense model.
+    weights : float
+        Linear weights that work on a token, mean over samples.
+    losses : Losses
+    """
+
+    model: str
+    experts: float | None
+    weights: float
+    losses: Losses
+
+
+@dataclass(frozen=True)
+class TrainedReport:
+    """The dense model, then the sparse ones.
+
+    Attributes
+    ----------
+    lines : tuple of TrainedLine
+        The first is the dense model.
+    linear : int
+        Linear weights of the dense model.
+    samples : int
+    evaluate_seconds : float
+    """
+
+    location: str
+    lines: tuple[TrainedLine, ...]
+    linear: int
+    samples: int
+    evaluate_seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values; ratios are those of perplexities to the dense model's."""
+        dense = self.lines[0].losses.perplexity
+        lines = [
+            {
+                "model": line.model,
+                "experts": line.experts,
+                "active_weights": line.weights,
+                "active_share": line.weights / self.linear,
+                "loss": line.losses.mean,
+                "perplexity": line.losses.perplexity,
+                "ratio": line.losses.perplexity / dense,
+                "by_slice": line.losses.by_slice,
+            }
+            for line in self.lines
+        ]
+        return {
+            "location": self.location,
+            "lines": lines,
+            "samples": self.samples,
+            "evaluate_seconds": self.evaluate_seconds,
+        }
+
+    def table(self) -> Table:
+        """For people."""
+        from rich.table import Table
+
+        dense = self.lines[0].losses.perplexity
+        table = Table(title=f"trained model of {self.location}", title_justify="left", caption_justify="left")
+        table.caption = (
+            "active: linear weights that work on a token, as a share of the dense model's; loss: nats per held-out "
+            f"token after the prompt, mean over {len(self.lines[0].losses.by_slice)} slices, {self.samples:,} samples; "
+            f"x dense: perplexity over the dense model's; {format_seconds(self.evaluate_seconds)}"
+        )
+        for name in ("model", "experts on", "active", "loss", "perplexity", "x dense"):
+            table.add_column(name, justify="left" if name == "model" else "right")
+        for line in self.lines:
+            perplexity = line.losses.perplexity
+            table.add_row(
+                line.model,
+                "" if line.experts is None else f"{line.experts:.0f}",
+                f"{line.weights / self.linear:.1%}",
+                f"{line.losses.mean:.4f}",
+                f"{perplexity:.2f}",
+                f"{perplexity / dense:.3f}",
+            )
+        return table
+
+
+def evaluate_trained(
+    location: str,
+    config: Config,
+    options: EvaluateOptions,
+    model: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> TrainedReport:
+    """Measure a run's trained model, and the assembled one that it was made from.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    config : Config
+    options : EvaluateOptions
+        Held-out data and how many samples.
+    model : Path, optional
+        The trained model's folder; by default ``model`` in the run's folder.
+    tell : callable
+        Gets a line of text as each model is measured.
+
+    Raises
+    ------
+    InputError
+        Nothing is trained; no held-out data.
+    """
+    started = time.monotonic()
+    run = local_folder(location)
+    folder = model or run / "model"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no trained model; run `tinyonn train` first")
+    corpus = held_out_corpus(config, options, run)
+    batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
+    lines: list[TrainedLine] = []
+
+    def measure(name: str, one: Any, k: Experts, all_weights: float) -> None:
+        experts, weights = _active(one, batches, k, all_weights)
+        lines.append(TrainedLine(name, experts, weights, evaluate_routed(one, batches, k)))
+        tell(f"{name}, {weights / all_weights:.1%} of the weights active: {lines[-1].losses.mean:.4f} nats")
+
+    dense = DenseWeights(config.model)
+    linear = sum(parameter.size for parameter in dense.parameters)
+    measure(DENSE, dense.model, None, linear)
+    del dense
+    trained = open_assembled(folder)
+    if (run / "experts" / "config.json").is_file():
+        measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
+    for k in _numbers(trained):
+        measure(TRAINED, trained, k, linear)
+    return TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
+
+
+def continue_text(location: str, prompt: str, tokens: int = 24) -> str:
+    """What a run's trained model writes after a prompt, greedily, its router choosing from the prompt.
+
+    Parameters
+    ----------
+    location : str
+        The run's folder or ``s3://`` address.
+    prompt : str
+    tokens : int
+        New ones, at most.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_folder(location) / "model"
+    model, tokenizer = open_assembled(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(prompt, return_tensors="pt")
+    found = model.generate(**given, max_new_tokens=tokens, do_sample=False)
+    return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _numbers(model: Any) -> list[Experts]:
+    """All experts, half of them, a quarter, a tenth; and as the model is set."""
+    experts = int(model.config.experts)
+    found: list[Experts] = ["all"]
+    if model.router is None:
+        return found
+    fewer = [*(max(1, experts // part) for part in (2, 4, 10)), model.router.top_k]
+    return found + sorted({k for k in fewer if k is not None and k < experts}, reverse=True)
+
+
+@torch.no_grad()
+def _active(
+    model: Any, batches: Sequence[Batch], k: Experts, all_weights: float
+) -> tuple[float | None, float]:
+    """Experts on and weights that work, means over samples."""
+    if not hasattr(model, "sparse_layers"):
+        return None, all_weights
+    sizes_G = torch.tensor(model.config.expert_sizes, dtype=torch.float64)
+    experts, weights, samples = 0.0, 0.0, 0
+    for batch in batches:
+        gates = gates_of(model, batch.to(model.get_output_embeddings().weight.device), k)
+        if gates is None:
+            gates = torch.zeros(len(sizes_G) - 1)
+            gates[model.config.chosen_experts] = 1
+        on_BE = (gates.cpu() != 0).double().expand(len(batch), -1)
+        experts += float(on_BE.sum())
+        weights += float((on_BE @ sizes_G[:-1]).sum() + len(batch) * sizes_G[-1])
+        samples += len(batch)
+    return experts / samples, weights / samples

@@ -220,10 +220,18 @@ class OptimizersConfig(Section):
     router_lr: float = Field(5e-3, ge=0, allow_inf_nan=False)
     router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     experts: Literal["muon", "adamw", "frozen"] = "muon"
-    experts_lr: float = Field(3e-3, ge=0, allow_inf_nan=False)
+    experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # 0 freezes norms, biases, embeddings and head
     trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+class ScheduleConfig(Section):
+    """Learning rates over the steps: up, level, down; shares of the steps."""
+
+    warmup: float = Field(0.05, ge=0, le=1)
+    decay: float = Field(0.5, ge=0, le=1)
+    floor: float = Field(0.0, ge=0, le=1)  # at the end, of the peak
 
 
 class TrainConfig(Section):
@@ -247,6 +255,7 @@ class TrainConfig(Section):
     loss: LossConfig = LossConfig()
     routing: RoutingConfig = RoutingConfig()
     stages: StagesConfig = StagesConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
 
 

@@ -149,3 +149,20 @@ def test_a_line_is_strict_json(tmp_path: Path) -> None:
 
     text = (tmp_path / FILE).read_text("utf-8")
     assert json.loads(text, parse_constant=refuse)["values"] == {"loss": None, "tokens_per_second": 0.0}
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_stage_is_no_jump(tmp_path: Path, resumed: bool) -> None:
+    def given(step: int, stage: int, loss: float) -> StepFacts:
+        return StepFacts(step + 1, {"loss": loss + 0.001 * (step % 3), "stage": stage}, None, 8, 100, 0.1)
+
+    monitor = Monitor(tmp_path)
+    for step in range(20):
+        assert monitor.record(given(step, 0, 0.05)) == []
+    if resumed:
+        monitor.close()
+        monitor = Monitor(tmp_path, resumed=20)
+    for step in range(20, 40):
+        assert monitor.record(given(step, 2, 1.8)) == []
+    (alarm,) = monitor.record(given(40, 2, 9.0))
+    assert alarm.kind == "spike"

@@ -113,6 +113,7 @@ class Monitor:
         self._loads: deque[tuple[Int64, int]] = deque(maxlen=window)
         self._values: dict[str, deque[float]] = {name: deque(maxlen=window) for name in SPIKES}
         self._times: deque[tuple[int, float]] = deque(maxlen=window)
+        self._stage: float | None = None
         self._watch = Watch(window)
         self.line: dict[str, Any] = {}  # the last that was written
         cut_lines(self.path, resumed)
@@ -122,6 +123,7 @@ class Monitor:
 
     def record(self, facts: StepFacts) -> list[Alarm]:
         """Write a step down, send it on; the alarms that are new with it."""
+        self._enter(facts.values.get("stage"))
         alarms = self._alarms_of(facts)
         self._remember(facts)
         load_E, samples = self.window_load()
@@ -175,6 +177,13 @@ class Monitor:
         self._file.close()
         return plot_load(self.path, self.path.with_name(HEAT_MAP))
 
+    def _enter(self, stage: float | None) -> None:
+        """Losses of another stage are made of other parts and say nothing of this one's."""
+        if stage != self._stage:
+            for values in self._values.values():
+                values.clear()
+            self._stage = stage
+
     def _alarms_of(self, facts: StepFacts) -> list[Alarm]:
         spikes = [
             spike_alarm(name, facts.values[name], self._values[name])
@@ -184,6 +193,7 @@ class Monitor:
         return [alarm for alarm in (finite_alarm(facts.values), *spikes) if alarm is not None]
 
     def _remember(self, facts: StepFacts) -> None:
+        self._enter(facts.values.get("stage"))
         for name, values in self._values.items():
             if name in facts.values:
                 values.append(facts.values[name])

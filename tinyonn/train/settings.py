@@ -7,7 +7,13 @@ from pathlib import Path
 from tinyonn.config import Config
 from tinyonn.profile.stage import ProfileOptions
 from tinyonn.train.optimizers import OptimizerOptions
-from tinyonn.train.options import LossWeights, RoutingOptions, StageOptions, TrainOptions
+from tinyonn.train.options import (
+    LossWeights,
+    RoutingOptions,
+    ScheduleOptions,
+    StageOptions,
+    TrainOptions,
+)
 from tinyonn.train.plan import TrainStageOptions
 from tinyonn.train.spec import RouterShape
 
@@ -23,7 +29,9 @@ def train_options(config: Config) -> TrainOptions:
         Values that contradict each other.
     """
     given = config.train
-    plain = given.model_dump(exclude={"data", "teacher", "loss", "routing", "stages", "optimizers"})
+    plain = given.model_dump(
+        exclude={"data", "teacher", "loss", "routing", "stages", "schedule", "optimizers"}
+    )
     return TrainOptions(
         **plain,
         prompt_tokens=config.profile.prompt_tokens,
@@ -31,6 +39,7 @@ def train_options(config: Config) -> TrainOptions:
         weights=LossWeights(**given.loss.model_dump()),
         routing=RoutingOptions(**given.routing.model_dump()),
         stages=StageOptions(**given.stages.model_dump()),
+        schedule=ScheduleOptions(**given.schedule.model_dump()),
         optimizers=OptimizerOptions(**given.optimizers.model_dump()),
     )
 

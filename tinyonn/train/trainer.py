@@ -237,7 +237,7 @@ class Trainer:
         if not clipped.finite:
             lost = weight_not_finite(self.student.model)
             self._diverged(step, lost or f"the gradient of {first_non_finite(named)} is not finite")
-        if self.rules.spikes.observe(clipped.norm):
+        if self.stage_of(step) and self.rules.spikes.observe(clipped.norm):
             LOG.warning("step %d: the norm of the gradients jumped to %.3g", step, clipped.norm)
         return clipped.norm
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import HOME, free_ports
+from tests.experts.runs import clustered_run
 from tests.record.runs import (
     assert_same_run,
     config_of,
@@ -24,6 +26,7 @@ from tests.record.runs import (
     serial_run,
     write_rows,
 )
+from tinyonn.experts.assemble import open_assembled
 from tinyonn.store.repository import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -108,6 +111,23 @@ def test_a_job_records_and_a_second_one_has_nothing_to_do(head: Head, tmp_path: 
     assert "did you mean 'data.max_tokens'?" in wrong.stdout
     assert "Traceback" not in wrong.stdout
     check_upload(head)
+
+
+def test_a_job_assembles_and_then_trains(head: Head, tmp_path: Path) -> None:
+    settings = clustered_run(tmp_path)
+    small = {"router": {"branches": 2, "top_k": 2, "width": 8}, "profile": {"samples": 12}}
+    train = {"steps": 4, "batch": 4, "micro_batch": 2, "warm_start": 2, "routing": {"ks": [2, 0]}}
+    tree = settings.model_dump(exclude_unset=True) | small | {"train": train}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree), "utf-8")
+    job = ("python", "jobs/assemble.py", str(tmp_path / "run"), "--config", str(tmp_path / "config.yaml"))
+    done = head.submit(*job, "--then-train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("assembled", "profiled", "trained"):
+        assert re.search(rf"^ *{what}", done.stdout, re.MULTILINE)
+    model = open_assembled(tmp_path / "run" / "model")
+    assert model.config.assembly["training"]["steps"] == 6
+    prompt = torch.arange(3, 11)[None]
+    assert model.generate(prompt, max_new_tokens=4, do_sample=False).shape == (1, 12)
 
 
 def check_upload(head: Head) -> None:

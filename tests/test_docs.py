@@ -46,7 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "held.jsonl", {"python": 3, "prose": 3}, seed=1)
     held_out = config.data.model_copy(update={"path": str(folder / "held.jsonl")})
     measured = EvaluateConfig(data=held_out, methods=("default", "wanda"), budgets=(0.5,), oracle=None)
-    config = config.model_copy(update={"evaluate": measured})
+    record = config.record.model_copy(update={"workers": 1})  # in this process, without Ray
+    config = config.model_copy(update={"evaluate": measured, "record": record})
     serial_run(folder / "storage" / "demo", config)
     score_run(str(folder / "storage" / "demo"), config.score)
     cluster_run(str(folder / "storage" / "demo"), config.cluster)

@@ -73,7 +73,7 @@ def test_an_independent_reader_finds_every_kept_weight_once_in_its_expert(
         core_and_cells += places.size
     assert core_and_cells == report.budget == round(0.4 * report.linear)
     assert sizes.tolist() == report.sizes
-    assert report.sizes[-1] == round(0.5 * report.budget)
+    assert report.sizes[-1] == round(ExpertsConfig().core * report.budget)
 
 
 def test_sizes_on_disk_are_those_of_the_arithmetic(clustered: tuple[Path, Config]) -> None:

@@ -84,8 +84,7 @@ def profile(
     """Measure what every expert does on every sample: what the router learns from first."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.profile.stage import profile_run
-        from tinyonn.train.settings import profile_options
+        from tinyonn.profile.stage import profile_options, profile_run
 
         return profile_run(
             location, settings, profile_options(settings, fresh, workers), address=address, tell=say
@@ -162,8 +161,7 @@ def _train(
 
 def profile_and_train(location: str, settings: Config, address: str | None = None) -> Report:
     """Profile an assembled run and train it, showing the first report; the report of the training."""
-    from tinyonn.profile.stage import profile_run
-    from tinyonn.train.settings import profile_options
+    from tinyonn.profile.stage import profile_options, profile_run
 
     show(profile_run(location, settings, profile_options(settings), address=address, tell=say))
     return _train(location, settings, address=address)

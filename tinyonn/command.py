@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 import typer
 
 from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.machine import peak_rss
 from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def run_stage(
         raise
     if as_json:
         own = {"stage": stage, "run": location, "seconds": round(time.monotonic() - started, 3)}
-        print(json.dumps({**own, "peak_rss_bytes": _peak_rss(), **report.figures(), **own}), flush=True)
+        print(json.dumps({**own, "peak_rss_bytes": peak_rss(), **report.figures(), **own}), flush=True)
     else:
         show(report)
     return report
@@ -181,11 +181,6 @@ def _crash() -> None:
 def given(**options: str | None) -> list[tuple[str, str]]:
     """The options that were given, with their texts."""
     return [(name, text) for name, text in options.items() if text is not None]
-
-
-def _peak_rss() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextlib.contextmanager

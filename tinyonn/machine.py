@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,19 @@ def free_ram(cgroup: Path = CGROUP) -> int:
         name, _, value = line.partition(" ")
         cached += int(value) if name == "inactive_file" else 0
     return max(0, min(free, limit - used + cached))
+
+
+def peak_rss() -> int:
+    """Most bytes of RAM that this process has held.
+
+    On Linux from ``VmHWM``: what ``getrusage`` says counts what the parent held when it started this process, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def free_disk(folder: Path) -> int:

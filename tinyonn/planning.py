@@ -74,11 +74,11 @@ def plan_recording(config: Config, corpus: Corpus, device: Device, places: int, 
     disk = None if config.storage.root.startswith("s3://") else free_disk(folder)
     cpus = places * config.record.threads if device == "cpu" else places
     return plan_record(
-        parameters, model, data, Machine(device, vram, _cluster_ram(), disk, cpus), config.record
+        parameters, model, data, Machine(device, vram, cluster_ram(), disk, cpus), config.record
     )
 
 
-def _cluster_ram() -> int:
+def cluster_ram() -> int:
     """Free RAM of all machines; Ray counts seven tenths of what was free on each when it joined."""
     import ray
 

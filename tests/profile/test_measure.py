@@ -18,10 +18,11 @@ from tests.record.test_oracle import samples_of
 from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel, load_model
 from tinyonn.base.parameters import Parameter, list_parameters
+from tinyonn.base.prompts import prompt_length
 from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import Identity
-from tinyonn.profile.measure import Measured, Measurer, prompt_length
+from tinyonn.profile.measure import Measured, Measurer
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.recorder import BadSampleError, Recorder
 from tinyonn.store.records import TensorCalibration

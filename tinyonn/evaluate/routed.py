@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
+from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.evaluate.perplexity import Losses, token_losses
-from tinyonn.train.data import UNLABELLED, Batch
+from tinyonn.train.data import Batch
 from tinyonn.train.states import decoder_states
 
 Experts = int | Literal["all"] | None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Int32, Sample
+from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel
 from tinyonn.base.parameters import Use, list_uses
 from tinyonn.errors import InputError
@@ -30,7 +30,6 @@ from tinyonn.record.sites import mean_square, weight_of
 from tinyonn.record.taps import attach
 from tinyonn.store.records import TensorCalibration
 
-UNLABELLED = -100
 RESIDENT_SHARE = 0.5  # of the free GPU memory that groups may take; beyond that they are sent band by band
 
 
@@ -183,24 +182,3 @@ class Measurer:
             here = group[rows].to(self.device)
             top = self._sums.add(W[rows], band, here, rms[rows] if by_row else rms, by_row, bases)
             self._checks.append((f"gradient of {name}", is_finite(top)))
-
-
-def prompt_length(labels_T: Int32, limit: int) -> int:
-    """How many of a sample's first tokens are its prompt, from which gates are chosen.
-
-    Parameters
-    ----------
-    labels_T : int32 [T]
-        -100 where a token is not labelled.
-    limit : int
-        Most tokens of the prompt of a text.
-
-    Returns
-    -------
-    int
-        Tokens before the first labelled one if the sample begins unlabelled (a chat), else ``min(limit, T // 2)``.
-    """
-    labelled = labels_T != UNLABELLED
-    if labelled[0]:
-        return min(limit, len(labels_T) // 2)
-    return int(labelled.argmax()) if labelled.any() else len(labels_T)

@@ -8,7 +8,6 @@ Parquet files a part (`dataset`). Parts that are there already are kept, so a ki
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +22,10 @@ from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import InputError
 from tinyonn.experts.choice import check_base
-from tinyonn.machine import free_ram, gpus, usable_cpus
+from tinyonn.machine import free_ram, gpus, peak_rss, usable_cpus
 from tinyonn.memory import DataFacts, Machine
 from tinyonn.places import local_folder
-from tinyonn.planning import describe_model
+from tinyonn.planning import cluster_ram, describe_model
 from tinyonn.profile.crew import Dealer, ProfileCrew, measure_here
 from tinyonn.profile.dataset import Dataset
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
@@ -80,6 +79,11 @@ class ProfileOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"profile.{name} = {value}; it must be at least {least}")
+
+
+def profile_options(config: Config, fresh: bool = False, workers: int | None = None) -> ProfileOptions:
+    """A call of `profile_run` as the configuration's section ``profile`` wants it."""
+    return ProfileOptions(**config.profile.model_dump(), fresh=fresh, workers=workers)
 
 
 def profile_run(
@@ -181,7 +185,7 @@ class _Profiling:
             device = cluster_device(self.config)
             resources = ray.cluster_resources()
             units = int(resources.get("GPU" if device == "cuda" else "CPU", 0))
-            plan = self._plan(device, units, _cluster_ram())
+            plan = self._plan(device, units, cluster_ram())
             job = self._job(device)
             crew = ProfileCrew(self.config, device, job=job)
             return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done).run()
@@ -233,7 +237,7 @@ class _Profiling:
     def _report(self, profile: Profile, uses: list[WorkerUse]) -> ProfileReport:
         identity = profile.manifest.groups
         seconds = sum(use.recording for use in uses)
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        own = peak_rss()
         core_share, effective = spread(profile)
         return ProfileReport(
             location=self.location,
@@ -276,9 +280,3 @@ def _corpus(run: Run, folder: Path, config: Config) -> Corpus:
             f"{str(recorded)[:12]}; delete the file and give the configuration that the run was recorded with"
         )
     return corpus
-
-
-def _cluster_ram() -> int:
-    """Free RAM of all machines; Ray counts seven tenths of what was free on each when it joined."""
-    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    return free_ram() if len(nodes) == 1 else int(sum(nodes) / 0.7)

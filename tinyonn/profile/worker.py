@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ import torch
 from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel, load_model
 from tinyonn.base.parameters import list_parameters
+from tinyonn.base.prompts import prompt_length
+from tinyonn.base.tokens import UNLABELLED
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError
+from tinyonn.machine import peak_rss
 from tinyonn.profile.groups import WeightGroups
-from tinyonn.profile.measure import UNLABELLED, Measurer, prompt_length
+from tinyonn.profile.measure import Measurer
 from tinyonn.profile.tables import PartProfile, SampleProfile
 from tinyonn.record.recorder import BadSampleError
 from tinyonn.record.worker import WorkerFacts, WorkerUse
@@ -119,7 +121,7 @@ class ProfileWorker:
     def use(self) -> WorkerUse:
         """What has been used so far; may be called while `measure` runs."""
         vram = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rss = peak_rss()
         return WorkerUse(self._done, self._seconds, 0.0, rss, vram)
 
     def _profile(self, sample: Sample, position: int) -> SampleProfile:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from tinyonn.base.corpus_file import Corpus
+from tinyonn.machine import peak_rss
 from tinyonn.record.worker import WorkerUse
 from tinyonn.sizes import format_size
 from tinyonn.store.manifest import Segment
@@ -148,7 +148,7 @@ class RecordReport:
         segments = store.segments()
         uses = list(progress.uses.values())
         recording, writing = sum(use.recording for use in uses), sum(use.writing for use in uses)
-        driver = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        driver = peak_rss()
         return cls(
             run=str(folder),
             samples_recorded=recorded,

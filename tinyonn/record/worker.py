@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tinyonn.base.load import DenseModel, load_model
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError
+from tinyonn.machine import peak_rss
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
@@ -161,7 +161,7 @@ class Worker:
     def use(self) -> WorkerUse:
         """What has been used so far; may be called while `record` runs."""
         vram = torch.cuda.max_memory_reserved() if self.recorder.device.type == "cuda" else 0
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        rss = peak_rss()
         return WorkerUse(self._done, self._recording, self._writing, rss, vram)
 
     def _count(self) -> None:

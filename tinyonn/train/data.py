@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from tinyonn.base.corpus_file import Corpus, Sample
+from tinyonn.base.prompts import prompt_length
+from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 
-UNLABELLED = -100
 WINDOW = 16  # batches within which samples of like length are put together
 PROMPT_TOKENS = 64  # of a text from which gates are chosen
 
@@ -122,10 +123,8 @@ def prompt_lengths(
     """
     if limit < 1:
         raise InputError(f"prompt_tokens = {limit}; gates are chosen from at least 1 token")
-    labelled_BT = labels_BT != UNLABELLED
-    first_B = torch.where(labelled_BT.any(1), labelled_BT.int().argmax(1), lengths_B)
-    text_B = (lengths_B // 2).clamp(max=limit)
-    return torch.where(first_B > 0, first_B, text_B)
+    rows = zip(labels_BT.numpy(), lengths_B.tolist(), strict=True)
+    return torch.tensor([prompt_length(labels_T[:length], limit) for labels_T, length in rows])
 
 
 def collate(samples: Sequence[Sample], prompt_tokens: int = PROMPT_TOKENS) -> Batch:

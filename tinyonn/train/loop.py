@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
+from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
 from tinyonn.train.monitor import Monitor, StepFacts
@@ -116,11 +116,4 @@ def peak_bytes(device: str) -> int:
     """Most memory that this process had: of the GPU, or RAM."""
     if device == "cuda":
         return int(torch.cuda.max_memory_reserved())
-    try:
-        status = Path("/proc/self/status").read_text("utf-8").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    except (
-        OSError,
-        StopIteration,
-    ):  # no Linux: this counts what a parent held when it started the process, too
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_rss()

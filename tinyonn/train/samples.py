@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyonn.train.data import UNLABELLED, Batch, share
+from tinyonn.base.tokens import UNLABELLED
+from tinyonn.train.data import Batch, share
 from tinyonn.train.diagnosis import cause_of
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.routing import Routed

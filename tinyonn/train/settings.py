@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from tinyonn.config import Config
-from tinyonn.profile.stage import ProfileOptions
 from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.options import (
     LossWeights,
@@ -70,8 +69,3 @@ def train_stage_options(
         memory=memory,
         fresh=fresh,
     )
-
-
-def profile_options(config: Config, fresh: bool = False, workers: int | None = None) -> ProfileOptions:
-    """A call of `tinyonn.profile.stage.profile_run` as the configuration wants it."""
-    return ProfileOptions(**config.profile.model_dump(), fresh=fresh, workers=workers)

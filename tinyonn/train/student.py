@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.train import losses
-from tinyonn.train.data import UNLABELLED, Batch
+from tinyonn.train.data import Batch
 from tinyonn.train.losses import Sum
 from tinyonn.train.options import LossWeights
 from tinyonn.train.states import decoder_states

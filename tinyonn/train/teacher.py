@@ -21,9 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tinyonn.base.corpus_file import Corpus, Sample
+from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.experts.shards import write_tensors
-from tinyonn.train.data import UNLABELLED, Batch, collate
+from tinyonn.train.data import Batch, collate
 from tinyonn.train.states import decoder_states
 
 PART = 64  # samples of a part of the cache

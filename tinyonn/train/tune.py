@@ -9,7 +9,6 @@ its losses. Trials that stand badly are given up; the study lies in ``<run>/tune
 from __future__ import annotations
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -34,7 +33,6 @@ from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
 from tinyonn.train.tune_report import TuneReport
 
-LOG = logging.getLogger(__name__)
 STUDY = "train"
 JOURNAL = "train.log"
 REPORTS = 10  # looks at a trial

@@ -53,7 +53,7 @@ LOG = logging.getLogger(__name__)
 FORMAT = 1  # of the assembled folder
 MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
-    "no router yet: the top_k experts through which most of the recorded output energy went (expert_prior: mean over "
+    "without a router the top_k experts through which most of the recorded output energy went (expert_prior: mean over "
     "layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if top_k is null"
 )
 TOKENIZER = (

@@ -13,7 +13,7 @@ MAX_EXPERTS = 254
 PATHS = ("auto", "dense", "sparse")
 GATES_PER = ("prompt", "token")
 GATE_RULE = (
-    "no router yet: the top_k experts of the largest expert_prior are on with gate 1, all if top_k is null"
+    "without a router the top_k experts of the largest expert_prior are on with gate 1, all if top_k is null"
 )
 ROUTER_RULE = "the router chooses experts from the prompt; router says how many, and which are always on"
 

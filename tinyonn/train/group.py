@@ -128,7 +128,7 @@ def run_group(
             if lost_rounds >= MAX_LOSSES:
                 raise CapacityError(
                     f"workers are lost again and again before the next checkpoint, last {lost}; most often a machine "
-                    "is out of memory: use a smaller train.micro_batch or fewer train.workers"
+                    "is out of memory: use a smaller train.micro_batch or fewer --workers"
                 ) from None
             tell(f"workers were lost ({lost}); going on from step {done()}")
             continue
@@ -147,7 +147,7 @@ def check_places(options: GroupOptions) -> None:
         each = "a GPU" if options.device == "cuda" else f"{options.threads} CPU(s)"
         raise CapacityError(
             f"{options.workers} workers of {each} each are asked for and the Ray cluster has places for {room}; "
-            "use fewer train.workers, or fewer threads of each"
+            "use fewer --workers, or fewer threads of each"
         )
 
 

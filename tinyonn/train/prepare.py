@@ -26,12 +26,12 @@ def check_fit(
     weights = options.weights
     if teacher is None and (weights.kl > 0 or weights.hidden > 0):
         raise InputError(
-            "train.weights.kl and hidden need a teacher and there is none; give one, or set both to 0"
+            "train.loss.kl and hidden need a teacher and there is none; give one, or set both to 0"
         )
     if isinstance(teacher, Cached):
         if weights.hidden > 0:
             raise InputError(
-                "train.weights.hidden needs the teacher's hidden states, which a cache does not hold; set it to 0"
+                "train.loss.hidden needs the teacher's hidden states, which a cache does not hold; set it to 0"
             )
         if options.temperature != 1:
             raise InputError(
@@ -47,12 +47,12 @@ def check_fit(
     if student.router is None:
         if options.warm_start or options.routing.ks or weights.profile > 0:
             raise InputError(
-                "train.warm_start, routing.ks and weights.profile need a router and the model has none; leave them out"
+                "train.warm_start, routing.ks and loss.profile need a router and the model has none; leave them out"
             )
         return
     if (options.warm_start or weights.profile > 0) and targets is None:
         raise InputError(
-            "train.warm_start and weights.profile need the profile's targets; run `tinyonn profile` first"
+            "train.warm_start and loss.profile need the profile's targets; run `tinyonn profile` first"
         )
     if targets is not None and targets.experts != student.experts:
         raise InputError(

@@ -207,5 +207,5 @@ def check_layers(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor,
     if ours != theirs:
         raise InputError(
             f"the student has {ours[0]} layers of width {ours[1]} and the teacher {theirs[0]} of {theirs[1]}, so "
-            "hidden states cannot be compared; set train.weights.hidden to 0"
+            "hidden states cannot be compared; set train.loss.hidden to 0"
         )

@@ -131,7 +131,11 @@ class ExpertsConfig(Section):
         0.315, gt=0, allow_inf_nan=False
     )  # share of the linear weights; above 1 their number
     score: Score = "root"  # what the kept ones are best in; root is |W| times the root of its gradient
-    within: Literal["cell", "tensor", "row"] = "cell"  # what competes
+    by: Literal["need", "cells"] = (
+        "need"  # what makes an expert: which slices need a weight, or the run's cells
+    )
+    count: int = Field(100, ge=1, le=254)  # experts by need; by cells there are as many as cells
+    within: Literal["cell", "tensor", "row"] = "cell"  # what competes; by need a tensor in the place of cells
     balance: float = Field(0.02, ge=0, le=1)  # within cells: how far a cell's part follows its size
     allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
     core: float = Field(0.25, ge=0, le=1)  # share of the budget that is always on

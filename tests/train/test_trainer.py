@@ -201,7 +201,7 @@ def test_a_warm_start_teaches_the_router_alone(
     profiled = corpus.range("code", 0, 4) + corpus.range("prose", 0, 4)
     contribution_SE = np.full((8, EXPERTS), 0.1, np.float32)
     contribution_SE[:4, 1] = contribution_SE[4:, 4] = 1.0
-    targets = ProfileTargets([sample.index for sample in profiled], contribution_SE, relative=False)
+    targets = ProfileTargets([sample.index for sample in profiled], contribution_SE)
     options = changed(warm_start=25, warm_start_batch=8, warm_start_lr=2e-2, routing={"bias_rate": 0.0})
     trainer = train("warm", options, targets=targets)
     before = weights(trainer)

@@ -1,6 +1,7 @@
 """``tinyonn assemble``: the kept weights, expert by expert, as a folder that ``transformers`` loads.
 
-Data flow: rows, affinity and labels of the run, weights of the base model → `select` → one task per shard, each of
+Data flow: rows and records of the run, weights of the base model → `select` and, with ``by: need``, the experts
+(`need`), else those of the run's labels → one task per shard, each of
 which cuts, compresses and writes a layer's matrices (`shards`) → index, tokenizer, card, code and configuration
 (`TinyONNForCausalLM.save_shell`). The configuration comes last: without it the folder is not a model. Shards of the
 same assembly that are there already are kept, so a killed call goes on.
@@ -25,7 +26,8 @@ from tinyonn.config import ExpertsConfig, ModelConfig
 from tinyonn.engine import THREADS, EngineOptions, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.choice import check_base, searched_shares, select_options
+from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
+from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
 from tinyonn.experts.report import AssembleReport
 from tinyonn.experts.select import select, select_bytes
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1  # of the assembled folder
+NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
 MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
     "without a router the top_k experts through which most of the recorded output energy went (expert_prior: mean over "
@@ -118,10 +121,20 @@ class _Assembly:
         self.run, self.location, self.folder = run, location, folder
         self.model, self.config, self.options = model, config, options
         self.base = BaseWeights(model)
-        self.source = RunSource(run, self.base.recorded_rows, self.base.recorded_across)
+        read = self.base.recorded_rows, self.base.recorded_across
         self.fingerprint = check_base(run, location, model)
         self.shape = load_shape(model)
         self.choice = select_options(config, searched_shares(run, location, config.budget))
+        self.needs: ByNeed | None = None
+        self.source: RunSource | NeedSource
+        if config.by == "need":
+            plain = RunSource(run, *read, labels=False)
+            searched = all_searched_shares(run, location) if config.allocation == "auto" else {}
+            wanted, labels = NeedOptions(config.count, config.seed), local_folder(location) / NEED
+            self.needs = ByNeed(run, plain, wanted, self.choice, searched, labels)
+            self.source = self.needs.labelled()
+        else:
+            self.source = RunSource(run, *read)
         made_of = [
             FORMAT,
             self.choice.tree(),
@@ -153,6 +166,7 @@ class _Assembly:
             selection, shards, sources, workers, selected - started, time.monotonic() - selected
         )
         self._finish(selection, shards, layers, report)
+        shutil.rmtree(local_folder(self.location) / NEED, ignore_errors=True)
         return report
 
     def _take_folder(self) -> None:
@@ -185,8 +199,9 @@ class _Assembly:
         tree = json.loads(text) if text else {}
         if tree.get("assembly") == self.id:
             return Selection.from_tree(tree)
-        with self._computing(select_bytes(self.source, self.choice), "selecting") as compute:
-            selection = select(self.source, self.choice, compute)
+        need = select_bytes(self.source, self.choice) + (self.needs.bytes if self.needs else 0)
+        with self._computing(need, "selecting") as compute:
+            selection = self.needs.make(compute) if self.needs else select(self.source, self.choice, compute)
         side = path.with_suffix(".part")
         side.write_text(json.dumps({"assembly": self.id, **selection.tree()}), "utf-8")
         side.replace(path)

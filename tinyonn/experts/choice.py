@@ -62,7 +62,7 @@ def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = N
     return SelectOptions(
         budget=config.budget,
         score=config.score,
-        within=config.within,
+        within="tensor" if config.by == "need" and config.within == "cell" else config.within,
         balance=config.balance,
         core=config.core,
         core_by=config.core_by,
@@ -74,7 +74,12 @@ def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = N
 
 def searched_shares(run: Run, location: str, budget: float) -> Mapping[str, float]:
     """Shares by tensor that `tinyonn evaluate --allocate` found for a budget; empty if there are none."""
-    return stored_shares(local_folder(location), run.store.reader().stage("rows")).get(budget, {})
+    return all_searched_shares(run, location).get(budget, {})
+
+
+def all_searched_shares(run: Run, location: str) -> dict[float, dict[str, float]]:
+    """By budget the shares by tensor that `tinyonn evaluate --allocate` found."""
+    return stored_shares(local_folder(location), run.store.reader().stage("rows"))
 
 
 def stored_shares(folder: Path, scored: Any) -> dict[float, dict[str, float]]:

@@ -89,7 +89,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         self.top_k = top_k
         self.reroute_every = reroute_every
         self.router = None if router is None else RouterOptions.read(router).tree()
-        self.gate_rule = ROUTER_RULE if router and gate_rule.startswith("no router") else gate_rule
+        self.gate_rule = ROUTER_RULE if router and gate_rule.startswith("without a router") else gate_rule
         self.gates_per = gates_per
         self.forward_path = forward_path
         self.assembly = assembly or {}

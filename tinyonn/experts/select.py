@@ -156,7 +156,7 @@ def select(source: Source, options: SelectOptions, compute: Compute | None = Non
         )
     sizes = np.array([parameter.size for parameter in tensors])
     counts = dict(
-        zip([p.name for p in tensors], _allocate(source, tensors, options, budget, run), strict=True)
+        zip([p.name for p in tensors], allocate(source, tensors, options, [budget], run)[0], strict=True)
     )
     names = list(counts)
     core = dict(
@@ -206,18 +206,37 @@ def _one_by_one(calls: Sequence[Call]) -> list[Any]:
     return [function(*arguments) for function, arguments in calls]
 
 
-def _allocate(
-    source: Source, tensors: Sequence[Parameter], options: SelectOptions, budget: int, run: Compute
-) -> np.ndarray:
+def allocate(
+    source: Source,
+    tensors: Sequence[Parameter],
+    options: SelectOptions,
+    budgets: Sequence[int],
+    compute: Compute | None = None,
+) -> list[np.ndarray]:
+    """Weights that every tensor keeps under some budgets: int64 [tensors] for each.
+
+    Parameters
+    ----------
+    source : Source
+    tensors : sequence of Parameter
+        Those outside the trunk.
+    options : SelectOptions
+        Its allocation; its own budget counts for nothing.
+    budgets : sequence of int
+    compute : callable, optional
+        As of `select`.
+    """
     sizes = np.array([parameter.size for parameter in tensors])
     if options.allocation == "given":
-        return given_counts(tensors, options.shares, budget)
+        return [given_counts(tensors, options.shares, budget) for budget in budgets]
     if options.allocation == "measured":
-        solved = solve(options.curves, {p.name: p.size for p in tensors}, budget)
-        return np.array([solved[parameter.name] for parameter in tensors])
+        by_size = {p.name: p.size for p in tensors}
+        solved = [solve(options.curves, by_size, budget) for budget in budgets]
+        return [np.array([its[parameter.name] for parameter in tensors]) for its in solved]
     if options.allocation == "uniform":
-        return uniform_counts(sizes, budget)
+        return [uniform_counts(sizes, budget) for budget in budgets]
     groups = task_groups(tensors)
+    run = compute if compute is not None else _one_by_one
     results = run([(worth_histograms, (source, tuple(group), options)) for group in groups])
     by_name = {
         parameter.name: histogram
@@ -226,10 +245,11 @@ def _allocate(
     }
     histograms = [by_name[parameter.name] for parameter in tensors]
     if options.allocation == "global":
-        return global_counts(histograms, budget)
+        return [global_counts(histograms, budget) for budget in budgets]
     values = _bin_values()
     outliers = [outliers_of(bins, counts, values, options.outlier_times) for bins, counts in histograms]
-    return outlier_counts([p.layer for p in tensors], sizes, outliers, budget, options.outlier_spread)
+    layers = [p.layer for p in tensors]
+    return [outlier_counts(layers, sizes, outliers, budget, options.outlier_spread) for budget in budgets]
 
 
 def worth_histograms(

@@ -24,7 +24,7 @@ from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
 from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups
 from tinyonn.experts.shards_tinyonn import ASSEMBLY
-from tinyonn.experts.source import RunSource
+from tinyonn.experts.source import Source
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import Float64, UInt8
 
@@ -86,7 +86,7 @@ class Sources:
     """Where a shard's bytes come from; sent to the workers."""
 
     assembly: str
-    source: RunSource
+    source: Source
     base: BaseWeights
     selection: Selection
     quantized: frozenset[str]

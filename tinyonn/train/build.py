@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tinyonn.base.corpus_file import Corpus
@@ -132,6 +133,10 @@ def build_targets(spec: Spec) -> ProfileTargets | None:
         return None
     profile = open_profile(spec.profile, assembled_id(read_student(Path(spec.student))))
     contribution_SE = profile.contribution[:, : profile.experts]
-    return ProfileTargets(
-        profile.samples.tolist(), contribution_SE, spec.targets.sharpness, spec.targets.relative
-    )
+    per_E = None
+    if spec.targets.per == "weights":
+        sizes = read_student(Path(spec.student))["expert_sizes"]
+        per_E = np.maximum(np.array(sizes[: profile.experts]), 1)
+    elif spec.targets.per == "mean":
+        per_E = contribution_SE.mean(0, dtype=np.float64)
+    return ProfileTargets(profile.samples.tolist(), contribution_SE, spec.targets.sharpness, per_E)

@@ -236,7 +236,7 @@ def specificity(probabilities_BE: torch.Tensor, mean_E: torch.Tensor | None = No
 
 
 def profile_targets(
-    contribution_BE: torch.Tensor, sharpness: float = 1.0, mean_E: torch.Tensor | None = None
+    contribution_BE: torch.Tensor, sharpness: float = 1.0, per_E: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What the router shall choose by: shares of contribution^sharpness.
 
@@ -246,9 +246,9 @@ def profile_targets(
         Not negative: sum |w g| of each expert in the dense model on each sample.
     sharpness : float
         0 is even, 1 in proportion, more favours the strongest.
-    mean_E : float [E], optional
-        Of the profile; contributions are then taken relative to their expert's mean, so that a large expert is wanted
-        where it does more than usual and not everywhere.
+    per_E : float [E], optional
+        What contributions are divided by: with the experts' weights, what does most for its size is wanted first; with
+        their means in the profile, an expert is wanted where it does more than usual.
 
     Returns
     -------
@@ -256,9 +256,9 @@ def profile_targets(
         Rows sum to 1; even where a sample has no contribution at all.
     """
     wide = contribution_BE.double()
-    if mean_E is not None:
-        mean = mean_E.double()
-        wide = torch.where(mean > 0, wide / mean.clamp(min=SMALLEST), 0)
+    if per_E is not None:
+        per = per_E.double()
+        wide = torch.where(per > 0, wide / per.clamp(min=SMALLEST), 0)
     top = wide.amax(1, keepdim=True)
     power = torch.where(top > 0, wide / top.clamp(min=1e-300), 1) ** sharpness
     return (power / power.sum(1, keepdim=True)).float()

@@ -78,10 +78,17 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How the profile becomes the router's targets; see `tinyonn.train.targets.ProfileTargets`."""
+    """How the profile becomes the router's targets; see `tinyonn.train.targets.ProfileTargets`.
 
-    sharpness: float = 1.0
-    relative: bool = True
+    Attributes
+    ----------
+    sharpness : float
+    per : str
+        What contributions are divided by: an expert's ``weights``, its ``mean`` over samples, or ``nothing``.
+    """
+
+    sharpness: float = 0.5
+    per: Literal["weights", "mean", "nothing"] = "weights"
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ class ProfileTargets:
         Sum of |w g| of every expert on every sample; the core left out.
     sharpness : float
         As of `profile_targets`.
-    relative : bool
-        To each expert's mean, so that a large expert is wanted where it does more than usual.
+    per_E : float [E], optional
+        What contributions are divided by: an expert's weights, so that what does most for its size is wanted first; or
+        its mean over samples, so that it is wanted where it does more than usual. Without it the largest come first.
 
     Raises
     ------
@@ -37,13 +38,17 @@ class ProfileTargets:
     """
 
     def __init__(
-        self, indexes: Sequence[int], contribution_SE: Float32, sharpness: float = 1.0, relative: bool = True
+        self,
+        indexes: Sequence[int],
+        contribution_SE: Float32,
+        sharpness: float = 1.0,
+        per_E: np.ndarray[Any, Any] | None = None,
     ) -> None:
         if not len(indexes):
             raise InputError("the profile has no samples; run `tinyonn profile` first")
         contribution = torch.from_numpy(np.ascontiguousarray(contribution_SE))
-        mean_E = contribution.double().mean(0) if relative else None
-        self._targets_SE = profile_targets(contribution, sharpness, mean_E)
+        divisor_E = None if per_E is None else torch.from_numpy(np.asarray(per_E, np.float64))
+        self._targets_SE = profile_targets(contribution, sharpness, divisor_E)
         self._rows = {int(index): row for row, index in enumerate(indexes)}
 
     @property

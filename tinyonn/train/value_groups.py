@@ -64,7 +64,9 @@ def touched(grad: torch.Tensor, sizes: Sequence[int]) -> list[bool]:
     -------
     list of bool, [G]
     """
-    found: list[bool] = torch.stack([part.any() for part in grad.split(list(sizes))]).tolist()
+    lengths = torch.tensor(list(sizes), device=grad.device)
+    seen = torch.segment_reduce((grad != 0).float(), "max", lengths=lengths, initial=0.0)
+    found: list[bool] = (seen > 0).tolist()
     return found
 
 

@@ -1,0 +1,419 @@
+"""Is routing worth it? The routed model beside what else the same number of active weights could be.
+
+    python benchmarks/routing.py storage/routing --steps 400
+    python benchmarks/routing.py storage/routing --small --json
+
+With 10, 25 and 50 of 100 experts on, as many linear weights work on a token as the choices sum up to, mean over the
+samples; every baseline has as many, those with masks in every tensor:
+
+routed       experts by need, chosen from the prompt; trained with 10, 25, 50 and all experts on
+static       the same weights for all prompts: masks within masks by the selection's score; trained in the same way
+magnitude    the same, by |W|
+random       the routed model's weights dealt out to 100 experts of one size at random; with a router, trained
+wanda        |W| times the norm of its input on the prompt, cut anew for each prompt (mu-MoE, Koike-Akino et al. 2025);
+             no training
+small        a dense model of as many linear weights, from scratch, distilled by the same script from the same tokens
+dense        as recorded; and trained further on the same tokens
+
+All trainings of a seed see the same samples in the same order and take the same steps. Losses are those of held-out
+tokens after the prompt. What is done already is kept in the folder, so a killed call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality import record
+from benchmarks.report import Goal, at_least, at_most, finish
+from benchmarks.routing_models import (
+    active_shares,
+    all_kept,
+    bands,
+    base_folder,
+    groups_of_model,
+    in_order,
+    random_groups,
+    small_model,
+    write_experts,
+)
+from benchmarks.routing_wanda import evaluate_prompt_masks
+from tinyonn.cli import DEMO_CONFIG
+from tinyonn.cluster.stage import cluster_run
+from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
+from tinyonn.engine import EngineOptions
+from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
+from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.routed import Experts, evaluate_routed
+from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
+from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.choice import select_options
+from tinyonn.experts.source import RunSource, digest
+from tinyonn.profile.stage import ProfileOptions, profile_run
+from tinyonn.run import open_run
+from tinyonn.score.stage import score_run
+from tinyonn.store.repository import Store
+from tinyonn.train.data import Batch, held_out_batches
+from tinyonn.train.options import LossWeights, TrainOptions
+from tinyonn.train.settings import train_stage_options
+from tinyonn.train.stage import TrainStageOptions, train_run
+
+ARMS = ("routed", "static", "magnitude", "random", "wanda", "small", "dense")
+ALL = "all"
+RATIOS = {ALL: 1.05, "half": 1.12, "tenth": 1.25}  # of perplexity to the dense model's
+SHARED = ("store", "corpus.arrow", "train.arrow", "heldout.arrow", "fingerprint.json")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model with so many experts on: share of the linear weights that works, and loss in nats."""
+
+    arm: str
+    k: str
+    active: float
+    loss: float
+
+
+def main() -> None:
+    """Parse and carry out."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="?", default=Path("storage/routing"))
+    parser.add_argument("--config", type=Path, default=DEMO_CONFIG)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--ks", type=int, nargs="+", default=[10, 25, 50], help="experts on, and all of them")
+    parser.add_argument("--search", action="store_true", help="search the allocation across tensors first")
+    parser.add_argument("--small", action="store_true", help="a few samples and steps: does it work?")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    config = load_config(options.config)
+    if options.small:
+        options.seeds, options.steps = options.seeds[:1], 3
+        data = config.data.model_copy(update={"samples": 14})
+        config = config.model_copy(update={"data": data})
+    prepare(options.run, config, options)
+    comparison = Comparison(options.run, config, options)
+    lines = {seed: comparison.lines(seed) for seed in options.seeds}
+    report(lines, options)
+
+
+def prepare(place: Path, config: Config, options: Any) -> None:
+    """Record, score, assemble and profile, as far as it has not been done."""
+    engine = EngineOptions("threads", options.threads)
+    if not Store.exists(place / "store"):
+        record(place, config, options.threads)
+    score_run(str(place), ScoreConfig(), engine)
+    cluster_run(str(place), ClusterConfig(), engine)
+    if options.search and not (place / "experts").exists():
+        selection = select_options(config.experts)
+        budgets = (0.04, 0.1, config.experts.budget)
+        allocate_run(
+            str(place), config, AllocateOptions(budgets, 56, selection.score, selection=selection), tell
+        )
+    assemble_run(str(place), config.model, config.experts, engine)
+    _profile(place, config)
+
+
+def _profile(place: Path, config: Config) -> None:
+    samples, tokens = config.profile.samples, config.profile.prompt_tokens
+    profile_run(str(place), config, ProfileOptions(samples=samples, prompt_tokens=tokens, workers=1))
+
+
+class Comparison:
+    """All models of a run, trained and measured once."""
+
+    def __init__(self, place: Path, config: Config, options: Any) -> None:
+        self.place, self.config, self.options = place.absolute(), config, options
+        held = EvaluateOptions(
+            data=config.evaluate.data, samples=14 if options.small else config.evaluate.samples
+        )
+        corpus = held_out_corpus(config, held, self.place)
+        self.batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
+        self.dense = DenseWeights(config.model)
+        self.base = base_folder(config.model)
+        self.linear = sum(parameter.size for parameter in self.dense.parameters)
+        self.own = json.loads((self.place / "experts" / "config.json").read_text("utf-8"))["assembly"]["id"]
+
+    def lines(self, seed: int) -> list[Line]:
+        """All arms of a seed; the routed model comes first, since it says how many weights are active."""
+        lines = self._routed(seed)
+        for arm in self.options.arms:
+            if arm != "routed":
+                lines += getattr(self, f"_{arm}")(seed)
+        return lines
+
+    # The arms
+
+    def _routed(self, seed: int) -> list[Line]:
+        ks: list[Experts] = [*self.options.ks, "all"]
+        folder = self._trained("routed", seed, self.place, self._options(seed))
+
+        def measure() -> list[Line]:
+            model = open_assembled(folder)
+            shares = {str(k): active_shares(model, self.batches, k) for k in ks}
+            (folder / "shares.json").write_text(json.dumps(shares), "utf-8")
+            return [self._line("routed", str(k), shares[str(k)], model, k) for k in ks]
+
+        return self._known(f"routed-{seed}", measure)
+
+    def _static(self, seed: int) -> list[Line]:
+        return self._banded("static", self.config.experts.score, seed)
+
+    def _magnitude(self, seed: int) -> list[Line]:
+        return self._banded("magnitude", "magnitude", seed)
+
+    def _banded(self, arm: str, score: str, seed: int) -> list[Line]:
+        names = [*map(str, sorted(self.options.ks)), ALL]
+
+        def measure() -> list[Line]:
+            place = self._variant(f"{arm}-{seed}")
+            shares = self._shares(seed)
+            if not (place / "experts" / "config.json").exists():
+                run, dense = open_run(str(self.place)), self.dense
+                source = RunSource(run, dense.rows, dense.transposed, labels=False)
+                groups = bands(
+                    source, select_options(self.config.experts), score, [shares[name] for name in names]
+                )
+                write_experts(place / "experts", dense, groups, len(names), self.base)
+                in_order(place / "experts", len(names))
+            counts = tuple(range(1, len(names) + 1))
+            options = self._options(seed, ks=counts, warm_start=0)
+            frozen = replace(options.train.optimizers, router="frozen")
+            routing = replace(options.train.routing, bias_rate=0.0)
+            train = replace(options.train, optimizers=frozen, routing=routing)
+            folder = self._trained(arm, seed, place, replace(options, train=train, router=None))
+            model = open_assembled(folder)
+            return [
+                self._line(arm, name, active_shares(model, self.batches, count), model, count)
+                for name, count in zip(names, counts, strict=True)
+            ]
+
+        return self._known(f"{arm}-{seed}", measure)
+
+    def _random(self, seed: int) -> list[Line]:
+        def measure() -> list[Line]:
+            place = self._variant(f"random-{seed}")
+            routed = open_assembled(self.place / "experts")
+            experts = int(routed.config.experts)
+            if not (place / "experts" / "config.json").exists():
+                groups = random_groups(groups_of_model(routed), experts, seed)
+                write_experts(place / "experts", self.dense, groups, experts, self.base)
+            _profile(place, self.config)
+            sizes = np.array(routed.config.expert_sizes)
+            counts = {  # experts of one size that hold as many weights
+                name: round((self._active(shares) * self.linear - sizes[-1]) / sizes[:-1].mean())
+                for name, shares in self._shares(seed).items()
+            }
+            ks = tuple(max(1, min(experts, count)) for count in counts.values())
+            folder = self._trained("random", seed, place, self._options(seed, ks=ks))
+            model = open_assembled(folder)
+            return [
+                self._line("random", name, active_shares(model, self.batches, k), model, k)
+                for name, k in zip(counts, ks, strict=True)
+            ]
+
+        return self._known(f"random-{seed}", measure)
+
+    def _wanda(self, seed: int) -> list[Line]:
+        def measure() -> list[Line]:
+            found = []
+            for name, shares in self._shares(seed).items():
+                losses = evaluate_prompt_masks(self.dense, self.batches, shares)
+                found.append(Line("wanda", name, self._active(shares), losses.mean))
+            return found
+
+        return self._known(f"wanda-{seed}", measure)
+
+    def _small(self, seed: int) -> list[Line]:
+        def measure() -> list[Line]:
+            found = []
+            for name, shares in self._shares(seed).items():
+                if name == ALL:
+                    continue
+                place = self._variant(f"small-{name}-{seed}")
+                share = small_model(place / "experts", self.base, self._active(shares), seed)
+                options = self._plain(seed, LossWeights(hidden=0.0), trunk_lr=3e-3)
+                folder = self._trained(f"small-{name}", seed, place, options)
+                found.append(Line("small", name, share, self._loss(_load(folder))))
+            return found
+
+        return self._known(f"small-{seed}", measure)
+
+    def _dense(self, seed: int) -> list[Line]:
+        def measure() -> list[Line]:
+            place = self._variant(f"dense-{seed}")
+            if not (place / "experts" / "config.json").exists():
+                write_experts(place / "experts", self.dense, all_kept(self.dense), 1, self.base)
+            alone = LossWeights(kl=0.0, ce=1.0, hidden=0.0)
+            options = self._plain(seed, alone, experts_lr=self.config.train.optimizers.experts_lr / 4)
+            folder = self._trained("dense", seed, place, options)
+            return [
+                Line("dense", "as it is", 1.0, self._loss(self.dense.model)),
+                Line("dense", "trained", 1.0, self._loss(open_assembled(folder))),
+            ]
+
+        return self._known(f"dense-{seed}", measure)
+
+    # What they share
+
+    def _options(self, seed: int, **changes: Any) -> TrainStageOptions:
+        """Of a training with a router; `changes` of ks or of `TrainOptions`."""
+        options = train_stage_options(self.config)
+        ks = changes.pop("ks", (*self.options.ks, 0))
+        routing = replace(options.train.routing, ks=ks)
+        given = {"seed": seed, "steps": self.options.steps, "routing": routing, **changes}
+        return replace(options, train=replace(options.train, **given), threads=self.options.threads)
+
+    def _plain(self, seed: int, weights: LossWeights, **rates: Any) -> TrainStageOptions:
+        """Of one without: a dense model."""
+        options = self._options(seed, ks=(), warm_start=0, weights=weights)
+        optimizers = replace(options.train.optimizers, **rates)
+        return replace(options, train=replace(options.train, optimizers=optimizers), router=None)
+
+    def _trained(self, arm: str, seed: int, place: Path, options: TrainStageOptions) -> Path:
+        """The folder of a trained model."""
+        own = self.place / "bench" / f"{arm}-{seed}-{self._stamp(options.train)}"
+        tell(f"training {own.name}")
+        train_run(str(place), self.config, replace(options, folder=own / "train", output=own / "model"))
+        return own / "model"
+
+    def _stamp(self, train: TrainOptions) -> str:
+        return digest([self.own, train.deciding()])[:8]
+
+    def _variant(self, name: str) -> Path:
+        """A run's folder that shares all but the assembled model."""
+        place = self.place / "bench" / f"{name}-{self._stamp(self._options(0).train)}"
+        place.mkdir(parents=True, exist_ok=True)
+        for shared in SHARED:
+            if (self.place / shared).exists() and not (place / shared).exists():
+                (place / shared).symlink_to(self.place / shared)
+        return place
+
+    def _known(self, name: str, measure: Callable[[], list[Line]]) -> list[Line]:
+        """What was measured before, or is now."""
+        stamp = self._stamp(self._options(0).train)
+        path = self.place / "bench" / f"{name}-{stamp}-{len(self.batches)}.json"
+        if path.exists():
+            return [Line(**line) for line in json.loads(path.read_text("utf-8"))]
+        started = time.monotonic()
+        lines = measure()
+        path.write_text(json.dumps([vars(line) for line in lines]), "utf-8")
+        figures = ", ".join(f"{line.k}: {line.loss:.4f} at {line.active:.1%}" for line in lines)
+        tell(f"{name}: {figures} ({time.monotonic() - started:.0f} s)")
+        return lines
+
+    def _shares(self, seed: int) -> dict[str, dict[str, float]]:
+        """Active share of every tensor by number of experts, smallest first."""
+        folder = self.place / "bench" / f"routed-{seed}-{self._stamp(self._options(seed).train)}"
+        tree: dict[str, dict[str, float]] = json.loads((folder / "model" / "shares.json").read_text("utf-8"))
+        return tree
+
+    def _active(self, shares: dict[str, float]) -> float:
+        sizes = {parameter.name: parameter.size for parameter in self.dense.parameters}
+        return sum(share * sizes[name] for name, share in shares.items()) / self.linear
+
+    def _line(self, arm: str, k: str, shares: dict[str, float], model: Any, experts: Experts) -> Line:
+        return Line(arm, k, self._active(shares), self._loss(model, experts))
+
+    def _loss(self, model: Any, k: Experts = None) -> float:
+        return evaluate_routed(model, self.batches, k).mean
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+
+
+def tell(line: str) -> None:
+    """To people, beside the tables."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def report(lines: dict[int, list[Line]], options: Any) -> None:
+    """Means and spreads over the seeds, and the goals."""
+    losses: dict[tuple[str, str], list[float]] = defaultdict(list)
+    active: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for its in lines.values():
+        for line in its:
+            losses[line.arm, line.k].append(line.loss)
+            active[line.arm, line.k].append(line.active)
+    dense = np.mean(losses["dense", "as it is"]) if "dense" in options.arms else np.nan
+    rows = [
+        [arm, k, f"{np.mean(active[arm, k]):.1%}", spread(its), f"{np.exp(np.mean(its) - dense):.3f}"]
+        for (arm, k), its in losses.items()
+    ]
+    goals = [goal for k in map(str, options.ks) for goal in worth(losses, k)]
+    if "dense" in options.arms:
+        goals += ratios(losses, active, "as it is") + ratios(losses, active, "trained")
+    figures = {
+        "lines": [
+            {"arm": arm, "k": k, "active": active[arm, k], "losses": its} for (arm, k), its in losses.items()
+        ],
+        "seeds": list(lines),
+        "steps": options.steps,
+    }
+    columns = ("model", "experts on", "active", "nats", "x dense")
+    finish("routing", columns, rows, goals, options.json, figures)
+
+
+def worth(losses: dict[tuple[str, str], list[float]], k: str) -> list[Goal]:
+    """How far the routed model is below the best of the others, and that this is more than the seeds differ by."""
+    others = {arm: its for (arm, its_k), its in losses.items() if its_k == k and arm != "routed"}
+    if not others:
+        return []
+    best = min(others, key=lambda arm: float(np.mean(others[arm])))
+    routed = losses["routed", k]
+    margin = float(np.mean(others[best]) - np.mean(routed))
+    noise = max(np.std(its, ddof=1) if len(its) > 1 else 0.0 for its in (others[best], routed))
+    return [
+        at_least(f"nats that routing is below the best other, {best}, {k} on", margin, float(noise)),
+    ]
+
+
+def ratios(
+    losses: dict[tuple[str, str], list[float]], active: dict[tuple[str, str], list[float]], which: str
+) -> list[Goal]:
+    """Perplexity to a dense model's with all experts on, half of the kept weights and a tenth of the linear ones."""
+    dense = float(np.mean(losses["dense", which]))
+    points = sorted(
+        (float(np.mean(active[key])), float(np.mean(its)))
+        for key, its in losses.items()
+        if key[0] == "routed"
+    )
+    shares, nats = zip(*points, strict=True)
+    half = shares[-1] / 2
+    found = {ALL: nats[-1], "half": np.interp(half, shares, nats), "tenth": np.interp(0.1, shares, nats)}
+    names = {ALL: "all experts on", "half": f"{half:.1%} active", "tenth": "10 % active"}
+    return [
+        at_most(f"perplexity to dense ({which}), {names[key]}", float(np.exp(value - dense)), RATIOS[key])
+        for key, value in found.items()
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and, of several, the standard deviation."""
+    mean = f"{np.mean(values):.4f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
+
+
+__all__ = ["Batch", "Comparison", "Line", "main"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Models that `routing` compares: any groups of the dense model's weights as a folder that the trainer takes.
+
+Groups are uint8 arrays of a matrix's own shape, by parameter name: an expert's number, the number of experts for the
+core, `DROPPED` for what is not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tinyonn.base.parameters import list_parameters
+from tinyonn.base.source import read_model_config
+from tinyonn.config import ModelConfig
+from tinyonn.evaluate.baselines import masks_of, recipe_of
+from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.routed import Experts, gates_of
+from tinyonn.experts.assemble import TOKENIZER, open_assembled
+from tinyonn.experts.configuration_tinyonn import TinyONNConfig
+from tinyonn.experts.matrix_tinyonn import rows_and_groups
+from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
+from tinyonn.experts.options import SelectOptions
+from tinyonn.experts.select import select
+from tinyonn.experts.source import Source, digest
+from tinyonn.train.data import Batch
+
+DROPPED = 255
+Groups = Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]
+
+
+def write_experts(folder: Path, dense: DenseWeights, groups: Groups, experts: int, base: Path) -> Path:
+    """A sparse model of the dense one's weights.
+
+    Parameters
+    ----------
+    folder : Path
+        Replaced if it is there.
+    dense : DenseWeights
+    groups : mapping of str to uint8 array
+        Of every linear layer in the decoder.
+    experts : int
+    base : Path
+        The dense model's folder.
+    """
+    modules = {name.removesuffix(".weight"): group for name, group in groups.items()}
+    parts = {
+        module: _compress(dense.original(f"{module}.weight"), group, experts + 1)
+        for module, group in modules.items()
+    }
+    sizes = np.sum([np.bincount(group.reshape(-1), minlength=256) for group in modules.values()], axis=0)
+    fingerprint = digest([[name, group.shape, group.tobytes().hex()] for name, group in groups.items()])
+    config = TinyONNConfig(
+        base_config=read_model_config(base),
+        experts=experts,
+        sparse_layers={
+            module: {"out": group.shape[0], "in": group.shape[1], "entries": parts[module]["values"].numel()}
+            for module, group in modules.items()
+        },
+        expert_sizes=sizes[: experts + 1].tolist(),
+        assembly={"id": fingerprint},
+    )
+    with torch.device("meta"):
+        model = TinyONNForCausalLM(config)
+    model = model.to(dense.model.dtype).to_empty(device="cpu")
+    state = {f"base.{name}": tensor for name, tensor in dense.model.state_dict().items()}
+    for module, part in parts.items():
+        del state[f"base.{module}.weight"]
+        state |= {f"base.{module}.{field}": tensor for field, tensor in part.items()}
+    _, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    for name, buffer in model.base.named_buffers():  # those that are not saved
+        if name not in dense.model.state_dict() and name in dict(dense.model.named_buffers()):
+            buffer.copy_(dense.model.get_buffer(name))
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    _write_index(folder)
+    copy_tokenizer(base, folder)
+    return folder
+
+
+def groups_of_model(model: TinyONNForCausalLM) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The groups of an assembled model, by parameter name."""
+    found = {}
+    for name, layer in model.sparse_layers.items():
+        matrix = layer.matrix
+        rows, groups = rows_and_groups(matrix)
+        group_OI = np.full((matrix.out, matrix.inputs), DROPPED, np.uint8)
+        group_OI[rows.numpy(), matrix.columns.long().numpy()] = groups.numpy()
+        found[f"{name}.weight"] = group_OI
+    return found
+
+
+def all_kept(dense: DenseWeights) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Every weight in the core, beside one empty expert."""
+    return {p.name: np.ones(p.shape, np.uint8) for p in dense.parameters}
+
+
+def random_groups(groups: Groups, experts: int, seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """The experts' weights dealt out anew at random, as many to each; the core stays."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for name, group in groups.items():
+        dealt = group.copy()
+        theirs = np.flatnonzero(group.reshape(-1) < experts)
+        dealt.reshape(-1)[generator.permutation(theirs)] = np.arange(theirs.size) % experts
+        found[name] = dealt
+    return found
+
+
+def small_model(folder: Path, base: Path, share: float, seed: int) -> float:
+    """A dense model like the base but narrower, of random weights.
+
+    Parameters
+    ----------
+    folder : Path
+    base : Path
+        Whose configuration and tokenizer are taken.
+    share : float
+        Of the base's linear weights that it should have.
+    seed : int
+
+    Returns
+    -------
+    float
+        The share that it has: heads have an even number of features.
+    """
+    tree = read_model_config(base)
+    wide, heads = int(tree["hidden_size"]), int(tree["num_attention_heads"])
+    step = 2 * heads
+    narrow = max(step, round(wide * share**0.5 / step) * step)
+    tree |= {"hidden_size": narrow, "intermediate_size": round(tree["intermediate_size"] * narrow / wide)}
+    tree.pop("head_dim", None)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree), dtype=torch.float32)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(AutoConfig.for_model(**read_model_config(base)))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    copy_tokenizer(base, folder)
+    return _linear(model) / _linear(twin)
+
+
+def _linear(model: Any) -> int:
+    """Weights of the linear layers in the decoder."""
+    return sum(p.size for p in list_parameters(model) if p.kind == "linear" and p.layer is not None)
+
+
+def active_shares(model: TinyONNForCausalLM, batches: Sequence[Batch], k: Experts) -> dict[str, float]:
+    """Share of every linear layer's weights that work on a token, by parameter name, mean over the samples.
+
+    Parameters
+    ----------
+    model : TinyONNForCausalLM
+        With a router.
+    batches : sequence of Batch
+    k : int or "all"
+        Experts on.
+    """
+    with torch.no_grad():
+        on_E = torch.cat([_on(model, batch, k) for batch in batches]).mean(0)
+    on_G = torch.cat([on_E, torch.ones(1, dtype=torch.float64)])
+    found = {}
+    for name, layer in model.sparse_layers.items():
+        matrix = layer.matrix
+        sizes_G = matrix.group_sizes().double()
+        found[f"{name}.weight"] = float(on_G @ sizes_G) / (matrix.out * matrix.inputs)
+    return found
+
+
+def _on(model: TinyONNForCausalLM, batch: Batch, k: Experts) -> torch.Tensor:
+    gates = gates_of(model, batch, k)
+    assert gates is not None
+    return (gates != 0).double().expand(len(batch), -1)
+
+
+def bands(
+    source: Source, selection: SelectOptions, method: str, shares: Sequence[Mapping[str, float]]
+) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Masks within masks as groups: with the first n of them on, what works is the mask of the n-th shares.
+
+    Parameters
+    ----------
+    source : Source
+    selection : SelectOptions
+    method : str
+        A score, as of `tinyonn.evaluate.baselines.recipe_of`.
+    shares : sequence of mapping
+        Of every tensor, smallest first.
+    """
+    found: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
+    sizes = {parameter.name: parameter.size for parameter in source.parameters}
+    for number, its in reversed(list(enumerate(shares))):
+        budget = round(sum(share * sizes[name] for name, share in its.items()))
+        chosen = select(source, recipe_of(method, selection, float(budget), its).options)
+        for name, mask in masks_of(chosen, source):
+            band = found.setdefault(name, np.full(tuple(mask.shape), DROPPED, np.uint8))
+            band[mask.numpy()] = number
+    return found
+
+
+def in_order(folder: Path, experts: int) -> None:
+    """Give a model of `bands` the router that switches them on from the first, whatever the prompt."""
+    model = open_assembled(folder)
+    model.set_router({"branches": [list(range(experts))], "width": 1, "top_k": 1})
+    router = model.router
+    assert router is not None
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.zero_()
+        router.get_buffer("bias").copy_(-torch.arange(float(experts)))
+    model.save_pretrained(folder)
+    _write_index(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Tokenizer files of a model."""
+    for pattern in TOKENIZER:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
+def base_folder(config: ModelConfig) -> Path:
+    """Where the dense model lies."""
+    from tinyonn.base.weights import BaseWeights
+
+    return BaseWeights(config).folder
+
+
+def _write_index(folder: Path) -> None:
+    """Of the one file, as larger models have it."""
+    weights = folder / "model.safetensors"
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+    index = {
+        "metadata": {"total_size": weights.stat().st_size},
+        "weight_map": dict.fromkeys(names, weights.name),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+
+
+def _compress(W_OI: torch.Tensor, group_OI: np.ndarray[Any, Any], groups: int) -> dict[str, torch.Tensor]:
+    """Values, columns and row pointer of a layer, group by group and row by row."""
+    out, inputs = W_OI.shape
+    rows, columns = np.nonzero(group_OI != DROPPED)
+    group = group_OI[rows, columns].astype(np.int64)
+    order = np.lexsort((columns, rows, group))
+    counts = np.bincount(group * out + rows, minlength=groups * out)
+    number = np.uint16 if inputs <= 65536 else np.int32
+    return {
+        "values": W_OI[torch.from_numpy(rows[order]), torch.from_numpy(columns[order])].clone(),
+        "columns": torch.from_numpy(columns[order].astype(number)),
+        "row_pointer": torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)),
+    }

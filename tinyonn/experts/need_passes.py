@@ -1,0 +1,209 @@
+"""Passes over bands for `tinyonn.experts.need`, compiled, and the tasks that run them.
+
+Shape suffixes: ``S`` slices, ``N`` weights of a band, ``K`` experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from tinyonn.base.parameters import Parameter
+from tinyonn.experts.options import Selection
+from tinyonn.experts.select import TensorGroups
+from tinyonn.experts.source import Source
+from tinyonn.run import Run
+from tinyonn.store.arrays import bands
+from tinyonn.store.records import UInt8, UInt16, dither_bits, dither_seed
+
+STEPS = 32  # bins of an octave
+LOWEST = -44  # octave of the first bin
+BINS = 2048
+DROPPED = 255
+MANTISSAS = 1024
+
+Float32 = np.ndarray[Any, np.dtype[np.float32]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
+
+# Log2 of 1 to 2 in steps of 2**-20: the same on every machine.
+LOG2 = np.round(np.log2(1 + (np.arange(MANTISSAS) + 0.5) / MANTISSAS) * 2**20) / 2**20
+
+
+@dataclass(frozen=True)
+class NeedData:
+    """What bins are made of; sent to the workers.
+
+    Attributes
+    ----------
+    run : Run
+    source : Source
+        Of weights and, for the selection, records.
+    slices : tuple of str
+    slope : float
+        Octaves of need for one grad level, which is half an octave of gradient.
+    """
+
+    run: Run
+    source: Source
+    slices: tuple[str, ...]
+    slope: float
+
+    def bins(self, name: str, first: int, last: int, weights: Float32) -> UInt16:
+        """How much each slice needs the weights of some rows, in steps within the tensor: uint16 [S, rows, columns]."""
+        out = np.empty((len(self.slices), *weights.shape), np.uint16)
+        for number, slice in enumerate(self.slices):
+            levels = self.run.mean_rows(name, first, last, slice)[1]
+            _bins(weights.reshape(-1), levels.reshape(-1), self.slope, LOG2, out[number].reshape(-1))
+        return out
+
+
+def count_needs(data: NeedData, parameters: tuple[Parameter, ...]) -> list[Counts]:
+    """A task: weights of every bin, int64 [S, bins] for each tensor."""
+    found = []
+    for parameter in parameters:
+        counts = np.zeros((len(data.slices), BINS), np.int64)
+        for first, last in bands(parameter.shape):
+            weights = data.source.band(parameter.name, first, last, ("weights",)).weights
+            assert weights is not None
+            for its, bins in zip(counts, data.bins(parameter.name, first, last, weights), strict=True):
+                _count(bins.reshape(-1), its)
+        found.append(counts)
+    return found
+
+
+def sample_needs(
+    data: NeedData,
+    selection: Selection,
+    tables: Mapping[str, Float32],
+    share: float,
+    seed: int,
+    parameters: tuple[Parameter, ...],
+) -> list[Float32]:
+    """A task: needs of a share of the weights that experts are made of, float32 [n, S] for each tensor."""
+    found = []
+    for parameter in parameters:
+        hash_seed = np.uint64(dither_seed(seed, "need", parameter.name))
+        limit = np.uint64(min(2**32 - 1, int(share * 2**32)))
+        parts = []
+        for first, groups, bins in _bands(data, selection, parameter):
+            chosen = np.zeros(groups.size, np.bool_)
+            begin = first * parameter.shape[1]
+            _draw(groups.reshape(-1), np.uint64(begin), hash_seed, limit, selection.experts, chosen)
+            its = bins.reshape(len(bins), -1)[:, chosen]
+            parts.append(np.take_along_axis(tables[parameter.name], its.astype(np.int64), axis=1).T)
+        found.append(np.ascontiguousarray(np.concatenate(parts), dtype=np.float32))
+    return found
+
+
+def label_needs(
+    data: NeedData,
+    selection: Selection,
+    tables: Mapping[str, Float32],
+    centres_KS: Float32,
+    folder: Path,
+    parameters: tuple[Parameter, ...],
+) -> list[Counts]:
+    """A task: write the label of every weight that an expert may hold, 0 for all others.
+
+    Returns
+    -------
+    list of int64 [K]
+        Weights of every expert in each tensor, the core's not counted.
+    """
+    found = []
+    for parameter in parameters:
+        path = label_path(folder, parameter.name)
+        labels = np.lib.format.open_memmap(part_path(path), "w+", np.uint8, tuple(parameter.shape))
+        counts = np.zeros(len(centres_KS), np.int64)
+        for first, groups, bins in _bands(data, selection, parameter):
+            out = labels[first : first + len(groups)]
+            flat = np.zeros(groups.size, np.uint8)
+            _nearest(
+                groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
+                np.ascontiguousarray(centres_KS.T), selection.experts, flat, counts,
+            )  # fmt: skip
+            out[...] = flat.reshape(groups.shape)
+        found.append(counts)
+        labels.flush()
+        del labels
+        part_path(path).replace(path)
+    return found
+
+
+def label_path(folder: Path, name: str) -> Path:
+    """Labels of a tensor."""
+    return folder / f"{name}.npy"
+
+
+def part_path(path: Path) -> Path:
+    """Where it is written, until it is whole."""
+    return path.with_suffix(".part")
+
+
+def _bands(data: NeedData, selection: Selection, parameter: Parameter) -> Iterator[tuple[int, UInt8, UInt16]]:
+    """First row, groups [rows, columns] and bins [S, rows, columns]."""
+    groups = TensorGroups(selection, data.source, parameter.name)
+    for first, last in bands(parameter.shape):
+        band = data.source.band(parameter.name, first, last, groups.needs | {"weights"})
+        assert band.weights is not None
+        yield first, groups.of_band(band), data.bins(parameter.name, first, last, band.weights)
+
+
+def task_bytes(parameters: Sequence[Parameter], slices: int) -> int:
+    """Memory of the largest task: a band's weights, records, levels and bins."""
+    largest = max(
+        (last - first) * int(np.prod(p.shape[1:])) for p in parameters for first, last in bands(p.shape)
+    )
+    return largest * (4 + 4 + 1 + 1 + 3 * 8 + 2 * slices + 8)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _bins(weights_N: Any, levels_N: Any, slope: Any, logs: Any, out_N: Any) -> None:
+    bits_N = weights_N.view(np.uint32)
+    for i in range(weights_N.size):
+        bits = bits_N[i]
+        octave = np.int64((bits >> np.uint32(23)) & np.uint32(255)) - 127
+        size = octave + logs[(bits >> np.uint32(13)) & np.uint32(1023)] + slope * levels_N[i]
+        step = np.int64(np.floor((size - LOWEST) * STEPS))
+        out_N[i] = min(max(step, 0), BINS - 1)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _count(bins_N: Any, counts: Any) -> None:
+    for i in range(bins_N.size):
+        counts[bins_N[i]] += 1
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _draw(groups_N: Any, first: Any, seed: Any, limit: Any, core: Any, out_N: Any) -> None:
+    for i in range(groups_N.size):
+        if groups_N[i] < core:
+            out_N[i] = (dither_bits(seed, first + np.uint64(i)) & np.uint64(0xFFFFFFFF)) <= limit
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _nearest(
+    groups_N: Any, bins_SN: Any, table_SB: Any, centres_SK: Any, core: Any, out_N: Any, counts_K: Any
+) -> None:
+    slices, experts = centres_SK.shape
+    far_K = np.empty(experts, np.float32)
+    for i in range(groups_N.size):
+        if groups_N[i] >= core:  # the core's, or dropped
+            continue
+        far_K[:] = np.float32(0)
+        for s in range(slices):
+            need = table_SB[s, bins_SN[s, i]]
+            for k in range(experts):
+                away = need - centres_SK[s, k]
+                far_K[k] += away * away
+        best = 0
+        for k in range(1, experts):
+            if far_K[k] < far_K[best]:
+                best = k
+        out_N[i] = best
+        counts_K[best] += 1

@@ -129,8 +129,9 @@ def record(place: Path, config: Config, threads: int) -> None:
     corpus = prepare_corpus(config, load_tokenizer(config.model), place / "corpus.arrow")
     worker = Worker(config.model, threads, config.record.seed)
     parameters = worker.load().parameters
+    data = {"corpus": corpus.fingerprint}
     manifest = Manifest(
-        fingerprint_model(config.model), {}, {}, corpus.slices, max(corpus.slices.values()), parameters
+        fingerprint_model(config.model), data, {}, corpus.slices, max(corpus.slices.values()), parameters
     )
     store = Store.create(place / "store", manifest)
     windows = [[parameter.name for parameter in parameters]]

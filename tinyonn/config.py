@@ -138,7 +138,7 @@ class ExpertsConfig(Section):
     within: Literal["cell", "tensor", "row"] = "cell"  # what competes; by need a tensor in the place of cells
     balance: float = Field(0.02, ge=0, le=1)  # within cells: how far a cell's part follows its size
     allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
-    core: float = Field(0.25, ge=0, le=1)  # share of the budget that is always on
+    core: float = Field(0.1, ge=0, le=1)  # share of the budget that is always on
     core_by: Literal["score", "even"] = "score"  # its best weights, or those that stand high in every slice
     seed: int = 0  # of ties
     top_k: PositiveInt | None = None  # experts on for a prompt; null switches all on
@@ -189,9 +189,9 @@ class LossConfig(Section):
     kl: float = Field(1.0, ge=0, allow_inf_nan=False)  # towards the teacher's distribution
     ce: float = Field(0.1, ge=0, allow_inf_nan=False)  # of the text itself
     hidden: float = Field(0.1, ge=0, allow_inf_nan=False)  # every layer's output against the teacher's
-    balance: float = Field(0.01, ge=0, allow_inf_nan=False)
+    balance: float = Field(0.0, ge=0, allow_inf_nan=False)
     z: float = Field(0.001, ge=0, allow_inf_nan=False)
-    specificity: float = Field(0.01, ge=0, allow_inf_nan=False)
+    specificity: float = Field(0.0, ge=0, allow_inf_nan=False)
     profile: float = Field(0.0, ge=0, allow_inf_nan=False)  # the router's choice against the profile
 
 
@@ -202,7 +202,7 @@ class RoutingConfig(Section):
     noise: float = Field(0.0, ge=0, allow_inf_nan=False)  # on the scores, standard deviation
     dropout: float = Field(0.0, ge=0, lt=1)  # share of the experts that a step does without
     capacity: float | None = Field(None, ge=1, allow_inf_nan=False)  # of an expert, in even shares of a batch
-    bias_rate: float = Field(0.01, ge=0, allow_inf_nan=False)  # of the bias that balances the load
+    bias_rate: float = Field(0.0, ge=0, allow_inf_nan=False)  # of the bias that balances the load; 0: none
 
 
 class StagesConfig(Section):
@@ -224,7 +224,7 @@ class OptimizersConfig(Section):
     router_lr: float = Field(5e-3, ge=0, allow_inf_nan=False)
     router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     experts: Literal["muon", "adamw", "frozen"] = "muon"
-    experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
+    experts_lr: float = Field(2e-3, ge=0, allow_inf_nan=False)
     experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # 0 freezes norms, biases, embeddings and head
     trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -246,11 +246,11 @@ class TrainConfig(Section):
     batch: PositiveInt = 16  # samples of a step, all workers together
     micro_batch: PositiveInt = 8  # of them at a time in memory
     seed: int = 0
-    prompt_loss: bool = False  # the prompt's own tokens count too
+    prompt_loss: bool = True  # the prompt's own tokens count too
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     warm_start: int = Field(
-        0, ge=0
+        60, ge=0
     )  # steps before the first in which the router alone learns from the profile
     clip: float = Field(1.0, ge=0, allow_inf_nan=False)
     checkpoint_every: PositiveInt = 50

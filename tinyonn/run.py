@@ -116,10 +116,10 @@ class Run:
 
         return self._steadily(compute)
 
-    def mean_rows(self, name: str, first: int, last: int, slice: str | None = None) -> Float64:
-        """`mean` of some rows of a tensor alone: float64 [3, last - first, ...]."""
+    def mean_rows(self, name: str, first: int, last: int) -> Float64:
+        """`mean` of some rows of a tensor alone, over all slices: float64 [3, last - first, ...]."""
         parameter = self.manifest.parameter(name)
-        return self._steadily(lambda reader: self._mean_rows(reader, parameter, slice, first, last))
+        return self._steadily(lambda reader: self._mean_rows(reader, parameter, None, first, last))
 
     def records(self, name: str, slice: str | None = None) -> UInt16:
         """The averaged INT4 codes of a tensor, nearest rounding, score 0; `codebooks` says what they stand for.

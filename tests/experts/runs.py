@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.base.architectures import make_model
 from tests.record.runs import config_of, serial_run
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ModelConfig, ScoreConfig
+from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ModelConfig, ScoreConfig
 from tinyonn.score.stage import score_run
 
 CELLS = 6
@@ -28,3 +29,8 @@ def clustered_run(
     score_run(str(folder / "run"), ScoreConfig())
     cluster_run(str(folder / "run"), ClusterConfig(cells=CELLS))
     return config
+
+
+def by_cells(**options: Any) -> ExpertsConfig:
+    """Experts that are the run's cells."""
+    return ExpertsConfig(by="cells", **options)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.experts.independent_reader import read_weights
-from tests.experts.runs import CELLS, clustered_run
-from tinyonn.config import Config, ExpertsConfig
+from tests.experts.runs import CELLS, by_cells, clustered_run
+from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.experts.export import experts_of_slices, export_model, numbers_of
@@ -29,7 +29,7 @@ IDS = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
 def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     folder = tmp_path_factory.mktemp("export")
     config = clustered_run(folder)
-    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.5), folder=folder / "sparse")
+    assemble_run(str(folder / "run"), config.model, by_cells(budget=0.5), folder=folder / "sparse")
     return folder, config
 
 
@@ -45,7 +45,7 @@ def test_a_dense_checkpoint_is_the_model_with_those_gates(
     name: str, quantization: str, tmp_path: Path
 ) -> None:
     config = clustered_run(tmp_path, name, quantization)
-    assemble_run(str(tmp_path / "run"), config.model, ExpertsConfig(budget=0.5), folder=tmp_path / "sparse")
+    assemble_run(str(tmp_path / "run"), config.model, by_cells(budget=0.5), folder=tmp_path / "sparse")
     chosen = [1, 4]
     report = export_model(tmp_path / "sparse", tmp_path / "dense", "dense", chosen)
     sparse = open_assembled(tmp_path / "sparse")
@@ -63,7 +63,7 @@ def test_a_dense_checkpoint_is_the_model_with_those_gates(
 @pytest.mark.parametrize(("name", "arch"), [("qwen2", "QWEN2"), ("llama", "LLAMA"), ("qwen3", "QWEN3")])
 def test_a_dense_checkpoint_has_what_a_conversion_to_gguf_needs(name: str, arch: str, tmp_path: Path) -> None:
     config = clustered_run(tmp_path, name)
-    assemble_run(str(tmp_path / "run"), config.model, ExpertsConfig(), folder=tmp_path / "sparse")
+    assemble_run(str(tmp_path / "run"), config.model, by_cells(), folder=tmp_path / "sparse")
     export_model(tmp_path / "sparse", tmp_path / "dense", "dense")
     layers = 2
     known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch), layers)

@@ -50,11 +50,10 @@ def made(world: tuple[Path, Config], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
     """Exact ranks and NumPy's logarithms in the place of bins and tables: of few weights the label differs."""
-    needs, _ = made
+    needs, selection = made
     run, source, choice = needs.run, needs.source, needs.selection
     tensors = needs.tensors
-    plain = select(source, choice)
-    total, weights = plain.budget, sum(p.size for p in tensors)
+    total, weights = selection.budget, sum(p.size for p in tensors)
     levels = [round(total * level) for level in (0.03, 0.1, 0.3, 0.6, 1.0)]
     counts_LT = np.stack(allocate(source, tensors, choice, levels))
     features, chosen = [], []
@@ -70,7 +69,8 @@ def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
             budget = needed_budgets(rank, np.array(levels) / weights, shares)
             own.append(np.clip(np.log(budget * weights / total), -DEPTH, 0))
         features.append(np.stack(own, axis=1))
-        chosen.append((groups_of(plain, source, parameter.name) == 0).reshape(-1))
+        groups = groups_of(selection, needs.labelled(), parameter.name)
+        chosen.append((groups < CONFIG.count).reshape(-1))
     labels = [np.load(label_path(needs.folder / needs.identity, p.name)).reshape(-1) for p in tensors]
     features_NS, chosen_N, labels_N = map(np.concatenate, (features, chosen, labels))
     assert not labels_N[~chosen_N].any()
@@ -92,8 +92,14 @@ def test_groups_and_counts_fit(made: Any) -> None:
     assert sizes[: CONFIG.count + 1].tolist() == selection.group_sizes
     assert sum(selection.group_sizes) == selection.budget
     assert not selection.empty_experts
-    again = select(source, needs.selection)  # by its labels, as any source's
-    assert again.tree() == selection.tree()
+    plain = select(
+        needs.source, needs.selection
+    )  # what is kept, and how much of it is core, is as without experts
+    assert selection.group_sizes[-1] == plain.group_sizes[-1]
+    for name, cuts in plain.tensors.items():
+        kept = groups_of(plain, needs.source, name) != 255
+        assert (kept == (groups_of(selection, source, name) != 255)).all()
+        assert cuts.kept.sum() == selection.tensors[name].kept.sum()
 
 
 def test_needed_budgets_undo_the_allocation() -> None:
@@ -113,10 +119,27 @@ def test_centres() -> None:
     points = (wanted[generator.integers(0, 3, 900)] + 0.01 * generator.standard_normal((900, 2))).astype(
         np.float32
     )
-    assert np.allclose(find_centres(points, 3, 0), wanted, atol=0.01)
-    assert find_centres(points[:2], 7, 0).shape == (2, 2)
+    centres, handicaps = find_centres(points, 3, 0)
+    assert np.allclose(centres, wanted, atol=0.01)
+    assert np.abs(handicaps).max() < 1
+    assert find_centres(points[:2], 7, 0)[0].shape == (2, 2)
+
+
+def test_experts_are_of_about_one_size() -> None:
+    """Of needs that go together, most of them small."""
+    generator = np.random.default_rng(0)
+    common, own = generator.standard_normal((8000, 1)), generator.standard_normal((8000, 3))
+    points = -np.abs(common + 0.5 * own).astype(np.float32)
+    centres, handicaps = find_centres(points, 20, 0)
+    far = ((points[:, None] - centres) ** 2).sum(2)
+    sizes = np.bincount((far + handicaps).argmin(1), minlength=20)
+    assert sizes.max() < 1.3 * sizes.min()  # of k-means alone nine times
+
+
+def test_nothing_left_for_experts() -> None:
+    points = np.zeros((0, 2), np.float32)
     with pytest.raises(InputError, match=r"experts\.core = 1"):
-        find_centres(points[:0], 3, 0)
+        find_centres(points, 3, 0)
 
 
 @pytest.mark.parametrize("engine", [EngineOptions("threads", 1), EngineOptions("threads", 3)])

@@ -6,9 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.experts.runs import by_cells
 from tests.record.runs import config_of, make_sick_model, serial_run, write_rows
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ScoreConfig
+from tinyonn.config import ClusterConfig, Config, ScoreConfig
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.score.stage import score_run
 
@@ -44,7 +45,7 @@ def make_world(folder: Path) -> World:
 
 def assemble(run: Path, config: Config, budget: float = 0.4) -> str:
     """Assemble the run; the id."""
-    return assemble_run(str(run), config.model, ExpertsConfig(budget=budget)).assembly
+    return assemble_run(str(run), config.model, by_cells(budget=budget)).assembly
 
 
 def contents(folder: Path) -> dict[str, bytes]:

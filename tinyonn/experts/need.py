@@ -52,9 +52,10 @@ POWER = 0.7  # of the gradient; 1 would be the Taylor estimate of the loss, whic
 DEPTH = (
     3.5  # a weight needed under e**-3.5 of the budget is needed at all costs: needs below that count as equal
 )
-LEVELS = (1.0, 0.6, 0.3, 0.1, 0.03)  # of the budget, at which the allocation is asked
-SAMPLE = 1 << 18  # weights that the centres are found from
-ROUNDS = 50  # of k-means, at most
+LEVELS = (0.6, 0.3, 0.1, 0.03)  # of the budget, at which the allocation is asked
+SAMPLE = 1 << 16  # weights that the centres are found from
+ROUNDS = 30  # of k-means, at most
+EVENING = 60  # rounds in which its clusters become of about equal sizes
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class ByNeed:
     def identity(self) -> str:
         """Digest of what decides the labels."""
         searched = {str(budget): dict(shares) for budget, shares in sorted(self.searched.items())}
-        constants = [FORMAT, POWER, DEPTH, LEVELS, SAMPLE, ROUNDS]
+        constants = [FORMAT, POWER, DEPTH, LEVELS, SAMPLE, ROUNDS, EVENING]
         return digest(
             [self.source.identity, asdict(self.options), self.selection.tree(), searched, constants]
         )
@@ -178,7 +179,12 @@ class ByNeed:
         Selection
             Of `labelled`.
         """
-        plain = select(self.source, self.selection, compute)
+        total = self.selection.weights_of(self.source)
+        curves = self._curves(total, compute)
+        core_shares = shares_under(self.selection.core * total / curves.weights, curves)
+        names = [parameter.name for parameter in self.tensors]
+        spread = dict(zip(names, core_shares.tolist(), strict=True))
+        plain = select(self.source, self.selection, compute, spread)
         own = self.folder / self.identity
         done = own / "counts.json"
         if done.is_file():
@@ -186,7 +192,7 @@ class ByNeed:
         else:
             shutil.rmtree(own, ignore_errors=True)
             own.mkdir(parents=True)
-            counts = self._label(plain, own, compute)
+            counts = self._label(plain, curves, own, compute)
             side = done.with_suffix(".part")
             side.write_text(json.dumps(counts), "utf-8")
             side.replace(done)
@@ -196,9 +202,11 @@ class ByNeed:
         }
         return Selection(self.selection, self.identity, self.options.experts, plain.budget, cuts)
 
-    def _label(self, plain: Selection, own: Path, compute: Compute) -> dict[str, list[int]]:
-        slices = tuple(self.run.slices)
-        data = NeedData(self.run, self.source, slices, POWER / 2)
+    def _label(self, plain: Selection, curves: Curves, own: Path, compute: Compute) -> dict[str, list[int]]:
+        reader = self.run.store.reader()
+        filled = {segment.slice for segment in reader.segments if segment.samples}
+        slices = tuple(name for name in self.run.slices if name in filled)
+        data = NeedData(reader, self.source, slices, POWER / 2)
         groups = task_groups(self.tensors)
         names = [parameter.name for group in groups for parameter in group]
 
@@ -206,54 +214,82 @@ class ByNeed:
             results = compute([(function, (data, *arguments, tuple(group))) for group in groups])
             return dict(zip(names, (its for result in results for its in result), strict=True))
 
-        tables = self._tables(passed(count_needs), compute)
+        tables = self._tables(passed(count_needs), plain.budget, curves)
         outside = plain.budget - sum(plain.group_sizes[1:])
         share = min(1.0, SAMPLE / max(1, outside))
         drawn = passed(sample_needs, plain, tables, share, self.options.seed)
         points_NS = np.concatenate([drawn[parameter.name] for parameter in self.tensors])
-        centres_KS = find_centres(points_NS, self.options.experts, self.options.seed)
-        counted = passed(label_needs, plain, tables, centres_KS, own)
+        centres = find_centres(points_NS, self.options.experts, self.options.seed)
+        counted = passed(label_needs, plain, tables, centres, own)
         return {
             name: np.pad(its, (0, self.options.experts - its.size)).tolist() for name, its in counted.items()
         }
 
-    def _tables(self, counted: Mapping[str, Counts], compute: Compute) -> dict[str, Float32]:
+    def _tables(self, counted: Mapping[str, Counts], total: int, curves: Curves) -> dict[str, Float32]:
         """Log of the need over the budget by bin: float32 [S, bins] for each tensor."""
-        total = self.selection.weights_of(self.source)
-        weights = sum(parameter.size for parameter in self.tensors)
-        budgets, shares_LT = self._curves(total, weights, compute)
         tables = {}
         for number, parameter in enumerate(self.tensors):
             counts_SB = counted[parameter.name]
             above_SB = counts_SB.sum(1, keepdims=True) - counts_SB.cumsum(1)
             ranks_SB = (above_SB + 0.5 * np.maximum(counts_SB, 1)) / parameter.size
-            needs_SB = needed_budgets(ranks_SB, budgets, shares_LT[:, number])
-            tables[parameter.name] = np.clip(np.log(needs_SB * weights / total), -DEPTH, 0).astype(np.float32)
+            needs_SB = needed_budgets(ranks_SB, curves.budgets_L, curves.shares_LT[:, number])
+            logs_SB = np.log(needs_SB * curves.weights / total)
+            tables[parameter.name] = np.clip(logs_SB, -DEPTH, 0).astype(np.float32)
         return tables
 
-    def _curves(self, total: int, weights: int, compute: Compute) -> tuple[np.ndarray, np.ndarray]:
-        """Budgets as shares of all weights, ascending, and every tensor's share under each: [L], [L, T]."""
+    def _curves(self, total: int, compute: Compute) -> Curves:
+        """The allocation of the selection's budget, and of what was searched or what lies below."""
         sizes = np.array([parameter.size for parameter in self.tensors])
+        weights = int(sizes.sum())
         points: dict[int, np.ndarray] = {}
+
+        def add(options: SelectOptions, budgets: list[int]) -> None:
+            wanted = [budget for budget in budgets if budget >= sizes.size]
+            points.update(
+                zip(wanted, allocate(self.source, self.tensors, options, wanted, compute), strict=True)
+            )
+
         found = {
             round(budget * weights) if budget <= 1 else int(budget): shares
             for budget, shares in self.searched.items()
         }
         found = {budget: shares for budget, shares in found.items() if budget < total}
-        below = min(found, default=total)
         for budget, shares in found.items():
             options = replace(self.selection, allocation="given", shares=dict(shares), curves=())
-            wanted = [budget, *(round(budget * level) for level in LEVELS if level < 0.5 and budget == below)]
-            points |= dict(
-                zip(wanted, allocate(self.source, self.tensors, options, wanted, compute), strict=True)
-            )
-        wanted = [round(total * level) for level in LEVELS if level == 1 or not found]
-        wanted = [budget for budget in wanted if budget >= len(sizes)] or [total]
-        points |= dict(
-            zip(wanted, allocate(self.source, self.tensors, self.selection, wanted, compute), strict=True)
-        )
+            below = [round(budget * level) for level in LEVELS if level < 0.5 and budget == min(found)]
+            add(options, [budget, *below])
+        add(self.selection, [total, *(round(total * level) for level in LEVELS if not found)])
         budgets = sorted(points)
-        return np.array(budgets) / weights, np.stack([points[budget] / sizes for budget in budgets])
+        shares_LT = np.stack([points[budget] / sizes for budget in budgets])
+        return Curves(np.array(budgets) / weights, shares_LT, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """What every tensor keeps under growing budgets.
+
+    Attributes
+    ----------
+    budgets_L : float [L]
+        Ascending, shares of all weights.
+    shares_LT : float [L, T]
+        Of the tensors' own weights.
+    weights : int
+        Of all tensors.
+    """
+
+    budgets_L: np.ndarray
+    shares_LT: np.ndarray
+    weights: int
+
+
+def shares_under(budget: float, curves: Curves) -> np.ndarray:
+    """What every tensor keeps of itself under a budget, float [T]: `needed_budgets` the other way round."""
+    if budget <= curves.budgets_L[0]:
+        return np.asarray(curves.shares_LT[0] * budget / curves.budgets_L[0])
+    logs_LT = np.log(np.maximum(curves.shares_LT, 1e-9))
+    at = np.log(budget), np.log(curves.budgets_L)
+    return np.asarray(np.exp([np.interp(*at, logs_L) for logs_L in logs_LT.T]))
 
 
 def needed_budgets(ranks: Any, budgets_L: Any, shares_L: Any) -> Any:
@@ -280,8 +316,12 @@ def needed_budgets(ranks: Any, budgets_L: Any, shares_L: Any) -> Any:
     return np.exp(np.where(np.log(ranks) < logs[0], np.log(ranks) - logs[0] + budgets[0], found))
 
 
-def find_centres(points_NS: Float32, experts: int, seed: int) -> Float32:
-    """k-means; the same bits whatever the threads.
+def find_centres(points_NS: Float32, experts: int, seed: int) -> tuple[Float32, Float32]:
+    """k-means of about equal sizes; the same bits whatever the threads.
+
+    A point belongs to the centre of the least squared distance plus the centre's handicap, which grows where a cluster
+    is too large: a power diagram, whose handicaps are the duals of the transport to equal masses (Aurenhammer et al.
+    1998). Points that are equal stay together, so clusters of them may be larger.
 
     Parameters
     ----------
@@ -291,8 +331,9 @@ def find_centres(points_NS: Float32, experts: int, seed: int) -> Float32:
 
     Returns
     -------
-    float32 [K, S]
+    centres_KS : float32 [K, S]
         What is needed most by all comes first; fewer than asked for if the points are fewer.
+    handicaps_K : float32 [K]
 
     Raises
     ------
@@ -302,14 +343,37 @@ def find_centres(points_NS: Float32, experts: int, seed: int) -> Float32:
     from sklearn.cluster import KMeans
     from threadpoolctl import threadpool_limits
 
-    distinct = len(np.unique(points_NS, axis=0))
+    rows = np.ascontiguousarray(points_NS, dtype=np.float32)
+    distinct = len(np.unique(rows.view(f"V{rows.itemsize * rows.shape[1]}"))) if rows.size else 0
     if not distinct:
         raise InputError("experts.core = 1 leaves nothing for experts; give a smaller core")
     with threadpool_limits(1):
-        kmeans = KMeans(min(experts, distinct), n_init=1, max_iter=ROUNDS, random_state=seed, copy_x=False)
-        centres_KS = kmeans.fit(np.ascontiguousarray(points_NS, dtype=np.float32)).cluster_centers_
+        kmeans = KMeans(min(experts, distinct), n_init=1, max_iter=ROUNDS, random_state=seed)
+        centres_KS = kmeans.fit(rows).cluster_centers_
+        handicaps_K = _even_out(rows, centres_KS)
     order = np.lexsort((np.arange(len(centres_KS)), centres_KS.mean(1)))
-    return np.ascontiguousarray(centres_KS[order], dtype=np.float32)
+    return (
+        np.ascontiguousarray(centres_KS[order], dtype=np.float32),
+        np.ascontiguousarray(handicaps_K[order], dtype=np.float32),
+    )
+
+
+def _even_out(points_NS: Float32, centres_KS: Float32) -> Float32:
+    """Handicaps of about equal sizes; moves the centres, too."""
+    experts, points = len(centres_KS), len(points_NS)
+    handicaps_K = np.zeros(experts, np.float32)
+    step = float(points_NS.var(0).sum()) / 20
+    for turn in range(EVENING):
+        away_NK = np.square(centres_KS).sum(1) + handicaps_K - 2 * points_NS @ centres_KS.T
+        label_N = away_NK.argmin(1)
+        counts_K = np.bincount(label_N, minlength=experts)
+        crowd_K = np.log(np.maximum(counts_K * experts / points, 0.02))
+        handicaps_K += np.float32(step * (1 - turn / EVENING)) * np.clip(crowd_K, -2, 2).astype(np.float32)
+        if turn < 0.7 * EVENING:
+            sums_KS = np.stack([np.bincount(label_N, x_N, experts) for x_N in points_NS.T], axis=1)
+            filled_K = counts_K > 0
+            centres_KS[filled_K] = sums_KS[filled_K] / counts_K[filled_K, None]
+    return handicaps_K
 
 
 assert BINS <= 1 << 16  # bins are uint16

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numba import njit
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups
 from tinyonn.experts.source import Source
-from tinyonn.run import Run
-from tinyonn.store.arrays import bands
-from tinyonn.store.records import UInt8, UInt16, dither_bits, dither_seed
+from tinyonn.store.arrays import bands, codebooks_of, read_rows
+from tinyonn.store.combine import shares
+from tinyonn.store.reader import Reader
+from tinyonn.store.records import SHIFTS, STATISTICS, UInt8, UInt16, dither_bits, dither_seed
 
 STEPS = 32  # bins of an octave
 LOWEST = -44  # octave of the first bin
@@ -40,25 +42,58 @@ class NeedData:
 
     Attributes
     ----------
-    run : Run
+    reader : Reader
+        Of the run's snapshot.
     source : Source
         Of weights and, for the selection, records.
     slices : tuple of str
+        Those that have samples.
     slope : float
         Octaves of need for one grad level, which is half an octave of gradient.
     """
 
-    run: Run
+    reader: Reader
     source: Source
     slices: tuple[str, ...]
     slope: float
 
-    def bins(self, name: str, first: int, last: int, weights: Float32) -> UInt16:
-        """How much each slice needs the weights of some rows, in steps within the tensor: uint16 [S, rows, columns]."""
-        out = np.empty((len(self.slices), *weights.shape), np.uint16)
-        for number, slice in enumerate(self.slices):
-            levels = self.run.mean_rows(name, first, last, slice)[1]
-            _bins(weights.reshape(-1), levels.reshape(-1), self.slope, LOG2, out[number].reshape(-1))
+    def tensor(self, name: str) -> NeedTensor:
+        """A tensor's records of every slice, opened once."""
+        return NeedTensor(self, name)
+
+
+class NeedTensor:
+    """How much each slice needs the weights of a tensor, band by band."""
+
+    def __init__(self, data: NeedData, name: str) -> None:
+        self._data, self._name = data, name
+        self._slices: list[list[tuple[zarr.Array[Any], str, Float32]]] = []
+        for slice in data.slices:
+            segments = [one for one in data.reader.segments if one.samples and one.slice == slice]
+            parts = []
+            for segment, share in zip(segments, shares(segments), strict=True):
+                array = data.reader.array(segment, name)
+                table = (codebooks_of(array)[STATISTICS.index("grad")] * share).astype(np.float32)
+                parts.append((array, f"{name} of segment {segment.name}", table))
+            self._slices.append(parts)
+
+    def bins(self, first: int, last: int, weights: Float32) -> UInt16:
+        """In steps within the tensor, uint16 [S, rows, columns].
+
+        Parameters
+        ----------
+        first, last : int
+            Rows.
+        weights : float32 [rows, columns]
+        """
+        out = np.empty((len(self._slices), *weights.shape), np.uint16)
+        levels = np.empty(weights.size, np.float32)
+        for number, parts in enumerate(self._slices):
+            levels[:] = 0
+            for array, what, table in parts:
+                records = np.ascontiguousarray(read_rows(array, first, last, what))
+                _add_levels(records.reshape(-1), SHIFTS["grad"], table, levels)
+            _bins(weights.reshape(-1), levels, self._data.slope, LOG2, out[number].reshape(-1))
         return out
 
 
@@ -67,10 +102,11 @@ def count_needs(data: NeedData, parameters: tuple[Parameter, ...]) -> list[Count
     found = []
     for parameter in parameters:
         counts = np.zeros((len(data.slices), BINS), np.int64)
+        tensor = data.tensor(parameter.name)
         for first, last in bands(parameter.shape):
             weights = data.source.band(parameter.name, first, last, ("weights",)).weights
             assert weights is not None
-            for its, bins in zip(counts, data.bins(parameter.name, first, last, weights), strict=True):
+            for its, bins in zip(counts, tensor.bins(first, last, weights), strict=True):
                 _count(bins.reshape(-1), its)
         found.append(counts)
     return found
@@ -104,11 +140,16 @@ def label_needs(
     data: NeedData,
     selection: Selection,
     tables: Mapping[str, Float32],
-    centres_KS: Float32,
+    centres: tuple[Float32, Float32],
     folder: Path,
     parameters: tuple[Parameter, ...],
 ) -> list[Counts]:
     """A task: write the label of every weight that an expert may hold, 0 for all others.
+
+    Parameters
+    ----------
+    centres : float32 [K, S] and float32 [K]
+        Centres and handicaps, of `tinyonn.experts.need.find_centres`.
 
     Returns
     -------
@@ -119,13 +160,13 @@ def label_needs(
     for parameter in parameters:
         path = label_path(folder, parameter.name)
         labels = np.lib.format.open_memmap(part_path(path), "w+", np.uint8, tuple(parameter.shape))
-        counts = np.zeros(len(centres_KS), np.int64)
+        counts = np.zeros(len(centres[0]), np.int64)
         for first, groups, bins in _bands(data, selection, parameter):
             out = labels[first : first + len(groups)]
             flat = np.zeros(groups.size, np.uint8)
             _nearest(
                 groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
-                np.ascontiguousarray(centres_KS.T), selection.experts, flat, counts,
+                np.ascontiguousarray(centres[0].T), centres[1], selection.experts, flat, counts,
             )  # fmt: skip
             out[...] = flat.reshape(groups.shape)
         found.append(counts)
@@ -148,10 +189,11 @@ def part_path(path: Path) -> Path:
 def _bands(data: NeedData, selection: Selection, parameter: Parameter) -> Iterator[tuple[int, UInt8, UInt16]]:
     """First row, groups [rows, columns] and bins [S, rows, columns]."""
     groups = TensorGroups(selection, data.source, parameter.name)
+    tensor = data.tensor(parameter.name)
     for first, last in bands(parameter.shape):
         band = data.source.band(parameter.name, first, last, groups.needs | {"weights"})
         assert band.weights is not None
-        yield first, groups.of_band(band), data.bins(parameter.name, first, last, band.weights)
+        yield first, groups.of_band(band), tensor.bins(first, last, band.weights)
 
 
 def task_bytes(parameters: Sequence[Parameter], slices: int) -> int:
@@ -159,7 +201,13 @@ def task_bytes(parameters: Sequence[Parameter], slices: int) -> int:
     largest = max(
         (last - first) * int(np.prod(p.shape[1:])) for p in parameters for first, last in bands(p.shape)
     )
-    return largest * (4 + 4 + 1 + 1 + 3 * 8 + 2 * slices + 8)
+    return largest * (4 + 4 + 1 + 1 + 2 + 4 + 2 * slices + 8)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_levels(records_N: Any, shift: Any, table: Any, levels_N: Any) -> None:
+    for i in range(records_N.size):
+        levels_N[i] += table[(records_N[i] >> shift) & 15]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -188,14 +236,21 @@ def _draw(groups_N: Any, first: Any, seed: Any, limit: Any, core: Any, out_N: An
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _nearest(
-    groups_N: Any, bins_SN: Any, table_SB: Any, centres_SK: Any, core: Any, out_N: Any, counts_K: Any
+    groups_N: Any,
+    bins_SN: Any,
+    table_SB: Any,
+    centres_SK: Any,
+    handicaps_K: Any,
+    core: Any,
+    out_N: Any,
+    counts_K: Any,
 ) -> None:
     slices, experts = centres_SK.shape
     far_K = np.empty(experts, np.float32)
     for i in range(groups_N.size):
         if groups_N[i] >= core:  # the core's, or dropped
             continue
-        far_K[:] = np.float32(0)
+        far_K[:] = handicaps_K
         for s in range(slices):
             need = table_SB[s, bins_SN[s, i]]
             for k in range(experts):

@@ -13,7 +13,7 @@ Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tenso
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -130,7 +130,12 @@ def parameter_named(source: Source, name: str) -> Parameter:
     return found
 
 
-def select(source: Source, options: SelectOptions, compute: Compute | None = None) -> Selection:
+def select(
+    source: Source,
+    options: SelectOptions,
+    compute: Compute | None = None,
+    core_shares: Mapping[str, float] | None = None,
+) -> Selection:
     """Choose exactly the budget.
 
     Parameters
@@ -140,6 +145,8 @@ def select(source: Source, options: SelectOptions, compute: Compute | None = Non
     compute : callable, optional
         From `tinyonn.engine.computing`, with as many workers as `select_bytes` leaves room for; without it, one task
         after another in this thread. The result does not depend on it.
+    core_shares : mapping of str to float, optional
+        How the core is spread over the tensors, in these proportions; by default as the budget is.
 
     Raises
     ------
@@ -159,13 +166,9 @@ def select(source: Source, options: SelectOptions, compute: Compute | None = Non
         zip([p.name for p in tensors], allocate(source, tensors, options, [budget], run)[0], strict=True)
     )
     names = list(counts)
-    core = dict(
-        zip(
-            names,
-            apportion(round(options.core * budget), list(counts.values()), list(counts.values())),
-            strict=True,
-        )
-    )
+    kept = list(counts.values())
+    spread = kept if core_shares is None else [core_shares[p.name] * p.size for p in tensors]
+    core = dict(zip(names, apportion(round(options.core * budget), spread, kept), strict=True))
     groups = task_groups(tensors)
     calls: list[Call] = [
         (cut_tensors, (source, tuple((p, int(counts[p.name]), int(core[p.name])) for p in group), options))

@@ -1,6 +1,6 @@
-"""One worker of a group of processes: ``python -m tests.train.gloo_child FOLDER RANK WORLD [KILL]``.
+"""One worker of a group of processes: ``python -m tests.train.gloo_child FOLDER RANK WORLD [KILL [STEPS]]``.
 
-With KILL it ends itself by SIGKILL, as from outside, when so many steps are done.
+With KILL the first one ends itself by SIGKILL, as from outside, when so many steps are done.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import distributed
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from tests.train.trained import OPTIONS, load_models
+from tests.train.trained import OPTIONS, changed, load_models
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer
 
 
-def main(folder: Path, rank: int, world: int, kill: int) -> None:
+def main(folder: Path, rank: int, world: int, kill: int = 0, steps: int = OPTIONS.steps) -> None:
     torch.set_num_threads(1)
     if world > 1:
         store = FileStore(str(folder / "store"), world)
@@ -35,10 +35,8 @@ def main(folder: Path, rank: int, world: int, kill: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     base, student = load_models(folder / "model")
-    trainer = Trainer(
-        student, Corpus(folder / "corpus.arrow"), OPTIONS, folder / "train", Live(base), observe=observe
-    )
-    trainer.run()
+    corpus, options = Corpus(folder / "corpus.arrow"), changed(steps=steps)
+    Trainer(student, corpus, options, folder / "train", Live(base), observe=observe).run()
 
 
 if __name__ == "__main__":

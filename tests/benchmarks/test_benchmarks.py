@@ -85,6 +85,21 @@ def test_decode() -> None:
     assert tree["figures"]["shares"]["1.0"]["forms"] == ["dense"]
 
 
+@pytest.mark.slow
+def test_routing(tmp_path: Path) -> None:
+    tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small")
+    lines = {(line["arm"], line["k"]): line for line in tree["figures"]["lines"]}
+    routed = [lines["routed", k] for k in ("10", "25", "50", "all")]
+    shares = [line["active"][0] for line in routed]
+    assert shares == sorted(shares)
+    for arm in ("static", "magnitude", "random", "wanda"):
+        for k, share in zip(("10", "25", "50", "all"), shares, strict=True):
+            assert lines[arm, k]["active"][0] == pytest.approx(share, abs=0.01)
+    assert {k for arm, k in lines if arm == "small"} == {"10", "25", "50"}
+    assert lines["dense", "as it is"]["losses"][0] < lines["routed", "10"]["losses"][0]
+    assert len(tree["goals"]) == 3 + 2 * 3
+
+
 def test_exact_statistics_are_autograds(qwen2: Path) -> None:
     """Two samples: means of log2 act and log2 |grad| and shares, beside autograd in float64."""
     config = ModelConfig(path=str(qwen2), dtype="float32", device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.experts.runs import clustered_run
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import Config, ExpertsConfig
 from tinyonn.engine import EngineOptions, computing
-from tinyonn.errors import InputError
+from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts import assemble as assembly
 from tinyonn.experts import need_passes
 from tinyonn.experts.assemble import assemble_run
@@ -182,6 +183,16 @@ def test_killed_while_labelling(
     assemble_run(str(place / "run"), config.model, CONFIG, folder=tmp_path / "killed")
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+
+
+def test_a_full_disk(world: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place, config = world
+    monkeypatch.setattr(need_passes, "_nearest", full)
+    with pytest.raises(CapacityError, match=r"no space left .* a byte for each linear weight"):
+        assemble_run(str(place / "run"), config.model, CONFIG, folder=tmp_path / "a")
 
 
 def test_bad_input(world: tuple[Path, Config], tmp_path: Path) -> None:

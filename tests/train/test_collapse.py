@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.train.trained import changed, load_models, make_corpus, make_models
-from tinyonn.train.monitor import FILE, Monitor, read_lines
+from tinyonn.train.monitor import FILE, Monitor, StepFacts, read_lines
 from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer
@@ -34,7 +34,11 @@ def test_collapse(tmp_path: Path, balanced: bool) -> None:
         optimizers=OptimizerOptions(router_lr=0.03, experts="muon", experts_lr=1e-3),
     )
     monitor = Monitor(tmp_path / "train", window=WINDOW)
-    Trainer(student, corpus, options, tmp_path / "train", Live(base), observe=monitor.record).run()
+
+    def observe(facts: StepFacts) -> None:
+        monitor.record(facts)
+
+    Trainer(student, corpus, options, tmp_path / "train", Live(base), observe=observe).run()
     monitor.close()
     lines = list(read_lines(tmp_path / "train" / FILE))
     last = lines[-1]["values"]

@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import zarr
 from numba import njit
 
 from tinyonn.base.parameters import Parameter
+from tinyonn.errors import CapacityError
 from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups
 from tinyonn.experts.source import Source
 from tinyonn.store.arrays import bands, codebooks_of, read_rows
 from tinyonn.store.combine import shares
+from tinyonn.store.faults import is_full
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import SHIFTS, STATISTICS, UInt8, UInt16, dither_bits, dither_seed
 
@@ -159,21 +161,40 @@ def label_needs(
     found = []
     for parameter in parameters:
         path = label_path(folder, parameter.name)
-        labels = np.lib.format.open_memmap(part_path(path), "w+", np.uint8, tuple(parameter.shape))
-        counts = np.zeros(len(centres[0]), np.int64)
-        for first, groups, bins in _bands(data, selection, parameter):
-            out = labels[first : first + len(groups)]
-            flat = np.zeros(groups.size, np.uint8)
-            _nearest(
-                groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
-                np.ascontiguousarray(centres[0].T), centres[1], selection.experts, flat, counts,
-            )  # fmt: skip
-            out[...] = flat.reshape(groups.shape)
-        found.append(counts)
-        labels.flush()
-        del labels
+        try:
+            with part_path(path).open("wb") as file:
+                found.append(_write_labels(file, data, selection, tables, centres, parameter))
+        except OSError as error:
+            if is_full(error):
+                raise CapacityError(
+                    f"no space left in {folder} for the experts' labels, a byte for each linear weight; free some and "
+                    "run again"
+                ) from None
+            raise
         part_path(path).replace(path)
     return found
+
+
+def _write_labels(
+    file: BinaryIO,
+    data: NeedData,
+    selection: Selection,
+    tables: Mapping[str, Float32],
+    centres: tuple[Float32, Float32],
+    parameter: Parameter,
+) -> Counts:
+    """As a NumPy file, band after band."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": tuple(parameter.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    counts = np.zeros(len(centres[0]), np.int64)
+    for _, groups, bins in _bands(data, selection, parameter):
+        labels = np.zeros(groups.size, np.uint8)
+        _nearest(
+            groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
+            np.ascontiguousarray(centres[0].T), centres[1], selection.experts, labels, counts,
+        )  # fmt: skip
+        file.write(labels.tobytes())
+    return counts
 
 
 def label_path(folder: Path, name: str) -> Path:

@@ -185,6 +185,18 @@ def test_killed_while_labelling(
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
 
 
+def test_a_lost_shard_is_made_again(world: tuple[Path, Config], tmp_path: Path) -> None:
+    """Also when the labels are long gone."""
+    place, config = world
+    assemble_run(str(place / "run"), config.model, CONFIG, folder=tmp_path / "a")
+    lost = min((tmp_path / "a").glob("*.safetensors"))
+    before = lost.read_bytes()
+    lost.unlink()
+    assert assemble_run(str(place / "run"), config.model, CONFIG, folder=tmp_path / "a").fresh
+    assert lost.read_bytes() == before
+    assert not assemble_run(str(place / "run"), config.model, CONFIG, folder=tmp_path / "a").fresh
+
+
 def test_a_full_disk(world: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -197,7 +197,7 @@ class _Assembly:
         path = self.folder / MARKER
         text = path.read_text("utf-8")
         tree = json.loads(text) if text else {}
-        if tree.get("assembly") == self.id:
+        if tree.get("assembly") == self.id and (self.needs is None or self.needs.made):
             return Selection.from_tree(tree)
         need = select_bytes(self.source, self.choice) + (self.needs.bytes if self.needs else 0)
         with self._computing(need, "selecting") as compute:

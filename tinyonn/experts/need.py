@@ -49,12 +49,11 @@ from tinyonn.score.stage import task_groups
 
 FORMAT = 1
 POWER = 0.7  # of the gradient; 1 would be the Taylor estimate of the loss, which trusts few samples too much
-DEPTH = (
-    3.5  # a weight needed under e**-3.5 of the budget is needed at all costs: needs below that count as equal
-)
+DEPTH = 3.5  # needs below e**-3.5 of the budget count as equal: such a weight is kept at all costs
 LEVELS = (0.6, 0.3, 0.1, 0.03)  # of the budget, at which the allocation is asked
 SAMPLE = 1 << 16  # weights that the centres are found from
 ROUNDS = 30  # of k-means, at most
+COUNTS = "counts.json"  # beside the labels, once they are all there: weights of every expert in each tensor
 EVENING = 60  # rounds in which its clusters become of about equal sizes
 
 
@@ -162,6 +161,11 @@ class ByNeed:
         """Memory of the largest task."""
         return task_bytes(self.tensors, len(self.run.slices))
 
+    @property
+    def made(self) -> bool:
+        """Whether all labels are there."""
+        return (self.folder / self.identity / COUNTS).is_file()
+
     def labelled(self) -> NeedSource:
         """The source with labels, which `make` writes."""
         return NeedSource(self.source, self.folder / self.identity, self.options.experts, self.identity)
@@ -186,8 +190,8 @@ class ByNeed:
         spread = dict(zip(names, core_shares.tolist(), strict=True))
         plain = select(self.source, self.selection, compute, spread)
         own = self.folder / self.identity
-        done = own / "counts.json"
-        if done.is_file():
+        done = own / COUNTS
+        if self.made:
             counts = json.loads(done.read_text("utf-8"))
         else:
             shutil.rmtree(own, ignore_errors=True)

@@ -224,7 +224,7 @@ class OptimizersConfig(Section):
     router_lr: float = Field(5e-3, ge=0, allow_inf_nan=False)
     router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     experts: Literal["muon", "adamw", "frozen"] = "muon"
-    experts_lr: float = Field(2e-3, ge=0, allow_inf_nan=False)
+    experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # 0 freezes norms, biases, embeddings and head
     trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)

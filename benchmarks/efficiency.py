@@ -109,7 +109,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
 
     from tinyonn.base.load import load_model, load_shape
     from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
-    from tinyonn.evaluate.trained import _active
+    from tinyonn.evaluate.trained import active_weights
     from tinyonn.experts.assemble import open_assembled
     from tinyonn.train.data import collate, held_out_batches
 
@@ -129,7 +129,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
         experts = int(model.config.experts)
         k = experts if name == "all" else int(name)
         model.router.top_k = min(k, experts - len(model.router.options.shared))
-        _, active = _active(model, batches, min(k, experts), 0)
+        _, active = active_weights(model, batches, min(k, experts), 0)
     speeds, contexts = [], []
     step = max(1, len(samples) // options.prompts)
     for sample in samples[::step][: options.prompts]:

@@ -62,7 +62,7 @@ from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.repository import Store
-from tinyonn.train.data import Batch, held_out_batches
+from tinyonn.train.data import held_out_batches
 from tinyonn.train.options import LossWeights, TrainOptions
 from tinyonn.train.settings import train_stage_options
 from tinyonn.train.stage import TrainStageOptions, train_run
@@ -412,8 +412,6 @@ def spread(values: Sequence[float]) -> str:
     mean = f"{np.mean(values):.4f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
 
-
-__all__ = ["Batch", "Comparison", "Line", "main"]
 
 if __name__ == "__main__":
     main()

@@ -24,6 +24,7 @@ from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.routed import Experts, gates_of
 from tinyonn.experts.assemble import TOKENIZER, open_assembled
+from tinyonn.experts.compress import DROPPED, compress
 from tinyonn.experts.configuration_tinyonn import TinyONNConfig
 from tinyonn.experts.matrix_tinyonn import rows_and_groups
 from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
@@ -32,7 +33,6 @@ from tinyonn.experts.select import select
 from tinyonn.experts.source import Source, digest
 from tinyonn.train.data import Batch
 
-DROPPED = 255
 Groups = Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]
 
 
@@ -52,19 +52,19 @@ def write_experts(folder: Path, dense: DenseWeights, groups: Groups, experts: in
     """
     modules = {name.removesuffix(".weight"): group for name, group in groups.items()}
     parts = {
-        module: _compress(dense.original(f"{module}.weight"), group, experts + 1)
+        module: compress(dense.original(f"{module}.weight"), group, experts + 1)
         for module, group in modules.items()
     }
-    sizes = np.sum([np.bincount(group.reshape(-1), minlength=256) for group in modules.values()], axis=0)
+    sizes = np.sum([part.sizes for part in parts.values()], axis=0)
     fingerprint = digest([[name, group.shape, group.tobytes().hex()] for name, group in groups.items()])
     config = TinyONNConfig(
         base_config=read_model_config(base),
         experts=experts,
         sparse_layers={
-            module: {"out": group.shape[0], "in": group.shape[1], "entries": parts[module]["values"].numel()}
+            module: {"out": group.shape[0], "in": group.shape[1], "entries": parts[module].values.numel()}
             for module, group in modules.items()
         },
-        expert_sizes=sizes[: experts + 1].tolist(),
+        expert_sizes=sizes.tolist(),
         assembly={"id": fingerprint},
     )
     with torch.device("meta"):
@@ -73,7 +73,9 @@ def write_experts(folder: Path, dense: DenseWeights, groups: Groups, experts: in
     state = {f"base.{name}": tensor for name, tensor in dense.model.state_dict().items()}
     for module, part in parts.items():
         del state[f"base.{module}.weight"]
-        state |= {f"base.{module}.{field}": tensor for field, tensor in part.items()}
+        state |= {
+            f"base.{module}.{name}": getattr(part, name) for name in ("values", "columns", "row_pointer")
+        }
     _, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     for name, buffer in model.base.named_buffers():  # those that are not saved
@@ -244,18 +246,3 @@ def _write_index(folder: Path) -> None:
         "weight_map": dict.fromkeys(names, weights.name),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
-
-
-def _compress(W_OI: torch.Tensor, group_OI: np.ndarray[Any, Any], groups: int) -> dict[str, torch.Tensor]:
-    """Values, columns and row pointer of a layer, group by group and row by row."""
-    out, inputs = W_OI.shape
-    rows, columns = np.nonzero(group_OI != DROPPED)
-    group = group_OI[rows, columns].astype(np.int64)
-    order = np.lexsort((columns, rows, group))
-    counts = np.bincount(group * out + rows, minlength=groups * out)
-    number = np.uint16 if inputs <= 65536 else np.int32
-    return {
-        "values": W_OI[torch.from_numpy(rows[order]), torch.from_numpy(columns[order])].clone(),
-        "columns": torch.from_numpy(columns[order].astype(number)),
-        "row_pointer": torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int32)),
-    }

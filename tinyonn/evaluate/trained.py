@@ -155,7 +155,7 @@ def evaluate_trained(
     lines: list[TrainedLine] = []
 
     def measure(name: str, one: Any, k: Experts, all_weights: float) -> None:
-        experts, weights = _active(one, batches, k, all_weights)
+        experts, weights = active_weights(one, batches, k, all_weights)
         lines.append(TrainedLine(name, experts, weights, evaluate_routed(one, batches, k)))
         tell(f"{name}, {weights / all_weights:.1%} of the weights active: {lines[-1].losses.mean:.4f} nats")
 
@@ -202,10 +202,10 @@ def _numbers(model: Any) -> list[Experts]:
 
 
 @torch.no_grad()
-def _active(
+def active_weights(
     model: Any, batches: Sequence[Batch], k: Experts, all_weights: float
 ) -> tuple[float | None, float]:
-    """Experts on and weights that work, means over samples."""
+    """Experts on (None of a dense model) and linear weights that work, means over samples."""
     if not hasattr(model, "sparse_layers"):
         return None, all_weights
     sizes_G = torch.tensor(model.config.expert_sizes, dtype=torch.float64)

@@ -1,10 +1,9 @@
 """``tinyonn assemble``: the kept weights, expert by expert, as a folder that ``transformers`` loads.
 
-Data flow: rows and records of the run, weights of the base model → `select` and, with ``by: need``, the experts
-(`need`), else those of the run's labels → one task per shard, each of
-which cuts, compresses and writes a layer's matrices (`shards`) → index, tokenizer, card, code and configuration
-(`TinyONNForCausalLM.save_shell`). The configuration comes last: without it the folder is not a model. Shards of the
-same assembly that are there already are kept, so a killed call goes on.
+Data flow: rows and records of the run, weights of the base model → `select` and the experts: by `need`, or the run's
+labels → one task per shard, each of which cuts, compresses and writes a layer's matrices (`shards`) → index, tokenizer,
+card, code and configuration (`TinyONNForCausalLM.save_shell`). The configuration comes last: without it the folder is
+not a model. Shards of the same assembly that are there already are kept, so a killed call goes on.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from tinyonn.store.records import SHIFTS, STATISTICS, UInt8, UInt16, dither_bits
 STEPS = 32  # bins of an octave
 LOWEST = -44  # octave of the first bin
 BINS = 2048
-DROPPED = 255
 MANTISSAS = 1024
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]

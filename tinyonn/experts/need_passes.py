@@ -27,7 +27,7 @@ from tinyonn.store.records import SHIFTS, STATISTICS, UInt8, UInt16, dither_bits
 
 STEPS = 32  # bins of an octave
 LOWEST = -44  # octave of the first bin
-BINS = 2048
+BINS = 2048  # numbered in 16 bits
 MANTISSAS = 1024
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
@@ -150,7 +150,7 @@ def label_needs(
     Parameters
     ----------
     centres : float32 [K, S] and float32 [K]
-        Centres and handicaps, of `tinyonn.experts.need.find_centres`.
+        Centres and handicaps, of `tinyonn.experts.need_centres.find_centres`.
 
     Returns
     -------

@@ -13,7 +13,8 @@ Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tenso
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -130,11 +131,27 @@ def parameter_named(source: Source, name: str) -> Parameter:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """Budget and core over the tensors.
+
+    Attributes
+    ----------
+    kept_T : int64 [tensors]
+        Weights that each keeps, the budget together.
+    core_T : float or int [tensors]
+        Proportions of the core.
+    """
+
+    kept_T: np.ndarray
+    core_T: np.ndarray
+
+
 def select(
     source: Source,
     options: SelectOptions,
     compute: Compute | None = None,
-    core_shares: Mapping[str, float] | None = None,
+    spread: Spread | None = None,
 ) -> Selection:
     """Choose exactly the budget.
 
@@ -145,8 +162,8 @@ def select(
     compute : callable, optional
         From `tinyonn.engine.computing`, with as many workers as `select_bytes` leaves room for; without it, one task
         after another in this thread. The result does not depend on it.
-    core_shares : mapping of str to float, optional
-        How the core is spread over the tensors, in these proportions; by default as the budget is.
+    spread : Spread, optional
+        Of budget and core over the tensors; by default the allocation's, and the core in proportion.
 
     Raises
     ------
@@ -161,14 +178,13 @@ def select(
         raise CapacityError(
             f"{large.name} has {large.size:,} weights; at most {2**32:,} of a tensor can be told apart"
         )
-    sizes = np.array([parameter.size for parameter in tensors])
-    counts = dict(
-        zip([p.name for p in tensors], allocate(source, tensors, options, [budget], run)[0], strict=True)
-    )
-    names = list(counts)
-    kept = list(counts.values())
-    spread = kept if core_shares is None else [core_shares[p.name] * p.size for p in tensors]
-    core = dict(zip(names, apportion(round(options.core * budget), spread, kept), strict=True))
+    if spread is None:
+        kept = allocate(source, tensors, options, [budget], run)[0]
+        spread = Spread(kept, kept)
+    sizes, names = np.array([parameter.size for parameter in tensors]), [p.name for p in tensors]
+    counts = dict(zip(names, spread.kept_T, strict=True))
+    cored = apportion(round(options.core * budget), spread.core_T, spread.kept_T)
+    core = dict(zip(names, cored, strict=True))
     groups = task_groups(tensors)
     calls: list[Call] = [
         (cut_tensors, (source, tuple((p, int(counts[p.name]), int(core[p.name])) for p in group), options))

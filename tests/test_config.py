@@ -129,6 +129,7 @@ OPTIONS = [
     "train.teacher",
     "train.temperature",
     "train.warm_start",
+    "train.warm_start_lr",
 ]
 
 

@@ -221,7 +221,7 @@ class OptimizersConfig(Section):
     """What is trained by which rule; rates are peaks."""
 
     router: Literal["muon", "adamw", "frozen"] = "muon"
-    router_lr: float = Field(5e-3, ge=0, allow_inf_nan=False)
+    router_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # after the warm start; 0 holds it
     router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     experts: Literal["muon", "adamw", "frozen"] = "muon"
     experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
@@ -250,8 +250,9 @@ class TrainConfig(Section):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     warm_start: int = Field(
-        60, ge=0
+        200, ge=0
     )  # steps before the first in which the router alone learns from the profile
+    warm_start_lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
     clip: float = Field(1.0, ge=0, allow_inf_nan=False)
     checkpoint_every: PositiveInt = 50
     keep: PositiveInt = 2  # latest checkpoints

@@ -20,7 +20,7 @@ from tinyonn.experts import assemble as assembly
 from tinyonn.experts import need_passes
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.choice import select_options
-from tinyonn.experts.need import DEPTH, POWER, ByNeed, NeedOptions
+from tinyonn.experts.need import DEPTH, HEIGHT, POWER, ByNeed, NeedOptions
 from tinyonn.experts.need_centres import find_centres
 from tinyonn.experts.need_curves import needed_budgets
 from tinyonn.experts.need_passes import label_path
@@ -70,7 +70,7 @@ def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
             rank[np.argsort(-need, kind="stable")] = (np.arange(need.size) + 0.5) / need.size
             shares = counts_LT[:, number] / parameter.size
             budget = needed_budgets(rank, np.array(levels) / weights, shares)
-            own.append(np.clip(np.log(budget * weights / total), -DEPTH, 0))
+            own.append(np.clip(np.log(budget * weights / total), -DEPTH, HEIGHT))
         features.append(np.stack(own, axis=1))
         groups = groups_of(selection, needs.labelled(), parameter.name)
         chosen.append((groups < CONFIG.count).reshape(-1))

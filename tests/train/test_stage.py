@@ -192,6 +192,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
         ({"router": RouterShape(shared=9)}, "9 shared experts of 6"),
         ({"workers": 0}, r"train\.workers = 0; give at least 1"),
         ({"threads": 0}, r"train\.threads = 0; give at least 1"),
+        (
+            {"warm_start": 0, "optimizers": OptimizerOptions(router_lr=0.0)},
+            "leave a new router as it was drawn",
+        ),
         ({"router": None}, "need a router and the model has none"),
         ({"teacher_k": 8}, "needs the teacher's hidden states, which a cache does not hold"),
     ],

@@ -217,6 +217,25 @@ def test_a_warm_start_teaches_the_router_alone(
     assert again.step == 31
 
 
+def test_a_held_router_stays_as_the_warm_start_left_it(corpus: Corpus, train: Callable[..., Trainer]) -> None:
+    profiled = corpus.range("code", 0, 4) + corpus.range("prose", 0, 4)
+    contribution_SE = np.random.default_rng(0).random((8, EXPERTS), dtype=np.float32)
+    targets = ProfileTargets([sample.index for sample in profiled], contribution_SE)
+    options = changed(warm_start=4, routing={"bias_rate": 0.0}, optimizers={"router_lr": 0.0})
+    trainer = train("held", options, targets=targets)
+    before = weights(trainer)
+    trainer.run(4)
+    taught = weights(trainer)
+    trainer.run()
+    after = weights(trainer)
+
+    def moved(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> set[str]:
+        return {name.split(".")[0] for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+
+    assert moved(before, taught) == {"router"}
+    assert "router" not in moved(taught, after) and moved(taught, after)
+
+
 # What the stages leave untouched
 
 

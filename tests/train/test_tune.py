@@ -27,7 +27,7 @@ def copy(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_options_by_their_names() -> None:
-    assert option_of(OPTIONS, "optimizers.router_lr") == OPTIONS.optimizers.router_lr
+    assert option_of(OPTIONS, "optimizers.experts_lr") == OPTIONS.optimizers.experts_lr
     changed = with_options(OPTIONS, {"weights.ce": 0.5, "temperature": 3.0, "warm_start": 7.4})
     assert (changed.weights.ce, changed.temperature, changed.warm_start) == (0.5, 3.0, 7)
     assert replace(changed, weights=OPTIONS.weights, temperature=1.0, warm_start=3) == OPTIONS

@@ -51,6 +51,7 @@ from tinyonn.score.stage import task_groups
 FORMAT = 1
 POWER = 0.7  # of the gradient; 1 would be the Taylor estimate of the loss, which trusts few samples too much
 DEPTH = 3.5  # needs below e**-3.5 of the budget count as equal: such a weight is kept at all costs
+HEIGHT = 1.0  # and above e times the budget: such a weight is kept for other slices
 LEVELS = (0.6, 0.3, 0.1, 0.03)  # of the budget, at which the allocation is asked
 SAMPLE = 1 << 16  # weights that the centres are found from
 COUNTS = "counts.json"  # beside the labels, once they are all there: weights of every expert in each tensor
@@ -145,7 +146,7 @@ class ByNeed:
     def identity(self) -> str:
         """Digest of what decides the labels."""
         searched = {str(budget): dict(shares) for budget, shares in sorted(self.searched.items())}
-        constants = [FORMAT, POWER, DEPTH, LEVELS, SAMPLE, ROUNDS, EVENING]
+        constants = [FORMAT, POWER, DEPTH, HEIGHT, LEVELS, SAMPLE, ROUNDS, EVENING]
         return digest(
             [self.source.identity, asdict(self.options), self.selection.tree(), searched, constants]
         )
@@ -239,7 +240,7 @@ class ByNeed:
             ranks_SB = (above_SB + 0.5 * np.maximum(counts_SB, 1)) / parameter.size
             needs_SB = needed_budgets(ranks_SB, curves.budgets_L, curves.shares_LT[:, number])
             logs_SB = np.log(needs_SB * curves.weights / total)
-            tables[parameter.name] = np.clip(logs_SB, -DEPTH, 0).astype(np.float32)
+            tables[parameter.name] = np.clip(logs_SB, -DEPTH, HEIGHT).astype(np.float32)
         return tables
 
     def _curves(self, total: int, compute: Compute) -> Curves:

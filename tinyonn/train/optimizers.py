@@ -48,7 +48,8 @@ class OptimizerOptions:
     router : {"muon", "adamw", "frozen"}
         Rule of the router's matrices; the rest of it goes by AdamW, or is frozen too.
     router_lr : float
-        Peak learning rate of the whole router. Muon's updates have AdamW's size (Liu et al. 2025), so one rate does.
+        Peak learning rate of the whole router after the warm start; 0 holds it as that left it. Muon's updates have
+        AdamW's size (Liu et al. 2025), so one rate does.
     router_decay : float
         Weight decay of matrices and convolutions.
     experts : {"adamw", "muon", "frozen"}
@@ -184,28 +185,27 @@ def _of_experts(layers: list[Any], options: OptimizerOptions) -> Optimizer:
 
 
 def set_rates(
-    optimizers: Sequence[Optimizer], factor: float, scales: Mapping[str, float] | None = None
+    optimizers: Sequence[Optimizer], factor: float, given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Set every learning rate to its peak times the schedule's factor.
+    """Set every learning rate to its peak times the schedule's factor, or to what is given for it.
 
     Parameters
     ----------
     optimizers : sequence of Optimizer
     factor : float
-    scales : mapping, optional
-        Further factors by the param group's name, or by its first part: ``{"experts": 0.7}``.
+    given : mapping, optional
+        Rates by the first part of the param group's name: ``{"router": 3e-3}``.
 
     Returns
     -------
     dict
         Name of the param group -> learning rate.
     """
-    found, known = {}, scales or {}
+    found, known = {}, given or {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             name = group["name"]
-            scale = known.get(name, known.get(name.partition(".")[0], 1.0))
-            group["lr"] = found[name] = group["peak"] * factor * scale
+            group["lr"] = found[name] = known.get(name.partition(".")[0], group["peak"] * factor)
     return found
 
 

@@ -100,6 +100,7 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
         targets = options.targets if wants_targets else None
         if options.router is not None:
             router = options.router.options(profile, train.prompt_tokens).tree()
+            _check_taught(train)
     teacher = None
     if train.weights.kl > 0 or train.weights.hidden > 0:
         fingerprint = fingerprint_model(config.model, run / "fingerprint.json")
@@ -119,6 +120,16 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
         track=config.track,
         window=options.window,
     )
+
+
+def _check_taught(train: TrainOptions) -> None:
+    """Refuse a new router that nothing would teach."""
+    held = train.optimizers.router_lr == 0 and train.optimizers.router != "frozen"
+    if held and train.warm_start == 0:
+        raise InputError(
+            "train.warm_start = 0 and train.optimizers.router_lr = 0 leave a new router as it was drawn; "
+            "give a warm start of 100 steps or more, or a learning rate"
+        )
 
 
 def training_corpus(config: Config, folder: Path) -> Corpus:

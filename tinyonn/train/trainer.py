@@ -212,8 +212,7 @@ class Trainer:
         if not math.isfinite(loss):
             self._diverged(step, "the router's loss in the warm start is not finite")
         norm = self._clip(step)
-        peak = self.options.optimizers.router_lr
-        set_rates(self.optimizers, 1.0, {"router": self.options.warm_start_lr / peak if peak else 0.0})
+        set_rates(self.optimizers, 1.0, {"router": self.options.warm_start_lr})
         self._update(routed)
         line = {"step": step, "stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
         return _Done(line, load_of(routed), len(batch), int(batch.prompts_B.sum()))
@@ -223,8 +222,10 @@ class Trainer:
     ) -> Routed | None:
         if self.student.router is None:
             return None
-        seed = self.options.seed if weights is None else self.options.seed + 1
-        with torch.set_grad_enabled(self._learns("router")):
+        warm = weights is not None
+        seed = self.options.seed + 1 if warm else self.options.seed
+        moves = warm or self.options.optimizers.router_lr > 0
+        with torch.set_grad_enabled(moves and self._learns("router")):
             return choose_experts(
                 self.student, batch, step, seed, self.options.routing, weights or self.options.weights,
                 self.targets, growth,

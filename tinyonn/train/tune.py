@@ -38,12 +38,10 @@ JOURNAL = "train.log"
 REPORTS = 10  # looks at a trial
 LAST = 3  # the last third of the steps counts
 RANGES: dict[str, Range] = {
-    "optimizers.router_lr": Range(3e-4, 3e-2, log=True),
-    "optimizers.experts_lr": Range(1e-5, 1e-3, log=True),
+    "warm_start_lr": Range(3e-4, 3e-2, log=True),
+    "optimizers.experts_lr": Range(1e-4, 1e-2, log=True),
     "weights.ce": Range(0.01, 1.0, log=True),
     "weights.hidden": Range(0.01, 1.0, log=True),
-    "weights.balance": Range(1e-4, 0.3, log=True),
-    "routing.bias_rate": Range(1e-4, 0.1, log=True),
 }
 
 Tell = Callable[[str], None]

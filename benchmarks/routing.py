@@ -294,7 +294,8 @@ class Comparison:
         return own / "model"
 
     def _stamp(self, train: TrainOptions) -> str:
-        return digest([self.own, train.deciding()])[:8]
+        taught = [self.config.profile.model_dump(), self.config.router.model_dump()]
+        return digest([self.own, train.deciding(), taught])[:8]
 
     def _variant(self, name: str) -> Path:
         """A run's folder that shares all but the assembled model."""

@@ -31,13 +31,15 @@ def train_options(config: Config) -> TrainOptions:
     plain = given.model_dump(
         exclude={"data", "teacher", "loss", "routing", "stages", "schedule", "optimizers"}
     )
+    stages = given.stages.model_dump()
+    stages |= {name: stages[name] or None for name in ("act_k", "min_k")}  # 0 stands for all
     return TrainOptions(
         **plain,
         prompt_tokens=config.profile.prompt_tokens,
         checkpointing=config.model.checkpointing,
         weights=LossWeights(**given.loss.model_dump()),
         routing=RoutingOptions(**given.routing.model_dump()),
-        stages=StageOptions(**given.stages.model_dump()),
+        stages=StageOptions(**stages),
         schedule=ScheduleOptions(**given.schedule.model_dump()),
         optimizers=OptimizerOptions(**given.optimizers.model_dump()),
     )

@@ -32,7 +32,7 @@ def test_an_expert_that_nearly_all_samples_have_is_named() -> None:
     load[7] = 340  # of 400
     (alarm,) = load_alarms(load, 400)
     assert (alarm.kind, alarm.subjects) == ("high", (7,))
-    assert alarm.message.startswith("expert 7 is on for 85% of the samples, over 80%; raise")
+    assert alarm.message.startswith("expert 7 is on for 85% of the samples, over 80%; right where all kinds")
     load[9] = 330
     assert "2 experts (7, 9) are on for up to 85%" in load_alarms(load, 400)[0].message
 

@@ -28,7 +28,7 @@ COLLAPSE_SHARE = 0.95  # of the load
 SPIKE_SHARE, SPIKE_DEVIATIONS = 0.2, 8.0
 SPIKE_HISTORY = 10  # values before a spike can be told
 NAMED = 12  # experts that a sentence lists
-REMEDY = "raise the weight of the balance loss or the rate of the selection bias"
+REMEDY = "raise the rate of the selection bias, or the weight of the balance loss if the router has a learning rate"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_alarms(load_E: Int64, samples: int, numbers_E: Int64 | None = None) -> 
             top = float(load_E[high_E].max() / samples)
             text = (
                 f"{_experts(high)} on for {'up to ' if high.size > 1 else ''}{top:.0%} of the samples, over "
-                f"{HIGH_SHARE:.0%}; {REMEDY}, or make it a shared expert"
+                f"{HIGH_SHARE:.0%}; right where all kinds of text need it, else {REMEDY}"
             )
             found.append(Alarm("high", text, tuple(int(e) for e in high)))
     low = numbers_E[load_E < LOW_SHARE * total]

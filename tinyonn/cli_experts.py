@@ -242,24 +242,34 @@ def export(
     slices: Annotated[
         str | None, typer.Option("--slices", help="Take the experts of these slices, such as python,prose.")
     ] = None,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The run's trained model, in place of the assembled one.")
+    ] = False,
     model: Annotated[
         Path | None,
-        typer.Option(
-            "--model", help="The assembled model, if it is not in the run's experts/.", metavar="FOLDER"
-        ),
+        typer.Option("--model", help="The model, if it is not in the run's folder.", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Write an assembled model for others: for a hub, as a dense checkpoint that every tool reads, or as masks."""
+    """Write a sparse model for others: for a hub, as a dense checkpoint that every tool reads, or as masks."""
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.base.source import model_folder
         from tinyonn.evaluate.report import card_figures
+        from tinyonn.evaluate.trained import trained_card_figures
         from tinyonn.experts.export import Assembled, export_model, numbers_of
         from tinyonn.run import open_run
 
-        source = model if model is not None else local_folder(location) / "experts"
-        numbers = numbers_of(experts, slices, lambda: open_run(location))
-        figures = card_figures(local_folder(location), Assembled(source).config["assembly"].get("selection"))
+        if trained and model is not None:
+            raise InputError("--trained and --model exclude each other; give one")
+        place = local_folder(location)
+        source = model or place / ("model" if trained else "experts")
+        assembled = Assembled(source)
+        assembly = assembled.config["assembly"]
+        numbers = numbers_of(experts, slices, assembled, lambda: open_run(location))
+        if "training" in assembly:
+            figures = trained_card_figures(place, assembly["id"])
+        else:
+            figures = card_figures(place, assembly.get("selection"))
         base = model_folder(settings.model, weights=False)
         return export_model(source, folder, format, numbers, base, figures)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
-from tinyonn.config import Config
+from tinyonn.config import Config, ExpertsConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run, open_assembled
-from tinyonn.experts.export import experts_of_slices, export_model, numbers_of
+from tinyonn.experts.export import Assembled, experts_of_slices, export_model, numbers_of
 from tinyonn.run import Run, open_run
+from tinyonn.train.save import save_model
 
 IDS = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -124,6 +126,94 @@ def test_the_hub_folder_loads_and_its_card_has_the_figures(
     assert torch.equal(logits(open_assembled(tmp_path / "hub")), logits(open_assembled(folder / "sparse")))
 
 
+def test_a_trained_model_is_exported_as_what_it_became(
+    assembled: tuple[Path, Config], tmp_path: Path
+) -> None:
+    folder, _ = assembled
+    model = open_assembled(folder / "sparse")
+    model.set_router({"branches": [[0, 1, 2], [3, 4, 5]], "width": 8, "top_k": 2})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("values"):
+                parameter.mul_(1.25)
+    save_model(model, tmp_path / "trained", {"steps": 3}, folder / "sparse")
+    export_model(tmp_path / "trained", tmp_path / "dense", "dense", [1, 4])
+    model.set_path("dense")
+    with model.gates([float(number in (1, 4)) for number in range(CELLS)]):
+        wanted = logits(model)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
+    assert torch.equal(logits(dense), wanted)
+    index = json.loads((tmp_path / "dense" / "model.safetensors.index.json").read_text("utf-8"))
+    assert set(index["weight_map"]) == set(dense.state_dict())
+    report = export_model(tmp_path / "trained", tmp_path / "npz", "npz")
+    assert report.weights == sum(model.config.expert_sizes)
+    export_model(tmp_path / "trained", tmp_path / "hub", "hub")
+    assert open_assembled(tmp_path / "hub").router is not None
+    card = (tmp_path / "hub" / "README.md").read_text("utf-8")
+    assert "Trained after the cut: experts, 3 steps." in card
+    assert "`tinyonn evaluate --trained` measures it" in card
+    assert "By default 2 of 6 experts are on." in card
+
+
+def test_files_may_be_cut_anywhere(assembled: tuple[Path, Config], tmp_path: Path) -> None:
+    """Parts of a matrix in two files, and several layers in one: the same export, a file for each layer."""
+    folder, _ = assembled
+    open_assembled(folder / "sparse").save_pretrained(tmp_path / "cut", max_shard_size="20KB")
+    open_assembled(folder / "sparse").save_pretrained(tmp_path / "whole")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 5
+    assert len(list((tmp_path / "whole").glob("*.safetensors"))) == 1
+    for name in ("cut", "whole"):
+        for format in ("dense", "npz"):
+            export_model(tmp_path / name, tmp_path / f"{name}-{format}", format)
+            export_model(folder / "sparse", tmp_path / f"{name}-{format}-plain", format)
+            paths = sorted((tmp_path / f"{name}-{format}-plain").glob("model-*"))
+            assert paths
+            for path in paths:
+                assert path.read_bytes() == (tmp_path / f"{name}-{format}" / path.name).read_bytes()
+
+
+def test_experts_by_need_of_slices_are_those_that_they_would_keep(
+    assembled: tuple[Path, Config], tmp_path: Path
+) -> None:
+    folder, config = assembled
+    needed = ExpertsConfig(budget=0.4, count=7, core=0.1)
+    assemble_run(str(folder / "run"), config.model, needed, folder=tmp_path / "sparse")
+    opened = Assembled(tmp_path / "sparse")
+    needs = opened.config["assembly"]["needs"]
+
+    def of(slices: str) -> list[int]:
+        found = numbers_of(None, slices, opened, lambda: open_run(folder / "run"))
+        assert found is not None
+        return found
+
+    assert set(needs) == {"code", "prose"}
+    assert of("code") == [number for number, need in enumerate(needs["code"]) if need <= 1]
+    assert of("code") != of("prose")
+    assert of("code,prose") == sorted({*of("code"), *of("prose")})
+    assert 0 < len(of("code")) < 7
+    with pytest.raises(InputError, match="no slice 'sums' with samples in this model; there are code, prose"):
+        of("sums")
+    opened.config["assembly"]["needs"] = {"code": [2.0] * 7}
+    with pytest.raises(InputError, match="code would keep no expert's weights"):
+        of("code")
+    del opened.config["assembly"]["needs"]
+    with pytest.raises(InputError, match=r"earlier version .* `tinyonn assemble` again"):
+        of("code")
+
+
+def test_experts_of_an_assembly_without_needs_are_cells(assembled: tuple[Path, Config]) -> None:
+    opened = Assembled(assembled[0] / "sparse")
+
+    def of_code() -> list[int] | None:
+        return numbers_of(None, "code", opened, lambda: open_run(assembled[0] / "run"))
+
+    assert opened.config["assembly"]["needs"] is None
+    wanted = of_code()
+    assert wanted
+    del opened.config["assembly"]["needs"]
+    assert of_code() == wanted
+
+
 def test_experts_of_slices_have_more_of_them_than_all() -> None:
     cells = [
         {"size": 10, "slices": {"code": 0.9, "prose": 0.1}},
@@ -140,6 +230,7 @@ def test_what_cannot_be_exported_is_refused(assembled: tuple[Path, Config], tmp_
     def run() -> Run:
         return open_run(folder / "run")
 
+    opened = Assembled(folder / "sparse")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for call, message in (
@@ -157,9 +248,9 @@ def test_what_cannot_be_exported_is_refused(assembled: tuple[Path, Config], tmp_
         ),
         (lambda: export_model(tmp_path / "none", tmp_path / "x", "npz"), "holds no assembled model"),
         (lambda: export_model(folder / "run", tmp_path / "x", "npz"), "holds no assembled model"),
-        (lambda: numbers_of("1,b", None, run), "'b' is not a number"),
-        (lambda: numbers_of("1", "code", run), "exclude each other"),
-        (lambda: numbers_of(None, "sums", run), "no slice 'sums' in this run; there are code, prose"),
+        (lambda: numbers_of("1,b", None, opened, run), "'b' is not a number"),
+        (lambda: numbers_of("1", "code", opened, run), "exclude each other"),
+        (lambda: numbers_of(None, "sums", opened, run), "no slice 'sums' in this run; there are code, prose"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             call()

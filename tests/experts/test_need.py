@@ -82,6 +82,9 @@ def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
     nearest_N = ((kept_NS[:, None] - centres_KS) ** 2).sum(2).argmin(1)
     assert (nearest_N == kept_N).mean() > 0.9
     assert (np.diff(centres_KS.mean(1)) > -0.05).all()  # most needed first
+    needs_SK = np.array([needs.needs()[name] for name in run.slices])
+    sampled = np.abs(np.log(needs_SK.T) - centres_KS)  # bins in the place of exact ranks
+    assert sampled.mean() < 0.1 < np.abs(np.log(needs_SK[::-1].T) - centres_KS).mean()
 
 
 def test_groups_and_counts_fit(made: Any) -> None:

@@ -5,6 +5,7 @@ Experts are chosen from each sample's prompt; losses count the labelled tokens a
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from tinyonn.train.data import Batch, held_out_batches
 if TYPE_CHECKING:
     from rich.table import Table
 
+CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card
 DENSE, ASSEMBLED, TRAINED = "dense, as recorded", "assembled, untrained", "trained"
 
 
@@ -168,7 +170,39 @@ def evaluate_trained(
         measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
     for k in _numbers(trained):
         measure(TRAINED, trained, k, linear)
-    return TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
+    report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
+    _remember(run / "evaluate" / CARD, str(trained.config.assembly.get("id")), report.figures()["lines"])
+    return report
+
+
+def _remember(path: Path, assembly: str, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"assembly": assembly, "lines": lines}), "utf-8")
+
+
+def trained_card_figures(folder: Path, assembly: str) -> dict[str, dict[str, float]] | None:
+    """Losses for a trained model's card, by line and slice; None if this model was not evaluated last.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    assembly : str
+        Id of the trained model.
+    """
+    try:
+        tree = json.loads((folder / "evaluate" / CARD).read_text("utf-8"))
+        if tree["assembly"] != assembly:
+            return None
+        figures = {}
+        for line in tree["lines"]:
+            name = str(line["model"])
+            if line["model"] == TRAINED:
+                name = f"this model, {line['experts']:.0f} experts on ({line['active_share']:.1%} active)"
+            figures[name] = {**line["by_slice"], "mean": line["loss"]}
+        return figures
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def continue_text(location: str, prompt: str, tokens: int = 24) -> str:

@@ -184,7 +184,7 @@ class _Assembly:
             tree = json.loads((self.folder / "config.json").read_text("utf-8"))["assembly"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        if tree.get("id") != self.id:
+        if tree.get("id") != self.id or "needs" not in tree:
             return None
         files = json.loads((self.folder / "model.safetensors.index.json").read_text("utf-8"))[
             "weight_map"
@@ -346,6 +346,7 @@ class _Assembly:
             "samples": self.run.samples,
             "slices": {name: self.run.manifest.slices[name] for name in self.run.slices},
             "selection": selection.options.tree(),
+            "needs": self.needs.needs() if self.needs else None,
             "report": report.figures(),
         }
 

@@ -36,7 +36,8 @@ def write_card(
         Folder of the base model, whose card says its licence.
     top_k : int or None
     figures : dict, optional
-        Held-out loss in nats by line, from `tinyonn evaluate`: ``{"line": {"slice": loss, ..., "mean": loss}}``.
+        Held-out loss in nats by line, from `tinyonn evaluate`: ``{"line": {"slice": loss, ..., "mean": loss}}``; of a
+        trained model on the tokens after the prompt, from ``tinyonn evaluate --trained``.
     """
     front, licence = _front(base, assembly)
     (folder / "README.md").write_text(
@@ -56,7 +57,7 @@ def write_card(
                 "",
                 "## Quality",
                 "",
-                *_quality(figures),
+                *_quality(figures, "training" in assembly),
                 "",
                 "## Limits",
                 "",
@@ -122,7 +123,15 @@ def _training(assembly: dict[str, Any]) -> str:
     training = assembly.get("training")
     if training is None:
         return "Nothing was trained after the cut."
-    return f"Router and experts were trained for {training['steps']:,} steps after the cut."
+    options = training.get("options", {})
+    steps = options.get("steps", training["steps"])
+    learned = ["experts"] if options.get("optimizers.experts") != "frozen" else []
+    if options.get("optimizers.norms_lr", 0) > 0:
+        learned.append("norms and biases")
+    if options.get("optimizers.trunk_lr", 0) > 0:
+        learned.append("embeddings and head")
+    taught = f", and the router {options['warm_start']:,} before" if options.get("warm_start") else ""
+    return f"Trained after the cut: {', '.join(learned) or 'the router'}, {steps:,} steps{taught}."
 
 
 def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
@@ -131,7 +140,7 @@ def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
     on = "all experts are on" if top_k is None else f"{top_k} of {experts} experts are on"
     slices = ", ".join(f"{name} ({count:,})" for name, count in assembly["slices"].items())
     base, share = assembly["base"], report["budget"] / report["linear"]
-    since = "they were trained since" if "training" in assembly else "none was trained"
+    since = "what was trained since is named below" if "training" in assembly else "none was trained"
     rounded = " after NF4" if base["quantization"] == "nf4" else ""
     what = (
         f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of `{base['path']}`, "
@@ -150,12 +159,15 @@ def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
     return lines
 
 
-def _quality(figures: Any) -> list[str]:
+def _quality(figures: Any, trained: bool) -> list[str]:
     if not figures:
-        return ["Not measured yet: `tinyonn evaluate` measures it, `tinyonn export` puts the figures here."]
+        option = " --trained" if trained else ""
+        return [
+            f"Not measured yet: `tinyonn evaluate{option}` measures it, `tinyonn export{option}` puts the figures here."
+        ]
     slices = list(next(iter(figures.values())))
     lines = [
-        "Held-out loss, nats a token:",
+        f"Held-out loss, nats a token{' after the prompt' if trained else ''}:",
         "",
         f"| | {' | '.join(slices)} |",
         f"|---|{'---|' * len(slices)}",

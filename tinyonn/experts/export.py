@@ -1,18 +1,19 @@
-"""``tinyonn export``: an assembled model for others: for a hub, as a dense checkpoint, or as masks.
+"""``tinyonn export``: an assembled or trained model for others: for a hub, as a dense checkpoint, or as masks.
 
-``hub``      the sparse model's folder, its card filled with the figures of `tinyonn evaluate`
+``hub``      the sparse model's folder, its card filled with the figures of `tinyonn evaluate`; with its router
 ``dense``    chosen experts and the core merged into a checkpoint of the base architecture, which every tool reads
 ``npz``      per layer an archive with every matrix's groups, uint8 [out, in]: expert, k for the core, 255 dropped
 ``parquet``  per layer a table of the kept weights: tensor, row, column, expert, value
 
-Shard by shard: memory is bounded by one layer.
+Layer by layer, however the model's files are cut: memory is bounded by one layer.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("hub", "dense", "npz", "parquet")
 MARKER = "selection.json"  # of the assembled folder; of no use elsewhere
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 PARTS = ("values", "columns", "row_pointer")
+NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, in a tensor's name
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class ExportReport:
 
 
 class Assembled:
-    """An assembled folder, shard by shard, without building the model.
+    """An assembled or trained model's folder, layer by layer, without building the model; without its router.
 
     Parameters
     ----------
@@ -85,49 +88,72 @@ class Assembled:
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-            index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+            weight_map = _weight_map(folder)
         except (OSError, ValueError):
-            raise InputError(f"{folder} holds no assembled model; run `tinyonn assemble` first") from None
+            raise InputError(
+                f"{folder} holds no assembled model and no trained one; run `tinyonn assemble` or `tinyonn train` first"
+            ) from None
         if self.config.get("model_type") != "tiny_onn":
             raise InputError(
-                f"{folder} holds a model of type {self.config.get('model_type')!r}, not tiny_onn; give the folder that "
-                "`tinyonn assemble` wrote"
+                f"{folder} holds a model of type {self.config.get('model_type')!r}, not tiny_onn; give a folder that "
+                "`tinyonn assemble` wrote, or `tinyonn train` from one"
             )
         self.experts: int = self.config["experts"]
         self.layers: dict[str, dict[str, int]] = self.config["sparse_layers"]
-        self.files: dict[str, list[str]] = {}
-        for key, file in index["weight_map"].items():
-            self.files.setdefault(file, []).append(key)
+        self.units: dict[int, dict[str, list[str]]] = {}  # by layer, -1 is outside: keys by file
+        for key, file in weight_map.items():
+            if not key.startswith("router."):
+                number = NUMBER.search(key)
+                unit = self.units.setdefault(-1 if number is None else int(number[1]), {})
+                unit.setdefault(file, []).append(key)
 
     def shards(self) -> Iterator[tuple[str, dict[str, Compressed], dict[str, torch.Tensor]]]:
-        """File name, matrices by module, and other tensors by their name in the base."""
-        from safetensors import SafetensorError, safe_open
-
-        for file, keys in sorted(self.files.items()):
-            path = self.folder / file
-            try:
-                with safe_open(path, framework="pt") as stream:
-                    self._check(path, stream.metadata() or {})
-                    tensors = {key.removeprefix("base."): stream.get_tensor(key) for key in keys}
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{path} is missing or damaged ({error}); run `tinyonn assemble` again"
-                ) from None
+        """What lies outside the layers, then every layer: name of a file for it, matrices by module, other tensors by
+        their name in the base.
+        """
+        for number, (_, files) in enumerate(sorted(self.units.items()), 1):
+            tensors: dict[str, torch.Tensor] = {}
+            for file, keys in files.items():
+                tensors |= self._read(self.folder / file, keys)
             matrices = {}
             for module, layer in self.layers.items():
                 if f"{module}.values" in tensors:
                     values, columns, pointer = (tensors.pop(f"{module}.{part}") for part in PARTS)
                     sizes = np.diff(pointer[:: layer["out"]].numpy())
                     matrices[module] = Compressed(values, columns, pointer, sizes)
-            yield file, matrices, tensors
+            yield f"model-{number:05d}-of-{len(self.units):05d}.safetensors", matrices, tensors
+
+    def _read(self, path: Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as stream:
+                self._check(path, stream.metadata() or {})
+                return {key.removeprefix("base."): stream.get_tensor(key) for key in keys}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is missing or damaged ({error}); assemble or train it again") from None
 
     def _check(self, path: Path, metadata: dict[str, str]) -> None:
         wanted = self.config["assembly"].get("id")
         if metadata.get("assembly") != wanted:
             raise InputError(
                 f"{path} belongs to assembly {metadata.get('assembly', 'unknown')} but config.json to {wanted}; "
-                "run `tinyonn assemble` again"
+                "assemble or train it again"
             )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """File of every tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / INDEX).is_file() or not (folder / WHOLE).is_file():
+        tree: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        return tree
+    try:
+        with safe_open(folder / WHOLE, framework="pt") as stream:
+            return dict.fromkeys(stream.keys(), WHOLE)
+    except SafetensorError as error:
+        raise InputError(f"{folder / WHOLE} is damaged ({error}); assemble or train it again") from None
 
 
 def export_model(
@@ -138,12 +164,12 @@ def export_model(
     base: Path | None = None,
     figures: Any = None,
 ) -> ExportReport:
-    """Export an assembled model.
+    """Export an assembled or trained model.
 
     Parameters
     ----------
     source : Path
-        Folder of the assembled model.
+        Folder of the model.
     folder : Path
         New, or empty.
     format : str
@@ -153,7 +179,7 @@ def export_model(
     base : Path, optional
         Folder of the base model, whose card says its licence.
     figures : dict, optional
-        For the card; see `write_card`.
+        For the card; see `tinyonn.experts.card.write_card`.
 
     Raises
     ------
@@ -172,7 +198,8 @@ def export_model(
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
     if format == "hub":
         _copy(source, folder)
-        write_card(folder, assembled.config["assembly"], base or source, assembled.config["top_k"], figures)
+        top_k = (assembled.config.get("router") or assembled.config)["top_k"]
+        write_card(folder, assembled.config["assembly"], base or source, top_k, figures)
         weights = sum(assembled.config["expert_sizes"])
     else:
         write = {"dense": _write_dense, "npz": _write_npz, "parquet": _write_parquet}[format]
@@ -213,8 +240,43 @@ def experts_of_slices(
     return [int(number) for number in np.flatnonzero(shares > shares @ sizes / sizes.sum())]
 
 
-def numbers_of(experts: str | None, slices: str | None, run: Callable[[], Run]) -> list[int] | None:
+def experts_needed(needs: Mapping[str, Sequence[float]], slices: Sequence[str]) -> list[int]:
+    """Experts by need whose weights one of the slices would keep under the budget itself, or a smaller one.
+
+    Parameters
+    ----------
+    needs : mapping
+        By slice the need of every expert, as `tinyonn.experts.need.ByNeed.needs` gives it.
+    slices : sequence of str
+
+    Raises
+    ------
+    InputError
+        No such slice, or none of which samples were recorded; no such expert.
+    """
+    if wrong := [name for name in slices if name not in needs]:
+        raise InputError(f"no slice {wrong[0]!r} with samples in this model; there are {', '.join(needs)}")
+    least_E = np.min([needs[name] for name in slices], axis=0)
+    found = [int(number) for number in np.flatnonzero(least_E <= 1)]
+    if not found:
+        raise InputError(
+            f"{', '.join(slices)} would keep no expert's weights under this budget; give numbers as --experts"
+        )
+    return found
+
+
+def numbers_of(
+    experts: str | None, slices: str | None, assembled: Assembled, run: Callable[[], Run]
+) -> list[int] | None:
     """Numbers of experts from the command line's texts, comma-separated; None takes all.
+
+    Parameters
+    ----------
+    experts, slices : str or None
+    assembled : Assembled
+        Says what each slice needs, if its experts are by need.
+    run : callable
+        Opens the run, whose cells say it otherwise.
 
     Raises
     ------
@@ -232,11 +294,21 @@ def numbers_of(experts: str | None, slices: str | None, run: Callable[[], Run]) 
         return [int(part) for part in parts]
     if slices is None:
         return None
+    names = [name.strip() for name in slices.split(",")]
+    assembly = assembled.config["assembly"]
+    by_cells = assembly["selection"]["within"] == "cell"
+    if "needs" not in assembly and not by_cells:
+        raise InputError(
+            f"{assembled.folder} is of an earlier version and does not say what its experts are for; run "
+            "`tinyonn assemble` again, then `tinyonn train --fresh` for a trained model, or give numbers as --experts"
+        )
+    if assembly.get("needs") is not None:
+        return experts_needed(assembly["needs"], names)
     opened = run()
     stored = opened.store.reader().stage("labels")
     if stored is None:
         raise InputError(f"{opened.store.location} is not clustered; run `tinyonn cluster` first")
-    return experts_of_slices(stored["cells"], [name.strip() for name in slices.split(",")], opened.slices)
+    return experts_of_slices(stored["cells"], names, opened.slices)
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -263,12 +335,12 @@ def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
     for path in assembled.folder.iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (
             "config.json",
             MARKER,
-            "model.safetensors.index.json",
+            INDEX,
         ):
             shutil.copyfile(path, folder / path.name)
     base_config = assembled.config["base_config"] | {"dtype": assembled.config["dtype"]}

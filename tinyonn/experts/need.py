@@ -54,7 +54,8 @@ DEPTH = 3.5  # needs below e**-3.5 of the budget count as equal: such a weight i
 HEIGHT = 1.0  # and above e times the budget: such a weight is kept for other slices
 LEVELS = (0.6, 0.3, 0.1, 0.03)  # of the budget, at which the allocation is asked
 SAMPLE = 1 << 16  # weights that the centres are found from
-COUNTS = "counts.json"  # beside the labels, once they are all there: weights of every expert in each tensor
+NEEDS = "needs.json"  # beside the labels: what every slice needs of every expert
+COUNTS = "counts.json"  # beside the labels, once all else is there: weights of every expert in each tensor
 
 
 @dataclass(frozen=True)
@@ -164,11 +165,20 @@ class ByNeed:
     @property
     def made(self) -> bool:
         """Whether all labels are there."""
-        return (self.folder / self.identity / COUNTS).is_file()
+        return all((self.folder / self.identity / name).is_file() for name in (COUNTS, NEEDS))
 
     def labelled(self) -> NeedSource:
         """The source with labels, which `make` writes."""
         return NeedSource(self.source, self.folder / self.identity, self.options.experts, self.identity)
+
+    def needs(self) -> dict[str, list[float]]:
+        """By slice the need of every expert's weights, once they are made.
+
+        The budget under which the slice would keep them, as a multiple of the selection's, geometric mean over the
+        expert's weights; e at most, and of experts without weights. Slices without samples are left out.
+        """
+        tree: dict[str, list[float]] = json.loads((self.folder / self.identity / NEEDS).read_text("utf-8"))
+        return tree
 
     def make(self, compute: Compute) -> Selection:
         """Find the experts and write every weight's label, unless they are there already.
@@ -226,10 +236,17 @@ class ByNeed:
         drawn = passed(sample_needs, plain, tables, share, self.options.seed)
         points_NS = np.concatenate([drawn[parameter.name] for parameter in self.tensors])
         centres = find_centres(points_NS, self.options.experts, self.options.seed)
-        counted = passed(label_needs, plain, tables, centres, own)
-        return {
-            name: np.pad(its, (0, self.options.experts - its.size)).tolist() for name, its in counted.items()
-        }
+        labelled = passed(label_needs, plain, tables, centres, own)
+        counts_TK = np.stack([counts for counts, _ in labelled.values()])
+        sums_KS = np.sum([sums for _, sums in labelled.values()], axis=0)
+        missing = self.options.experts - counts_TK.shape[1]
+        weights_K1 = counts_TK.sum(0)[:, None]
+        logs_KS = np.where(weights_K1 > 0, sums_KS / np.maximum(weights_K1, 1), HEIGHT)
+        needs_KS = np.exp(np.pad(logs_KS, ((0, missing), (0, 0)), constant_values=HEIGHT))
+        needs = {name: needs_KS[:, number].tolist() for number, name in enumerate(slices)}
+        (own / NEEDS).write_text(json.dumps(needs), "utf-8")
+        counts_TK = np.pad(counts_TK, ((0, 0), (0, missing)))
+        return dict(zip(labelled, counts_TK.tolist(), strict=True))
 
     def _tables(self, counted: Mapping[str, Counts], total: int, curves: Curves) -> dict[str, Float32]:
         """Log of the need over the budget by bin: float32 [S, bins] for each tensor."""

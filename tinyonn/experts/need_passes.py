@@ -23,7 +23,7 @@ from tinyonn.store.arrays import bands, codebooks_of, read_rows
 from tinyonn.store.combine import shares
 from tinyonn.store.faults import is_full
 from tinyonn.store.reader import Reader
-from tinyonn.store.records import SHIFTS, STATISTICS, UInt8, UInt16, dither_bits, dither_seed
+from tinyonn.store.records import SHIFTS, STATISTICS, Float64, UInt8, UInt16, dither_bits, dither_seed
 
 STEPS = 32  # bins of an octave
 LOWEST = -44  # octave of the first bin
@@ -144,7 +144,7 @@ def label_needs(
     centres: tuple[Float32, Float32],
     folder: Path,
     parameters: tuple[Parameter, ...],
-) -> list[Counts]:
+) -> list[tuple[Counts, Float64]]:
     """A task: write the label of every weight that an expert may hold, 0 for all others.
 
     Parameters
@@ -154,8 +154,8 @@ def label_needs(
 
     Returns
     -------
-    list of int64 [K]
-        Weights of every expert in each tensor, the core's not counted.
+    list of int64 [K] and float64 [K, S]
+        Weights of every expert in each tensor, the core's not counted, and the sums of their logs of needs.
     """
     found = []
     for parameter in parameters:
@@ -181,19 +181,19 @@ def _write_labels(
     tables: Mapping[str, Float32],
     centres: tuple[Float32, Float32],
     parameter: Parameter,
-) -> Counts:
+) -> tuple[Counts, Float64]:
     """As a NumPy file, band after band."""
     header = {"descr": "|u1", "fortran_order": False, "shape": tuple(parameter.shape)}
     np.lib.format.write_array_header_1_0(file, header)
-    counts = np.zeros(len(centres[0]), np.int64)
+    counts, sums_KS = np.zeros(len(centres[0]), np.int64), np.zeros(centres[0].shape)
     for _, groups, bins in _bands(data, selection, parameter):
         labels = np.zeros(groups.size, np.uint8)
         _nearest(
             groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
-            np.ascontiguousarray(centres[0].T), centres[1], selection.experts, labels, counts,
+            np.ascontiguousarray(centres[0].T), centres[1], selection.experts, labels, counts, sums_KS,
         )  # fmt: skip
         file.write(labels.tobytes())
-    return counts
+    return counts, sums_KS
 
 
 def label_path(folder: Path, name: str) -> Path:
@@ -264,6 +264,7 @@ def _nearest(
     core: Any,
     out_N: Any,
     counts_K: Any,
+    sums_KS: Any,
 ) -> None:
     slices, experts = centres_SK.shape
     far_K = np.empty(experts, np.float32)
@@ -282,3 +283,5 @@ def _nearest(
                 best = k
         out_N[i] = best
         counts_K[best] += 1
+        for s in range(slices):
+            sums_KS[best, s] += table_SB[s, bins_SN[s, i]]

@@ -102,6 +102,7 @@ OPTIONS = [
     "train.optimizers.experts",
     "train.optimizers.experts_decay",
     "train.optimizers.experts_lr",
+    "train.optimizers.norms_lr",
     "train.optimizers.router",
     "train.optimizers.router_decay",
     "train.optimizers.router_lr",

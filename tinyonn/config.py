@@ -226,8 +226,9 @@ class OptimizersConfig(Section):
     experts: Literal["muon", "adamw", "frozen"] = "muon"
     experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
     experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # 0 freezes norms, biases, embeddings and head
+    trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # of embeddings and head; 0 freezes them
     trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    norms_lr: float = Field(3e-3, ge=0, allow_inf_nan=False)  # of norms and biases; 0 freezes them
 
 
 class ScheduleConfig(Section):

@@ -24,7 +24,7 @@ PARAMETERS = [
     *(Parameter(f"model.layers.{n}.mlp.up_proj.weight", (30_000, 2560), n, "linear") for n in range(40)),
     Parameter("lm_head.weight", (151_936, 2560), None, "linear"),
 ]
-STUDENT = StudentFacts(1_000_000_000, 2 * 151_936 * 2560, 2_000_000_000, 6912 * 2560)
+STUDENT = StudentFacts(1_000_000_000, 2 * 151_936 * 2560, 10_000, 2_000_000_000, 6912 * 2560)
 
 
 def bytes_of(**changes: object) -> dict[str, int]:
@@ -37,6 +37,17 @@ def test_a_billion_trained_weights_need_what_masters_and_moments_take() -> None:
     assert bytes_of()["experts, trained"] == 1_000_000_000 * (4 + 4 + 8 + 2)
     assert bytes_of(optimizers=OptimizerOptions(experts="muon"))["experts, trained"] == 14_000_000_000
     assert bytes_of(optimizers=OptimizerOptions(experts="frozen"))["experts"] == 4_000_000_000
+
+
+def test_a_trunk_that_is_trained_needs_masters_and_moments() -> None:
+    matrices = 2 * 151_936 * 2560 - 10_000
+    for rates, bytes_each, of_norms in (
+        ({}, 2, 2),
+        ({"norms_lr": 1e-3}, 2, 16),
+        ({"trunk_lr": 1e-3}, 16, 2),
+    ):
+        found = bytes_of(optimizers=OptimizerOptions(**rates))["trunk and head of the student"]
+        assert found == matrices * bytes_each + 10_000 * of_norms
 
 
 def test_checkpointing_and_smaller_micro_batches_need_less() -> None:

@@ -28,6 +28,7 @@ def options(experts: str = "adamw", **changes: object) -> OptimizerOptions:
         "experts_decay": 0.1,
         "trunk_lr": 1e-3,
         "trunk_decay": 0.1,
+        "norms_lr": 2e-3,
     }
     return OptimizerOptions(**{**given, **changes})  # type: ignore[arg-type]
 
@@ -117,7 +118,7 @@ def test_parts_of_a_model_get_their_rules() -> None:
         "router.rest": ("AdamW", {"router.conv.weight"}, 0.5, 0.2),
         "router.vectors": ("AdamW", {"router.main.bias", "router.conv.bias"}, 0.5, 0.0),
         "trunk.matrices": ("AdamW", {"head.weight"}, 1e-3, 0.1),
-        "trunk.vectors": ("AdamW", {"norm.weight", "norm.bias"}, 1e-3, 0.0),
+        "trunk.vectors": ("AdamW", {"norm.weight", "norm.bias"}, 2e-3, 0.0),
         "experts": ("SparseMuon", {"up.values", "down.values"}, 0.25, 0.1),
     }
 
@@ -136,6 +137,11 @@ def test_what_is_frozen_requires_no_gradient_and_is_in_no_optimizer() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
         "up.values",
         "down.values",
+    }
+    build_optimizers(model, OptimizerOptions(router="frozen", experts="frozen", norms_lr=1e-3))
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        "norm.weight",
+        "norm.bias",
     }
     with pytest.raises(InputError, match="nothing would be trained"):
         build_optimizers(model, OptimizerOptions(router="frozen", experts="frozen"))

@@ -19,9 +19,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.train.runs import OPTIONS, ROUTER, World
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
+from tinyonn.evaluate.routed import evaluate_routed
+from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
+from tinyonn.evaluate.trained import (
+    ASSEMBLED,
+    DENSE,
+    TRAINED,
+    evaluate_trained,
+    trained_card_figures,
+)
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import read_curve
+from tinyonn.train.data import held_out_batches
 from tinyonn.train.monitor import read_lines
 from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.options import LossWeights
@@ -84,6 +94,40 @@ def test_the_report_says_what_happened(trained: tuple[Path, TrainReport, list[st
     assert report.table().row_count == len(report.losses)
 
 
+def test_the_trained_model_is_measured_beside_the_dense_one(
+    world: World, trained: tuple[Path, TrainReport, list[str]], tmp_path: Path
+) -> None:
+    held_out = shutil.copy(world.config.data.path, tmp_path / "held-out.jsonl")
+    options = EvaluateOptions(data=world.config.data.model_copy(update={"path": str(held_out)}), samples=8)
+    report = evaluate_trained(world.run, world.config, options, trained[0] / "model")
+    shares = [line.weights / report.linear for line in report.lines]
+    assert [line.model for line in report.lines] == [DENSE, ASSEMBLED, *[TRAINED] * 4]
+    assert [line.experts for line in report.lines] == [
+        None,
+        6,
+        6,
+        3,
+        2,
+        1,
+    ]  # of 6: all, half, as set, a quarter
+    assert shares[0] == 1 and shares[1] == shares[2] == pytest.approx(0.6, abs=0.001)
+    assert shares[2:] == sorted(shares[2:], reverse=True)
+    lines = report.figures()["lines"]
+    assert lines[0]["ratio"] == 1 and report.table().row_count == len(lines)
+    dense = world.folder / "model"
+    of_dense = evaluate_routed(
+        AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16),
+        held_out_batches(samples_of(held_out_corpus(world.config, options, Path(world.run)))),
+    )
+    assert report.lines[0].losses == of_dense
+    model = json.loads((trained[0] / "model" / "config.json").read_text("utf-8"))["assembly"]["id"]
+    figures = trained_card_figures(Path(world.run), model)
+    assert figures is not None
+    assert list(figures)[:3] == [DENSE, ASSEMBLED, f"this model, 6 experts on ({shares[2]:.1%} active)"]
+    assert figures[DENSE] == {**of_dense.by_slice, "mean": of_dense.mean}
+    assert trained_card_figures(Path(world.run), "another") is None
+
+
 def test_a_second_call_has_nothing_to_do(world: World, trained: tuple[Path, TrainReport, list[str]]) -> None:
     folder, report, _ = trained
     before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
@@ -135,7 +179,7 @@ def test_other_options_are_refused_until_told_to_begin_anew(
 
 
 def test_a_dense_and_a_static_model_are_trained_by_the_same_code(world: World, tmp_path: Path) -> None:
-    trunk = OptimizerOptions(trunk_lr=1e-4)
+    trunk = OptimizerOptions(trunk_lr=1e-4, norms_lr=1e-4)
     dense = world.options(tmp_path / "dense", student=world.folder / "model", router=None, warm_start=0,
                           steps=3, optimizers=trunk, weights=LossWeights(kl=0, ce=1, hidden=0))  # fmt: skip
     report = train_run(world.run, world.config, dense)

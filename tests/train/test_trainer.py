@@ -59,11 +59,12 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 # Going on
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("precision", "rate"), [("float32", 0.0), ("bfloat16", 1e-3)])
 def test_a_stopped_training_goes_on_to_the_same_bits(
-    tmp_path: Path, train: Callable[..., Trainer], precision: str
+    tmp_path: Path, train: Callable[..., Trainer], precision: str, rate: float
 ) -> None:
-    options = changed(precision=precision, warm_start=0)
+    trunk = {"norms_lr": rate, "trunk_lr": rate}
+    options = changed(precision=precision, warm_start=0, optimizers=trunk)
     whole = train("whole", options)
     assert whole.run() == 6
     for until in (
@@ -178,7 +179,12 @@ def test_any_causal_model_learns_by_the_same_script(tmp_path: Path, corpus: Corp
     base = dense_model(make_model("gpt2", tmp_path / "teacher"))
     student = dense_model(make_model("qwen2", tmp_path / "small", num_hidden_layers=1, hidden_size=32))
     options = changed(
-        **{**LONG, "routing": {"ks": ()}, "weights": {"hidden": 0.0}, "optimizers": {"trunk_lr": 5e-3}}
+        **{
+            **LONG,
+            "routing": {"ks": ()},
+            "weights": {"hidden": 0.0},
+            "optimizers": {"trunk_lr": 5e-3, "norms_lr": 5e-3},
+        }
     )
     Trainer(student, corpus, options, tmp_path / "t", Live(base)).run()
     first, last = losses(tmp_path / "t")
@@ -282,6 +288,61 @@ def test_frozen_experts_and_trunk_keep_their_bits(train: Callable[..., Trainer])
     trainer.run(3)
     moved = {name for name, tensor in weights(trainer).items() if not torch.equal(tensor, before[name])}
     assert moved and all(name.startswith("router.") for name in moved)
+
+
+@pytest.mark.parametrize("what", ["norms", "trunk"])
+def test_norms_and_biases_learn_apart_from_embeddings_and_head(
+    train: Callable[..., Trainer], what: str
+) -> None:
+    frozen = {"experts": "frozen", "router": "frozen", f"{what}_lr": 0.01}
+    trainer = train(
+        what, changed(precision="bfloat16", optimizers=frozen, routing={"ks": (2, 4), "bias_rate": 0.0})
+    )
+    before = weights(trainer)
+    trainer.run(3)
+    after = weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name].float(), after[name].float())}
+    vectors = {
+        name
+        for name, parameter in trainer.student.model.named_parameters()
+        if parameter.dim() < 2 and not name.endswith("values") and "router" not in name
+    }
+    if what == "trunk":
+        assert moved == {"base.model.embed_tokens.weight", "base.lm_head.weight"}
+    else:
+        assert {name for name in vectors if name.endswith("norm.weight")} <= moved <= vectors
+
+
+def test_trained_norms_keep_their_inputs_and_no_copies_for_every_layer_behind_them(
+    train: Callable[..., Trainer],
+) -> None:
+    ids_BT = torch.randint(0, 250, (2, 64), generator=torch.Generator().manual_seed(0))
+
+    def kept(name: str, **rates: float) -> int:
+        trainer = train(name, changed(precision="bfloat16", optimizers={"experts": "frozen", **rates}))
+        model, seen = trainer.student.model, dict[int, int]()
+        for parameter in model.parameters():  # the same graph, whatever learns
+            parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+            parameter.requires_grad_(parameter.dim() < 2)
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            model(input_ids=ids_BT, gates=torch.ones(EXPERTS))
+        return sum(seen.values())
+
+    plain, trained = kept("plain"), kept("trained", norms_lr=1e-3, trunk_lr=1e-3)
+    assert trained <= 1.05 * plain
 
 
 def test_the_bias_evens_the_load(train: Callable[..., Trainer]) -> None:

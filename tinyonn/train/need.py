@@ -7,7 +7,8 @@ counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V
   float32 masters in place of ``b``, a gradient of 4 bytes and an optimizer's state of 8 (AdamW) or 4 (Muon);
 - its matrices: the backward pass needs those of every layer for which a micro batch was multiplied;
 - teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L``;
-- activations and logits as in `tinyonn.memory`, of a micro batch; with checkpointing those of one layer.
+- activations and logits as in `tinyonn.memory`, of a micro batch; with checkpointing those of one layer. Norms that are
+  trained keep their inputs, too.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class StudentFacts:
         Weights of the experts.
     others : int
         All other weights.
+    vectors : int
+        Of these norms and biases.
     places : int
         Bytes that say where the entries lie.
     largest : int
@@ -59,6 +62,7 @@ class StudentFacts:
 
     entries: int
     others: int
+    vectors: int
     places: int
     largest: int
 
@@ -72,8 +76,10 @@ class StudentFacts:
         groups = int(tree.get("experts", 0)) + 1
         places += sum(4 * groups * layer["out"] for layer in layers.values())
         largest = max((layer["out"] * layer["in"] for layer in layers.values()), default=0)
-        others = sum(parameter.size for parameter in parameters if parameter.name not in sparse)
-        return cls(entries, others, places, largest)
+        rest = [parameter for parameter in parameters if parameter.name not in sparse]
+        vectors = sum(parameter.size for parameter in rest if len(parameter.shape) < 2)
+        others = sum(parameter.size for parameter in rest)
+        return cls(entries, others, vectors, places, largest)
 
 
 def train_needs(
@@ -104,16 +110,18 @@ def train_needs(
     optimizers, b = options.optimizers, 2 if options.precision == "bfloat16" else 4
     T, H, I = options.micro_batch * max_tokens, base.hidden, base.intermediate  # noqa: E741
     learns = optimizers.experts != "frozen"
-    trunk = MASTER + GRADIENT + STATES["adamw"] if optimizers.trunk_lr > 0 else b
+    of_adamw = MASTER + GRADIENT + STATES["adamw"]
+    trunk = (student.others - student.vectors) * (of_adamw if optimizers.trunk_lr > 0 else b)
+    trunk += student.vectors * (of_adamw if optimizers.norms_lr > 0 else b)
     values = MASTER + GRADIENT + STATES[optimizers.experts] if learns else b
-    layer = T * (4 * b * I + (6 * b + 9) * H)
+    layer = T * (4 * b * I + (6 * b + 9 + (2 * b if optimizers.norms_lr > 0 else 0)) * H)
     kept = base.layers * T * b * H + layer if options.checkpointing else base.layers * layer
     passing = T * ((3 * b + 4) * I + 6 * b * H)
     chunk = min(LOGITS_BYTES, T * base.vocabulary * LOGIT_BYTES)
     logits = T * base.vocabulary * b * (3 if live_teacher else 2)
     needs = [
         Need("experts" + (", trained" if learns else ""), student.entries * values + student.places),
-        Need("trunk and head of the student", student.others * trunk),
+        Need("trunk and head of the student", trunk),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * b * student.largest) if student.entries else 0),
         Need("activations, checkpointed" if options.checkpointing else "activations", kept + passing),
         Need("logits and their gradient", logits + chunk),
@@ -162,6 +170,6 @@ def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int 
         raise CapacityError(
             f"training needs {format_size(tier.total)} of {name} and {format_size(limit or 0)} are there ({what}); "
             "use a smaller train.micro_batch or data.max_tokens, train.checkpointing: true, a cached teacher, "
-            "train.optimizers.experts: muon or frozen, or fewer workers"
+            "train.optimizers.experts: muon or frozen, train.optimizers.trunk_lr: 0, or fewer workers"
         )
     return tier

@@ -5,7 +5,8 @@
 | router.matrices | the router's matrices | Muon |
 | router.rest | its vectors and convolutions | AdamW, vectors without decay |
 | experts | ``values`` of sparse layers | AdamW or Muon by group of weights, or frozen |
-| trunk | all else | frozen, or AdamW |
+| trunk.matrices | embeddings, head, and all matrices of a model without experts | frozen, or AdamW |
+| trunk.vectors | norms and biases | frozen, or AdamW without decay |
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class OptimizerOptions:
         Weight decay of matrices and convolutions.
     experts : {"adamw", "muon", "frozen"}
     experts_lr, experts_decay : float
-    trunk_lr : float
-        Norms, biases, embeddings and head by AdamW; 0 freezes them.
-    trunk_decay : float
-        Of the trunk's matrices.
+    trunk_lr, trunk_decay : float
+        Of the trunk's matrices, which are embeddings and head, by AdamW; a rate of 0 freezes them.
+    norms_lr : float
+        Of norms and biases by AdamW; 0 freezes them.
     betas : (float, float)
         AdamW's.
     momentum : float
@@ -72,11 +73,13 @@ class OptimizerOptions:
     experts_decay: float = 0.0
     trunk_lr: float = 0.0
     trunk_decay: float = 0.0
+    norms_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        for name in ("router_lr", "router_decay", "experts_lr", "experts_decay", "trunk_lr", "trunk_decay"):
+        rates = ("router_lr", "experts_lr", "trunk_lr", "norms_lr")
+        for name in (*rates, "router_decay", "experts_decay", "trunk_decay"):
             value = getattr(self, name)
             if not 0 <= value < float("inf"):
                 raise InputError(f"{name} is {value}; give a number from 0 on")
@@ -121,10 +124,11 @@ def build_optimizers(model: nn.Module, options: OptimizerOptions) -> list[Optimi
             parameter.requires_grad_(options.experts != "frozen")
             continue
         of_router = "router" in name.split(".")
-        parameter.requires_grad_(options.router != "frozen" if of_router else options.trunk_lr > 0)
+        kind = "vectors" if parameter.dim() < 2 else "matrices"
+        trunk_lr = options.norms_lr if kind == "vectors" else options.trunk_lr
+        parameter.requires_grad_(options.router != "frozen" if of_router else trunk_lr > 0)
         if not parameter.requires_grad:
             continue
-        kind = "vectors" if parameter.dim() < 2 else "matrices"
         if of_router and kind == "matrices" and (parameter.dim() > 2 or options.router == "adamw"):
             kind = "rest"
         parts[f"{'router' if of_router else 'trunk'}.{kind}"].append((name, parameter))
@@ -136,7 +140,7 @@ def build_optimizers(model: nn.Module, options: OptimizerOptions) -> list[Optimi
         "router.rest": (options.router_lr, options.router_decay),
         "router.vectors": (options.router_lr, 0.0),
         "trunk.matrices": (options.trunk_lr, options.trunk_decay),
-        "trunk.vectors": (options.trunk_lr, 0.0),
+        "trunk.vectors": (options.norms_lr, 0.0),
     }
     plain = [
         {"params": parts[name], "name": name, "lr": lr, "weight_decay": decay}
@@ -150,7 +154,7 @@ def build_optimizers(model: nn.Module, options: OptimizerOptions) -> list[Optimi
     if not optimizers:
         raise InputError(
             "nothing would be trained: router, experts and trunk are all frozen or not there; "
-            "set a rule for experts, or trunk_lr"
+            "set a rule for experts, trunk_lr or norms_lr"
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -34,7 +34,7 @@ from tinyonn.train.diagnosis import weight_not_finite
 from tinyonn.train.figures import active_experts, load_of, loss_of, sparsity
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.optimizers import build_optimizers, set_rates
-from tinyonn.train.options import LossWeights, TrainOptions
+from tinyonn.train.options import TrainOptions
 from tinyonn.train.prepare import check_fit, prepare_model
 from tinyonn.train.routing import Growth, Routed, choose_experts
 from tinyonn.train.rules import Rules
@@ -203,8 +203,7 @@ class Trainer:
         """The router alone, on what the profile says."""
         assert self._warm is not None
         batch = self._warm.step(step)
-        weights = replace(self.options.weights, profile=1.0, balance=0.0, specificity=0.0)
-        routed = self._route(batch, step, None, weights)
+        routed = self._route(batch, step, None, warm=True)
         assert routed is not None
         self._forget_gradients()
         routed.loss.backward()
@@ -217,19 +216,17 @@ class Trainer:
         line = {"step": step, "stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
         return _Done(line, load_of(routed), len(batch), int(batch.prompts_B.sum()))
 
-    def _route(
-        self, batch: Batch, step: int, growth: Growth | None, weights: LossWeights | None = None
-    ) -> Routed | None:
+    def _route(self, batch: Batch, step: int, growth: Growth | None, warm: bool = False) -> Routed | None:
         if self.student.router is None:
             return None
-        warm = weights is not None
-        seed = self.options.seed + 1 if warm else self.options.seed
+        seed, weights = self.options.seed, self.options.weights
+        if warm:
+            seed, weights = seed + 1, replace(weights, profile=1.0, balance=0.0, specificity=0.0)
         moves = warm or self.options.optimizers.router_lr > 0
         with torch.set_grad_enabled(moves and self._learns("router")):
             return choose_experts(
-                self.student, batch, step, seed, self.options.routing, weights or self.options.weights,
-                self.targets, growth,
-            )  # fmt: skip
+                self.student, batch, step, seed, self.options.routing, weights, self.targets, growth
+            )
 
     def _clip(self, step: int) -> float:
         """The norm of all gradients, which are clipped to the limit."""

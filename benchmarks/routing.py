@@ -6,7 +6,8 @@
 With 10, 25 and 50 of 100 experts on, as many linear weights work on a token as the choices sum up to, mean over the
 samples; every baseline has as many, those with masks in every tensor:
 
-routed       experts by need, chosen from the prompt; trained with 10, 25, 50 and all experts on
+routed       experts by need, chosen from the prompt; trained with 10, 25, 50 and all experts on; measured also with as
+             many on as half of what is kept allows, and a tenth of the linear weights
 static       the same weights for all prompts: masks within masks by the selection's score; trained in the same way
 magnitude    the same, by |W|
 random       the routed model's weights dealt out to 100 experts of one size at random; with a router, trained
@@ -25,6 +26,7 @@ import argparse
 import json
 import sys
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -168,7 +170,11 @@ class Comparison:
             model = open_assembled(folder)
             shares = {str(k): active_shares(model, self.batches, k) for k in ks}
             (folder / "shares.json").write_text(json.dumps(shares), "utf-8")
-            return [self._line("routed", str(k), shares[str(k)], model, k) for k in ks]
+            lines = [self._line("routed", str(k), shares[str(k)], model, k) for k in ks]
+            for name, limit in {"half": lines[-1].active / 2, "tenth": 0.1}.items():
+                k = self._experts_within(model, limit)
+                lines.append(self._line("routed", name, active_shares(model, self.batches, k), model, k))
+            return lines
 
         return self._known(f"routed-{seed}", measure)
 
@@ -248,7 +254,7 @@ class Comparison:
                     continue
                 place = self._variant(f"small-{name}-{seed}")
                 share = small_model(place / "experts", self.base, self._active(shares), seed)
-                options = self._plain(seed, LossWeights(hidden=0.0), trunk_lr=3e-3)
+                options = self._plain(seed, LossWeights(hidden=0.0), trunk_lr=3e-3, norms_lr=3e-3)
                 folder = self._trained(f"small-{name}", seed, place, options)
                 found.append(Line("small", name, share, self._loss(_load(folder))))
             return found
@@ -261,7 +267,9 @@ class Comparison:
             if not (place / "experts" / "config.json").exists():
                 write_experts(place / "experts", self.dense, all_kept(self.dense), 1, self.base)
             alone = LossWeights(kl=0.0, ce=1.0, hidden=0.0)
-            options = self._plain(seed, alone, experts_lr=self.config.train.optimizers.experts_lr / 4)
+            given = self.config.train.optimizers  # gentler than what a cut model needs
+            rates = {name: getattr(given, name) / 4 for name in ("experts_lr", "trunk_lr", "norms_lr")}
+            options = self._plain(seed, alone, **rates)
             folder = self._trained("dense", seed, place, options)
             return [
                 Line("dense", "as it is", 1.0, self._loss(self.dense.model)),
@@ -324,6 +332,13 @@ class Comparison:
         folder = self.place / "bench" / f"routed-{seed}-{self._stamp(self._options(seed).train)}"
         tree: dict[str, dict[str, float]] = json.loads((folder / "model" / "shares.json").read_text("utf-8"))
         return tree
+
+    def _experts_within(self, model: Any, limit: float) -> int:
+        """Most experts whose weights and the core's are no more than a share of the linear ones."""
+        counts = range(1, int(model.config.experts) + 1)
+        return max(
+            1, bisect_right(counts, limit, key=lambda k: self._active(active_shares(model, self.batches, k)))
+        )
 
     def _active(self, shares: dict[str, float]) -> float:
         sizes = {parameter.name: parameter.size for parameter in self.dense.parameters}
@@ -393,19 +408,12 @@ def ratios(
 ) -> list[Goal]:
     """Perplexity to a dense model's with all experts on, half of the kept weights and a tenth of the linear ones."""
     dense = float(np.mean(losses["dense", which]))
-    points = sorted(
-        (float(np.mean(active[key])), float(np.mean(its)))
-        for key, its in losses.items()
-        if key[0] == "routed"
-    )
-    shares, nats = zip(*points, strict=True)
-    half = shares[-1] / 2
-    found = {ALL: nats[-1], "half": np.interp(half, shares, nats), "tenth": np.interp(0.1, shares, nats)}
-    names = {ALL: "all experts on", "half": f"{half:.1%} active", "tenth": "10 % active"}
-    return [
-        at_most(f"perplexity to dense ({which}), {names[key]}", float(np.exp(value - dense)), RATIOS[key])
-        for key, value in found.items()
-    ]
+    found = []
+    for k, limit in RATIOS.items():
+        ratio = float(np.exp(np.mean(losses["routed", k]) - dense))
+        share = float(np.mean(active["routed", k]))
+        found.append(at_most(f"perplexity to dense ({which}), {share:.1%} active", ratio, limit))
+    return found
 
 
 def spread(values: Sequence[float]) -> str:

@@ -47,7 +47,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     held_out = config.data.model_copy(update={"path": str(folder / "held.jsonl")})
     measured = EvaluateConfig(data=held_out, methods=("default", "wanda"), budgets=(0.5,), oracle=None)
     record = config.record.model_copy(update={"workers": 1})  # in this process, without Ray
-    config = config.model_copy(update={"evaluate": measured, "record": record})
+    train = config.train.model_copy(update={"steps": 4, "warm_start": 4})
+    config = config.model_copy(update={"evaluate": measured, "record": record, "train": train})
     serial_run(folder / "storage" / "demo", config)
     score_run(str(folder / "storage" / "demo"), config.score)
     cluster_run(str(folder / "storage" / "demo"), config.cluster)

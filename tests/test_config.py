@@ -128,6 +128,7 @@ OPTIONS = [
     "train.stages.most",
     "train.steps",
     "train.teacher",
+    "train.teacher_model",
     "train.temperature",
     "train.warm_start",
     "train.warm_start_lr",

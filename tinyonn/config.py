@@ -258,6 +258,7 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = 50
     keep: PositiveInt = 2  # latest checkpoints
     teacher: Literal["live", "cached"] = "live"  # cached: the most probable tokens on the disk
+    teacher_model: ModelConfig | None = None  # null: the dense model itself
     loss: LossConfig = LossConfig()
     routing: RoutingConfig = RoutingConfig()
     stages: StagesConfig = StagesConfig()

@@ -29,8 +29,19 @@ STUDENT = StudentFacts(1_000_000_000, 2 * 151_936 * 2560, 10_000, 2_000_000_000,
 
 def bytes_of(**changes: object) -> dict[str, int]:
     options = replace(OPTIONS, precision="bfloat16", **changes)  # type: ignore[arg-type]
-    needs = train_needs(STUDENT, PARAMETERS, BASE, options, 2048, "cpu", live_teacher=True)
+    needs = train_needs(STUDENT, BASE, (PARAMETERS, BASE), options, 2048, "cpu")
     return {need.what: need.bytes for need in needs}
+
+
+def test_a_teacher_of_another_size_needs_its_own() -> None:
+    def of_teacher(teacher: tuple[list[Parameter], ModelFacts] | None) -> dict[str, int]:
+        return {need.what: need.bytes for need in train_needs(STUDENT, BASE, teacher, OPTIONS, 2048, "cpu")}
+
+    alone, beside = of_teacher(None), of_teacher((PARAMETERS, BASE))
+    plain = of_teacher((PARAMETERS, replace(BASE, quantization="none")))
+    (what,) = beside.keys() - alone.keys()
+    assert plain[what] > beside[what] > 0
+    assert {name: beside[name] for name in alone} == alone
 
 
 def test_a_billion_trained_weights_need_what_masters_and_moments_take() -> None:
@@ -41,12 +52,12 @@ def test_a_billion_trained_weights_need_what_masters_and_moments_take() -> None:
 
 def test_a_trunk_that_is_trained_needs_masters_and_moments() -> None:
     matrices = 2 * 151_936 * 2560 - 10_000
-    for rates, bytes_each, of_norms in (
-        ({}, 2, 2),
-        ({"norms_lr": 1e-3}, 2, 16),
-        ({"trunk_lr": 1e-3}, 16, 2),
+    for options, bytes_each, of_norms in (
+        (OptimizerOptions(), 2, 2),
+        (OptimizerOptions(norms_lr=1e-3), 2, 16),
+        (OptimizerOptions(trunk_lr=1e-3), 16, 2),
     ):
-        found = bytes_of(optimizers=OptimizerOptions(**rates))["trunk and head of the student"]
+        found = bytes_of(optimizers=options)["trunk and head of the student"]
         assert found == matrices * bytes_each + 10_000 * of_norms
 
 

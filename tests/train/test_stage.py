@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.base.architectures import make_model
 from tests.train.runs import OPTIONS, ROUTER, World
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.evaluate.routed import evaluate_routed
@@ -227,6 +228,28 @@ def test_a_teacher_with_another_tokenizer_is_refused(world: World, tmp_path: Pat
     model = world.config.model.model_copy(update={"path": str(other)})
     with pytest.raises(InputError, match="student and teacher have different vocabularies"):
         train_run(world.run, world.config.model_copy(update={"model": model}), world.options(tmp_path))
+
+
+def test_another_model_teaches(
+    world: World, trained: tuple[Path, TrainReport, list[str]], tmp_path: Path
+) -> None:
+    """The same weights elsewhere teach the same; others, also of another shape, something else."""
+
+    def taught_by(path: Path, into: str, **changes: Any) -> TrainReport:
+        teacher = world.config.model.model_copy(update={"path": str(path)})
+        train = world.config.train.model_copy(update={"teacher_model": teacher})
+        config = world.config.model_copy(update={"train": train})
+        return train_run(world.run, config, world.options(tmp_path / into, **changes))
+
+    same = shutil.copytree(world.folder / "model", tmp_path / "same")
+    assert taught_by(same, "a").losses == trained[1].losses
+    deeper = make_model("qwen2", tmp_path / "deeper", seed=1, num_hidden_layers=3)
+    with pytest.raises(InputError, match=r"the teacher has 3 layers of \d+ features, the student \d of"):
+        taught_by(deeper, "b")
+    losses = taught_by(deeper, "c", weights=LossWeights(hidden=0)).losses
+    assert losses["kl"] > trained[1].losses["kl"]
+    with pytest.raises(InputError, match=r"teacher.* --fresh"):
+        taught_by(make_model("qwen2", tmp_path / "other", seed=2), "a")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def build_student(spec: Spec, device: torch.device) -> Any:
 def build_teacher(
     spec: Spec, corpus: Corpus, device: torch.device, tell: Tell = lambda line: None
 ) -> Teacher | None:
-    """The dense model or what is cached of it; None if no loss needs it.
+    """The teacher or what is cached of it; None if no loss needs it.
 
     Raises
     ------
@@ -100,9 +100,9 @@ def build_teacher(
     """
     if not spec.needs_teacher:
         return None
-    check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.model))
+    check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
     if spec.teacher_k is None:
-        return Live(load_model(spec.model, device).model)
+        return Live(load_model(spec.teacher, device).model)
     folder = Path(spec.folder) / CACHE
     fingerprint = str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
     target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
@@ -121,7 +121,7 @@ def build_teacher(
             tell(f"caching the teacher: {done} of {parts} parts")
 
     return cache_teacher(
-        Live(load_model(spec.model, device).model), corpus, folder, fingerprint, spec.teacher_k, progress
+        Live(load_model(spec.teacher, device).model), corpus, folder, fingerprint, spec.teacher_k, progress
     )
 
 

@@ -6,7 +6,7 @@ counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V
 - student: ``(b + p) N`` with ``p`` the bytes of a place (2, in layers over 65,536 wide 4), ``b R``; what is trained has
   float32 masters in place of ``b``, a gradient of 4 bytes and an optimizer's state of 8 (AdamW) or 4 (Muon);
 - its matrices: the backward pass needs those of every layer for which a micro batch was multiplied;
-- teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L``;
+- teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L`` and logits ``b T V``;
 - activations and logits as in `tinyonn.memory`, of a micro batch; with checkpointing those of one layer. Norms that are
   trained keep their inputs, too.
 """
@@ -84,28 +84,25 @@ class StudentFacts:
 
 def train_needs(
     student: StudentFacts,
-    parameters: Sequence[Parameter],
     base: ModelFacts,
+    teacher: tuple[Sequence[Parameter], ModelFacts] | None,
     options: TrainOptions,
     max_tokens: int,
     device: Device,
-    live_teacher: bool,
 ) -> list[Need]:
     """Of one worker, beside the compute.
 
     Parameters
     ----------
     student : StudentFacts
-    parameters : sequence of Parameter
-        Of the teacher.
     base : ModelFacts
-        Of the teacher; the student has its shape.
+        The student's shape.
+    teacher : (sequence of Parameter, ModelFacts), optional
+        Of a teacher that runs at every step.
     options : TrainOptions
     max_tokens : int
         Of a sample.
     device : str
-    live_teacher : bool
-        The teacher runs at every step.
     """
     optimizers, b = options.optimizers, 2 if options.precision == "bfloat16" else 4
     T, H, I = options.micro_batch * max_tokens, base.hidden, base.intermediate  # noqa: E741
@@ -118,7 +115,7 @@ def train_needs(
     kept = base.layers * T * b * H + layer if options.checkpointing else base.layers * layer
     passing = T * ((3 * b + 4) * I + 6 * b * H)
     chunk = min(LOGITS_BYTES, T * base.vocabulary * LOGIT_BYTES)
-    logits = T * base.vocabulary * b * (3 if live_teacher else 2)
+    logits = 2 * T * base.vocabulary * b
     needs = [
         Need("experts" + (", trained" if learns else ""), student.entries * values + student.places),
         Need("trunk and head of the student", trunk),
@@ -126,19 +123,21 @@ def train_needs(
         Need("activations, checkpointed" if options.checkpointing else "activations", kept + passing),
         Need("logits and their gradient", logits + chunk),
     ]
-    if live_teacher:
-        packed = sum(parameter.size for parameter in parameters if is_quantized(parameter, base))
-        rest = sum(parameter.size for parameter in parameters) - packed
-        weights = round(packed * NF4_BYTES) + rest * base.dtype_bytes
-        scratch = max((p.size for p in parameters if is_quantized(p, base)), default=0) * b
-        needs.append(
-            Need("teacher, its hidden states and scratch", weights + base.layers * T * b * H + scratch)
-        )
+    if teacher is not None:
+        needs.append(Need("teacher, its hidden states, logits and scratch", _teacher_bytes(*teacher, T, b)))
     if device == "cuda":
         needs.append(Need("CUDA itself", CUDA_BYTES))
     else:
         needs.append(Need("process", PROCESS_BYTES["cpu"] + KERNEL_BYTES))
     return [need for need in needs if need.bytes]
+
+
+def _teacher_bytes(parameters: Sequence[Parameter], facts: ModelFacts, tokens: int, b: int) -> int:
+    quantized = [parameter.size for parameter in parameters if is_quantized(parameter, facts)]
+    rest = sum(parameter.size for parameter in parameters) - sum(quantized)
+    weights = round(sum(quantized) * NF4_BYTES) + rest * facts.dtype_bytes
+    kept = tokens * b * (facts.layers * facts.hidden + facts.vocabulary)
+    return weights + kept + max(quantized, default=0) * b
 
 
 def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int | None) -> Tier:

@@ -30,6 +30,8 @@ from tinyonn.train.spec import (
     read_student,
 )
 
+TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, of a teacher that is not the dense model
+
 
 @dataclass(frozen=True)
 class TrainStageOptions:
@@ -101,14 +103,15 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
         if options.router is not None:
             router = options.router.options(profile, train.prompt_tokens).tree()
             _check_taught(train)
-    teacher = None
+    model, teacher = config.train.teacher_model or config.model, None
     if train.weights.kl > 0 or train.weights.hidden > 0:
-        fingerprint = fingerprint_model(config.model, run / "fingerprint.json")
-        teacher = fingerprint | config.model.model_dump(include={"quantization", "dtype"})
+        known = run / ("fingerprint.json" if model == config.model else TEACHER_FINGERPRINT)
+        teacher = fingerprint_model(model, known) | model.model_dump(include={"quantization", "dtype"})
     return Spec(
         folder=str((options.folder or run / "train").absolute()),
         student=str(student),
         model=config.model,
+        teacher=model,
         corpus=str(corpus.path.absolute()),
         profile=str(run / "profile") if targets is not None else None,
         router=router,
@@ -184,15 +187,14 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
     CapacityError
         It does not fit.
     """
-    parameters, base = describe_model(spec.model)
     tree = read_student(Path(spec.student))
-    shape = parameters
-    if not experts_of(tree):
-        shape, base = describe_model(spec.model.model_copy(update={"path": spec.student}))
-    student = StudentFacts.of(tree, shape)
+    own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
+    parameters, base = describe_model(own)
+    student = StudentFacts.of(tree, parameters)
     tokens = Corpus(Path(spec.corpus)).header.max_tokens
     live = spec.needs_teacher and spec.teacher_k is None
-    needs = train_needs(student, parameters, base, spec.train, tokens, places.device, live)
+    teacher = describe_model(spec.teacher) if live else None
+    needs = train_needs(student, base, teacher, spec.train, tokens, places.device)
     tier = check_needs(needs, places.sharing, places.device, places.memory if limit is None else limit)
     return TrainPlan(tuple(needs), tier)
 

@@ -29,7 +29,7 @@ def train_options(config: Config) -> TrainOptions:
     """
     given = config.train
     plain = given.model_dump(
-        exclude={"data", "teacher", "loss", "routing", "stages", "schedule", "optimizers"}
+        exclude={"data", "teacher", "teacher_model", "loss", "routing", "stages", "schedule", "optimizers"}
     )
     stages = given.stages.model_dump()
     stages |= {name: stages[name] or None for name in ("act_k", "min_k")}  # 0 stands for all

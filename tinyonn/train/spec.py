@@ -102,7 +102,9 @@ class Spec:
     student : str
         Folder of what is trained: an assembled model, or any causal language model.
     model : ModelConfig
-        The teacher.
+        The dense model that the student was made from.
+    teacher : ModelConfig
+        That model, or another with the same tokenizer.
     corpus : str
         The tokenised corpus.
     profile : str or None
@@ -127,6 +129,7 @@ class Spec:
     folder: str
     student: str
     model: ModelConfig
+    teacher: ModelConfig
     corpus: str
     profile: str | None
     router: dict[str, Any] | None
@@ -164,7 +167,7 @@ def identity_of(
     student : mapping
         Its ``config.json``.
     teacher : mapping, optional
-        Fingerprint, quantization and dtype of the dense model.
+        Its fingerprint, quantization and dtype.
     router : mapping, optional
     targets : TargetOptions, optional
     """

@@ -30,7 +30,9 @@ from tinyonn.train.spec import (
     read_student,
 )
 
-TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, of a teacher that is not the dense model
+TEACHER_FINGERPRINT = (
+    "teacher-fingerprint.json"  # in the run's folder, of a teacher that is not the dense model
+)
 
 
 @dataclass(frozen=True)

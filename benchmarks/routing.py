@@ -16,14 +16,16 @@ wanda        |W| times the norm of its input on the prompt, cut anew for each pr
 small        a dense model of as many linear weights, from scratch, distilled by the same script from the same tokens
 dense        as recorded; and trained further on the same tokens
 
-All trainings of a seed see the same samples in the same order and take the same steps. Losses are those of held-out
-tokens after the prompt. What is done already is kept in the folder, so a killed call goes on.
+All trainings of a seed see the same samples in the same order and take the same steps, and have the same teacher: the
+dense model as recorded, or with --teacher-steps after it has learned so long from the text itself. Losses are those
+of held-out tokens after the prompt. What is done already is kept in the folder, so a killed call goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from bisect import bisect_right
@@ -59,6 +61,7 @@ from tinyonn.evaluate.routed import Experts, evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.experts.choice import select_options
+from tinyonn.experts.export import export_model
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.run import open_run
@@ -95,6 +98,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--teacher-steps", type=int, default=0, help="of the dense model before it teaches")
     parser.add_argument("--ks", type=int, nargs="+", default=[10, 25, 50], help="experts on, and all of them")
     parser.add_argument("--search", action="store_true", help="search the allocation across tensors first")
     parser.add_argument("--small", action="store_true", help="a few samples and steps: does it work?")
@@ -151,6 +155,8 @@ class Comparison:
         self.base = base_folder(config.model)
         self.linear = sum(parameter.size for parameter in self.dense.parameters)
         self.own = json.loads((self.place / "experts" / "config.json").read_text("utf-8"))["assembly"]["id"]
+        if options.teacher_steps:
+            self.config = self._with_teacher(options.teacher_steps)
 
     def lines(self, seed: int) -> list[Line]:
         """All arms of a seed; the routed model comes first, since it says how many weights are active."""
@@ -263,14 +269,7 @@ class Comparison:
 
     def _dense(self, seed: int) -> list[Line]:
         def measure() -> list[Line]:
-            place = self._variant(f"dense-{seed}")
-            if not (place / "experts" / "config.json").exists():
-                write_experts(place / "experts", self.dense, all_kept(self.dense), 1, self.base)
-            alone = LossWeights(kl=0.0, ce=1.0, hidden=0.0)
-            given = self.config.train.optimizers  # gentler than what a cut model needs
-            rates = {name: getattr(given, name) / 4 for name in ("experts_lr", "trunk_lr", "norms_lr")}
-            options = self._plain(seed, alone, **rates)
-            folder = self._trained("dense", seed, place, options)
+            folder = self._dense_further("dense", seed, self.options.steps)
             return [
                 Line("dense", "as it is", 1.0, self._loss(self.dense.model)),
                 Line("dense", "trained", 1.0, self._loss(open_assembled(folder))),
@@ -279,6 +278,29 @@ class Comparison:
         return self._known(f"dense-{seed}", measure)
 
     # What they share
+
+    def _dense_further(self, name: str, seed: int, steps: int) -> Path:
+        """The dense model, trained on the text itself: an assembled one of which all is kept."""
+        place = self._variant(f"{name}-{seed}")
+        if not (place / "experts" / "config.json").exists():
+            write_experts(place / "experts", self.dense, all_kept(self.dense), 1, self.base)
+        alone = LossWeights(kl=0.0, ce=1.0, hidden=0.0)
+        given = self.config.train.optimizers  # gentler than what a cut model needs
+        rates = {name: getattr(given, name) / 4 for name in ("experts_lr", "trunk_lr", "norms_lr")}
+        options = self._plain(seed, alone, **rates)
+        return self._trained(name, seed, place, replace(options, train=replace(options.train, steps=steps)))
+
+    def _with_teacher(self, steps: int) -> Config:
+        """The configuration in which the dense model teaches after so many steps."""
+        folder = self._dense_further("teacher", 0, steps)
+        dense, part = folder.parent / "dense", folder.parent / "dense.part"
+        if not dense.exists():
+            shutil.rmtree(part, ignore_errors=True)
+            export_model(folder, part, "dense")
+            part.rename(dense)
+        teacher = self.config.model.model_copy(update={"path": str(dense), "quantization": "none"})
+        train = self.config.train.model_copy(update={"teacher_model": teacher})
+        return self.config.model_copy(update={"train": train})
 
     def _options(self, seed: int, **changes: Any) -> TrainStageOptions:
         """Of a training with a router; `changes` of ks or of `TrainOptions`."""
@@ -302,7 +324,9 @@ class Comparison:
         return own / "model"
 
     def _stamp(self, train: TrainOptions) -> str:
-        taught = [self.config.profile.model_dump(), self.config.router.model_dump()]
+        taught: list[Any] = [self.config.profile.model_dump(), self.config.router.model_dump()]
+        if (teacher := self.config.train.teacher_model) is not None:
+            taught.append(self.options.teacher_steps or teacher.model_dump())
         return digest([self.own, train.deciding(), taught])[:8]
 
     def _variant(self, name: str) -> Path:

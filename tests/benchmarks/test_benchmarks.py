@@ -87,7 +87,7 @@ def test_decode() -> None:
 
 @pytest.mark.slow
 def test_routing(tmp_path: Path) -> None:
-    tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small")
+    tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small", "--teacher-steps", "2")
     lines = {(line["arm"], line["k"]): line for line in tree["figures"]["lines"]}
     routed = [lines["routed", k] for k in ("10", "25", "50", "all")]
     shares = [line["active"][0] for line in routed]

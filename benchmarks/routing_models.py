@@ -200,6 +200,7 @@ def bands(
     found: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
     sizes = {parameter.name: parameter.size for parameter in source.parameters}
     for number, its in reversed(list(enumerate(shares))):
+        its = {name: max(share, 1 / sizes[name]) for name, share in its.items()}  # no tensor is left out
         budget = round(sum(share * sizes[name] for name, share in its.items()))
         chosen = select(source, recipe_of(method, selection, float(budget), its).options)
         for name, mask in masks_of(chosen, source):

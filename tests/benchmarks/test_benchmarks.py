@@ -92,8 +92,8 @@ def test_routing(tmp_path: Path) -> None:
     routed = [lines["routed", k] for k in ("10", "25", "50", "all")]
     shares = [line["active"][0] for line in routed]
     assert shares == sorted(shares)
-    assert lines["routed", "50"]["active"][0] <= lines["routed", "half"]["active"][0] <= shares[-1] / 2
-    assert lines["routed", "25"]["active"][0] < lines["routed", "tenth"]["active"][0] <= 0.1
+    for name, limit in (("half", shares[-1] / 2), ("tenth", 0.1)):  # one expert is no tenth of it
+        assert 0.9 * limit < lines["routed", name]["active"][0] <= limit
     for arm in ("static", "magnitude", "random", "wanda"):
         for k, share in zip(("10", "25", "50", "all"), shares, strict=True):
             assert lines[arm, k]["active"][0] == pytest.approx(share, abs=0.01)

@@ -10,7 +10,7 @@ from tinyonn.errors import InputError
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.student import Student
 from tinyonn.train.targets import ProfileTargets
-from tinyonn.train.teacher import Cached, Live, Teacher
+from tinyonn.train.teacher import Cached, Teacher
 
 
 def check_fit(
@@ -44,8 +44,6 @@ def check_fit(
             f"the teacher's head has {teacher.vocabulary} tokens and the student's {vocabulary}; "
             "train with the dense model that the student was made from"
         )
-    if isinstance(teacher, Live) and weights.hidden > 0:
-        _check_layers(student.model.config, teacher.model.config)
     if student.router is None:
         if options.warm_start or options.routing.ks or weights.profile > 0:
             raise InputError(
@@ -67,19 +65,6 @@ def check_fit(
     top_k = student.router.top_k
     if top_k is not None and top_k > student.experts:
         raise InputError(f"top_k = {top_k} but there are {student.experts} experts; give at most as many")
-
-
-def _check_layers(student: Any, teacher: Any) -> None:
-    """Refuse hidden states of other shapes."""
-    ours, theirs = (
-        (settings.num_hidden_layers, settings.hidden_size)
-        for settings in (student.get_text_config(), teacher.get_text_config())
-    )
-    if ours != theirs:
-        raise InputError(
-            f"train.loss.hidden compares layer by layer, and the teacher has {theirs[0]} layers of {theirs[1]} "
-            f"features, the student {ours[0]} of {ours[1]}; set it to 0"
-        )
 
 
 def prepare_model(model: Any, options: TrainOptions) -> None:

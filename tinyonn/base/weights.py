@@ -117,20 +117,34 @@ class BaseWeights:
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """File of every tensor."""
-        from safetensors import SafetensorError, safe_open
+        return tensor_files(self.folder)
 
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            tree: dict[str, Any] = json.loads(index.read_text("utf-8"))
-            return {key: self.folder / file for key, file in tree["weight_map"].items()}
-        found = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    found.update(dict.fromkeys(file.keys(), path))
-            except SafetensorError as error:
-                raise InputError(
-                    f"{path}: not a readable safetensors file ({error}); fetch it again"
-                ) from None
-        return found
+
+def tensor_files(folder: Path, remedy: str = "fetch it again") -> dict[str, Path]:
+    """File of every tensor of a checkpoint, from its index or else its safetensors files; empty if it has none.
+
+    Parameters
+    ----------
+    folder : Path
+    remedy : str
+        For a file that is damaged.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        tree: dict[str, Any] = json.loads(index.read_text("utf-8"))
+        return {key: folder / file for key, file in tree["weight_map"].items()}
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found.update(dict.fromkeys(file.keys(), path))
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a readable safetensors file ({error}); {remedy}") from None
+    return found

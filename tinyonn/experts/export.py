@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tinyonn.base.weights import tensor_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("hub", "dense", "npz", "parquet")
 MARKER = "selection.json"  # of the assembled folder; of no use elsewhere
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
 PARTS = ("values", "columns", "row_pointer")
 NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, in a tensor's name
 
@@ -88,11 +89,13 @@ class Assembled:
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-            weight_map = _weight_map(folder)
+            tensors = tensor_files(folder, "assemble or train it again")
         except (OSError, ValueError):
+            tensors = {}
+        if not tensors:
             raise InputError(
                 f"{folder} holds no assembled model and no trained one; run `tinyonn assemble` or `tinyonn train` first"
-            ) from None
+            )
         if self.config.get("model_type") != "tiny_onn":
             raise InputError(
                 f"{folder} holds a model of type {self.config.get('model_type')!r}, not tiny_onn; give a folder that "
@@ -100,12 +103,12 @@ class Assembled:
             )
         self.experts: int = self.config["experts"]
         self.layers: dict[str, dict[str, int]] = self.config["sparse_layers"]
-        self.units: dict[int, dict[str, list[str]]] = {}  # by layer, -1 is outside: keys by file
-        for key, file in weight_map.items():
+        self.units: dict[int, dict[Path, list[str]]] = {}  # by layer, -1 is outside: keys by file
+        for key, path in tensors.items():
             if not key.startswith("router."):
                 number = NUMBER.search(key)
                 unit = self.units.setdefault(-1 if number is None else int(number[1]), {})
-                unit.setdefault(file, []).append(key)
+                unit.setdefault(path, []).append(key)
 
     def shards(self) -> Iterator[tuple[str, dict[str, Compressed], dict[str, torch.Tensor]]]:
         """What lies outside the layers, then every layer: name of a file for it, matrices by module, other tensors by
@@ -113,8 +116,8 @@ class Assembled:
         """
         for number, (_, files) in enumerate(sorted(self.units.items()), 1):
             tensors: dict[str, torch.Tensor] = {}
-            for file, keys in files.items():
-                tensors |= self._read(self.folder / file, keys)
+            for path, keys in files.items():
+                tensors |= self._read(path, keys)
             matrices = {}
             for module, layer in self.layers.items():
                 if f"{module}.values" in tensors:
@@ -140,20 +143,6 @@ class Assembled:
                 f"{path} belongs to assembly {metadata.get('assembly', 'unknown')} but config.json to {wanted}; "
                 "assemble or train it again"
             )
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """File of every tensor."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / INDEX).is_file() or not (folder / WHOLE).is_file():
-        tree: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        return tree
-    try:
-        with safe_open(folder / WHOLE, framework="pt") as stream:
-            return dict.fromkeys(stream.keys(), WHOLE)
-    except SafetensorError as error:
-        raise InputError(f"{folder / WHOLE} is damaged ({error}); assemble or train it again") from None
 
 
 def export_model(

@@ -30,9 +30,7 @@ from tinyonn.train.spec import (
     read_student,
 )
 
-TEACHER_FINGERPRINT = (
-    "teacher-fingerprint.json"  # in the run's folder, of a teacher that is not the dense model
-)
+TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, if another model teaches
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,15 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
         if options.router is not None:
             router = options.router.options(profile, train.prompt_tokens).tree()
             _check_taught(train)
-    model, teacher = config.train.teacher_model or config.model, None
+    teacher, taught_by = config.train.teacher_model or config.model, None
     if train.weights.kl > 0 or train.weights.hidden > 0:
-        known = run / ("fingerprint.json" if model == config.model else TEACHER_FINGERPRINT)
-        teacher = fingerprint_model(model, known) | model.model_dump(include={"quantization", "dtype"})
+        known = run / ("fingerprint.json" if teacher == config.model else TEACHER_FINGERPRINT)
+        taught_by = fingerprint_model(teacher, known) | teacher.model_dump(include={"quantization", "dtype"})
     return Spec(
         folder=str((options.folder or run / "train").absolute()),
         student=str(student),
         model=config.model,
-        teacher=model,
+        teacher=teacher,
         corpus=str(corpus.path.absolute()),
         profile=str(run / "profile") if targets is not None else None,
         router=router,
@@ -121,7 +119,7 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
         output=str(output),
         targets=options.targets,
         teacher_k=options.teacher_k,
-        identity={**identity_of(tree, teacher, router, targets), "teacher_k": options.teacher_k},
+        identity={**identity_of(tree, taught_by, router, targets), "teacher_k": options.teacher_k},
         track=config.track,
         window=options.window,
     )

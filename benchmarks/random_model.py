@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from tinyonn.base.load import DenseModel, _prepare, load_shape
+from tinyonn.base.load import DenseModel, load_shape, prepare_model
 from tinyonn.config import ModelConfig
 
 BLOCK = 64  # weights that share a scale in NF4
@@ -95,4 +95,4 @@ def random_nf4(folder: Path, seed: int = 0) -> DenseModel:
                 if name.endswith("norm"):
                     value += 1
                 setattr(module, part, torch.nn.Parameter(value, requires_grad=False))
-    return DenseModel(_prepare(model, config), None, torch.device("cpu"))
+    return DenseModel(prepare_model(model, config.checkpointing), None, torch.device("cpu"))

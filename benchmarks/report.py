@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tinyonn.machine import free_ram, usable_cpus
 
 
@@ -58,13 +55,31 @@ BEFORE = machine()  # at the import, so that the load is that of others
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; columns after the first stand to the right, floats with four decimals."""
+    cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(plain(title, columns, cells))
+        return
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
+    for row in cells:
+        table.add_row(*row)
     console = Console()
     (console if console.is_terminal else Console(width=140)).print(table)
+
+
+def plain(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text alone, where rich is not installed."""
+    lines = [columns, *rows]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
+    return "\n".join([title, *text])
 
 
 def finish(

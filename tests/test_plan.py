@@ -18,7 +18,15 @@ from tinyonn.cost import EXACT_SAMPLES, LOST_SECONDS, commit_seconds, sample_sec
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, parse_gpus
 from tinyonn.memory import BATCH, compute_needs
-from tinyonn.plan import DataFacts, Machine, ModelFacts, RecordPlan, plan_record, segment_size
+from tinyonn.plan import (
+    DataFacts,
+    Machine,
+    ModelFacts,
+    RecordOptions,
+    RecordPlan,
+    plan_record,
+    segment_size,
+)
 from tinyonn.planning import describe_data, describe_machine, describe_model, plan_run
 from tinyonn.sizes import GiB, MiB
 
@@ -304,6 +312,27 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
     assert free_ram(tmp_path) == 250 * MiB
     (tmp_path / "memory.max").write_text("max\n")
     assert free_ram(tmp_path) > 300 * MiB
+
+
+def test_free_ram_is_what_the_kernel_calls_available(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemFree: 1 kB\nMemAvailable: 3072 kB\n")
+    assert free_ram(tmp_path, meminfo) == 3 * MiB
+    meminfo.write_text("MemTotal: 9000 kB\n")
+    assert free_ram(tmp_path, meminfo) == pytest.approx(free_ram(tmp_path), rel=0.5)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU, replace(CPU, ram=2 * GiB)])
+def test_options_without_a_configuration_plan_the_same(machine: Machine) -> None:
+    config = RecordConfig(workers=2)
+    options = RecordOptions(config.segment, config.workers, config.threads, config.windows, config.max_live)
+    found = []
+    for record in (config, options):
+        try:
+            found.append(str(plan_record(parameters_of(model_of()), model_of(), DATA, machine, record)))
+        except CapacityError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
 
 
 def test_planning_changes_nothing_it_is_given() -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 import typer
 
 from tinyonn.errors import CapacityError, InputError, TinyONNError
-from tinyonn.machine import peak_rss
 from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
@@ -121,6 +120,8 @@ def run_stage(
         _crash()
         raise
     if as_json:
+        from tinyonn.machine import peak_rss
+
         own = {"stage": stage, "run": location, "seconds": round(time.monotonic() - started, 3)}
         print(json.dumps({**own, "peak_rss_bytes": peak_rss(), **report.figures(), **own}), flush=True)
     else:

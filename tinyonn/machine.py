@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,9 @@ class Gpu:
     total: int
 
 
-def free_ram(cgroup: Path = CGROUP) -> int:
+def free_ram(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int:
     """Bytes of RAM that can be had without swapping; within a container, of what it may have."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
+    free = _available(meminfo)
     try:
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
@@ -39,6 +38,16 @@ def free_ram(cgroup: Path = CGROUP) -> int:
         name, _, value = line.partition(" ")
         cached += int(value) if name == "inactive_file" else 0
     return max(0, min(free, limit - used + cached))
+
+
+def _available(meminfo: Path) -> int:
+    try:
+        lines = meminfo.read_text("utf-8").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux, or one that is very old
+        import psutil
+
+        return int(psutil.virtual_memory().available)
 
 
 def peak_rss() -> int:

@@ -8,12 +8,11 @@ refuses with the limit and a remedy that it has tried. What a tier must hold is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tinyonn.base.parameters import Parameter
-from tinyonn.config import RecordConfig
 from tinyonn.cost import Device, commit_seconds, sample_seconds, segment_size
 from tinyonn.errors import CapacityError
 from tinyonn.memory import (
@@ -34,7 +33,32 @@ from tinyonn.sizes import format_count, format_seconds, format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DataFacts", "Machine", "ModelFacts", "Need", "RecordPlan", "Tier", "plan_record", "segment_size"]
+    from tinyonn.config import RecordConfig
+
+__all__ = [
+    "DataFacts",
+    "Machine",
+    "ModelFacts",
+    "Need",
+    "RecordOptions",
+    "RecordPlan",
+    "Tier",
+    "plan_record",
+    "segment_size",
+]
+
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What of the configuration's section `record` a plan depends on."""
+
+    segment: int | Auto
+    workers: int | Auto
+    threads: int
+    windows: int | Auto
+    max_live: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +144,7 @@ def plan_record(
     model: ModelFacts,
     data: DataFacts,
     machine: Machine,
-    record: RecordConfig,
+    record: RecordConfig | RecordOptions,
 ) -> RecordPlan:
     """Choose windows and workers so that everything fits, the fastest first.
 
@@ -130,7 +154,7 @@ def plan_record(
         From `list_parameters`, in model order.
     model, data, machine
         Facts.
-    record : RecordConfig
+    record : RecordConfig or RecordOptions
         Numbers given there are kept, ``auto`` is chosen here.
 
     Raises
@@ -138,10 +162,11 @@ def plan_record(
     CapacityError
         Names what is needed, the limit and what would help.
     """
-    best = _fastest(parameters, model, data, machine, record)
+    options = RecordOptions(**{field.name: getattr(record, field.name) for field in fields(RecordOptions)})
+    best = _fastest(parameters, model, data, machine, options)
     if isinstance(best, RecordPlan):
         return best
-    remedy = _remedy(parameters, model, data, machine, record)
+    remedy = _remedy(parameters, model, data, machine, options)
     largest = sorted(best.needs, key=lambda need: -need.bytes)[:3]
     what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in largest)
     raise CapacityError(
@@ -155,7 +180,7 @@ def _fastest(
     model: ModelFacts,
     data: DataFacts,
     machine: Machine,
-    record: RecordConfig,
+    record: RecordOptions,
 ) -> RecordPlan | Tier:
     """The plan with the most samples per second; else the tier that is too small where least is missing."""
     from tinyonn.record.calibration import layer_windows
@@ -182,13 +207,13 @@ def _fastest(
     return min(short, key=lambda tier: tier.total - (tier.limit or 0))
 
 
-def places(machine: Machine, record: RecordConfig) -> int:
+def places(machine: Machine, record: RecordOptions) -> int:
     """Workers that a machine can hold by its GPUs or CPUs."""
     return max(1, machine.units if machine.device == "cuda" else machine.units // record.threads)
 
 
 def _segments(
-    parameters: Sequence[Parameter], data: DataFacts, machine: Machine, record: RecordConfig
+    parameters: Sequence[Parameter], data: DataFacts, machine: Machine, record: RecordOptions
 ) -> tuple[int, int]:
     """Samples per segment, and how many segments that makes if the slices are of like size."""
     size = record.segment
@@ -203,7 +228,7 @@ def _state(
     model: ModelFacts,
     data: DataFacts,
     machine: Machine,
-    record: RecordConfig,
+    record: RecordOptions,
     workers: int,
 ) -> RecordPlan:
     """What one choice of windows and workers needs."""
@@ -247,18 +272,18 @@ def _remedy(
     model: ModelFacts,
     data: DataFacts,
     machine: Machine,
-    record: RecordConfig,
+    record: RecordOptions,
 ) -> str:
     """The first change of the configuration that would make it fit, tried out."""
-    auto = record.model_copy(update={"windows": "auto", "workers": "auto"})
-    changes: list[tuple[str, ModelFacts, DataFacts, Machine, RecordConfig]]
+    auto = replace(record, windows="auto", workers="auto")
+    changes: list[tuple[str, ModelFacts, DataFacts, Machine, RecordOptions]]
     changes = [
         ("record.windows: auto and record.workers: auto", model, data, machine, auto),
         ("model.checkpointing: true", replace(model, checkpointing=True), data, machine, auto),
         ("model.quantization: nf4", replace(model, quantization="nf4"), data, machine, auto),
-        ("record.max_live: 1", model, data, machine, record.model_copy(update={"max_live": 1})),
+        ("record.max_live: 1", model, data, machine, replace(record, max_live=1)),
         ("data.slices: 2 and record.max_live: 1", model, replace(data, slices=min(2, data.slices)), machine,
-         record.model_copy(update={"max_live": 1})),
+         replace(record, max_live=1)),
     ]  # fmt: skip
     tokens = data.max_tokens // 2
     while tokens >= 64:
@@ -268,7 +293,7 @@ def _remedy(
             (f"data.max_tokens: {tokens} and model.checkpointing: true", checkpointed, shorter, machine, auto)
         )
         tokens //= 2
-    small = auto.model_copy(update={"segment": BATCH})
+    small = replace(auto, segment=BATCH)
     exact = f"record.segment: {BATCH}, which needs no uint16 sums"
     changes.append((exact, model, data, machine, small))
     for text, its_model, its_data, its_machine, its_record in changes:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.exact import SMALLEST, exact_statistics
-from benchmarks.report import at_least, at_most, finish
+from benchmarks.report import at_least, at_most, finish, show
 from tests.base.architectures import make_model
 from tests.record.oracle import float64_copy, statistics
 from tinyonn.base.corpus_file import Sample
@@ -131,6 +131,19 @@ def test_exact_statistics_are_autograds(qwen2: Path) -> None:
 
 def _mean_log2(values: Any) -> Any:
     return np.log2(np.maximum(values, SMALLEST)).mean(axis=0)
+
+
+def test_a_table_is_plain_text_where_rich_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    show("times", ("what", "seconds"), [("sum", 1.5), ("product", 12)])
+    assert capsys.readouterr().out.splitlines() == [
+        "times",
+        "what     seconds",
+        "sum       1.5000",
+        "product       12",
+    ]
 
 
 def test_the_report_ends_in_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:

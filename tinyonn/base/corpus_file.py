@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
 
 from tinyonn.errors import InputError
 
 VERSION = 1
 BATCH = 512
-LISTS = pa.list_(pa.int32())
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
@@ -99,10 +97,12 @@ class Corpus:
     """
 
     def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
         self.path = Path(path)
         remedy = "delete it and record again, the corpus will be tokenised anew"
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(self.path))).read_all()
+            table = _table(self.path)
             metadata = table.schema.metadata or {}
             tree = json.loads(metadata[b"tinyonn"])
             if tree["version"] != VERSION:
@@ -213,7 +213,10 @@ class RowWriter:
     """Appends (index, input_ids, labels) to an Arrow IPC file, in batches."""
 
     def __init__(self, stream: BinaryIO, metadata: dict[bytes, bytes]) -> None:
-        self._schema = pa.schema([("index", pa.int64()), ("input_ids", LISTS), ("labels", LISTS)], metadata)
+        import pyarrow as pa
+
+        lists = pa.list_(pa.int32())
+        self._schema = pa.schema([("index", pa.int64()), ("input_ids", lists), ("labels", lists)], metadata)
         self._writer = pa.ipc.new_file(stream, self._schema)
         self._rows: list[tuple[int, Int32, Int32]] = []
 
@@ -231,6 +234,8 @@ class RowWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
+        import pyarrow as pa
+
         index, input_ids, labels = zip(*self._rows, strict=True)
         arrays = [pa.array(index, pa.int64()), _lists(input_ids), _lists(labels)]
         self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
@@ -239,7 +244,7 @@ class RowWriter:
 
 def read_rows(path: Path, rows: Int64) -> Iterator[tuple[int, Int32, Int32]]:
     """Read rows of an Arrow IPC file in any order."""
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    table = _table(path)
     index, input_ids, labels = (
         table.column("index"),
         Lists(table.column("input_ids")),
@@ -271,6 +276,14 @@ def write_corpus(
     return Corpus(path)
 
 
+def _table(path: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
 def _lists(rows: Sequence[Int32]) -> Any:
+    import pyarrow as pa
+
     offsets = np.array([0, *accumulate(len(row) for row in rows)], np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))

@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -37,8 +37,10 @@ from tinyonn.base.source import (
     read_model_config,
     resolve_model,
 )
-from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError, InputError
+
+if TYPE_CHECKING:
+    from tinyonn.config import ModelConfig
 
 __all__ = [
     "DenseModel",
@@ -49,6 +51,7 @@ __all__ = [
     "load_shape",
     "load_tokenizer",
     "model_folder",
+    "prepare_model",
     "resolve_model",
 ]
 
@@ -150,7 +153,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
             f"{config.path}: {len(lost)} tensors are missing from its weights or have another shape, "
             f"{lost[0]} first; save a complete checkpoint that fits its config.json"
         )
-    return DenseModel(_prepare(model, config), tokenizer, target)
+    return DenseModel(prepare_model(model, config.checkpointing), tokenizer, target)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -239,7 +242,8 @@ def _misshapen(model: torch.nn.Module) -> list[str]:
     return found
 
 
-def _prepare(model: Any, config: ModelConfig) -> torch.nn.Module:
+def prepare_model(model: Any, checkpointing: bool) -> torch.nn.Module:
+    """Freeze a causal language model as it is recorded, in place: gradients flow through its activations alone."""
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -251,7 +255,7 @@ def _prepare(model: Any, config: ModelConfig) -> torch.nn.Module:
         # which they neither dequantize to their shape nor multiply as they do with gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if config.checkpointing:
+    if checkpointing:
         _checkpoint(model)
     assert isinstance(model, torch.nn.Module)
     return model

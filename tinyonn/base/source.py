@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyonn.config import ModelConfig
 
 BASE = Path(__file__).resolve().parent
 REFERENCE_MODEL = BASE / "reference" / "model"

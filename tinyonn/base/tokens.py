@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.base.rows import Message, Row
 from tinyonn.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyonn.base.rows import Message, Row
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 UNLABELLED = -100

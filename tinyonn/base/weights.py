@@ -10,7 +10,7 @@ import json
 from functools import cached_property
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ import torch
 from tinyonn.base.load import DTYPES, load_shape
 from tinyonn.base.nf4 import BLOCK, round_to_nf4
 from tinyonn.base.source import model_folder
-from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyonn.config import ModelConfig
 
 
 class BaseWeights:

@@ -27,12 +27,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinyonn.base.parameters import Parameter
-from tinyonn.config import FeatureWeights
 from tinyonn.store.records import Float64
+
+if TYPE_CHECKING:
+    from tinyonn.config import FeatureWeights
 
 BUCKETS = 16
 KEYS = 1 << 20

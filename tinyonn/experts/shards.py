@@ -12,21 +12,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from tinyonn.base.parameters import Parameter
-from tinyonn.base.weights import BaseWeights
 from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
-from tinyonn.experts.options import Selection
-from tinyonn.experts.select import TensorGroups
 from tinyonn.experts.shards_tinyonn import ASSEMBLY
-from tinyonn.experts.source import Source
-from tinyonn.store.arrays import bands
 from tinyonn.store.records import Float64, UInt8
+
+if TYPE_CHECKING:
+    from tinyonn.base.weights import BaseWeights
+    from tinyonn.experts.options import Selection
+    from tinyonn.experts.source import Source
 
 TYPES = {
     torch.bfloat16: "BF16",
@@ -205,6 +205,9 @@ def _cut(parameter: Parameter, sources: Sources) -> tuple[Layer, dict[str, torch
 
 def _grouped(parameter: Parameter, sources: Sources, groups: int) -> tuple[UInt8, Float64]:
     """Every weight's group in the recorded orientation, and what each group is worth, float64 [groups + 1]."""
+    from tinyonn.experts.select import TensorGroups
+    from tinyonn.store.arrays import bands
+
     name = parameter.name
     view = TensorGroups(sources.selection, sources.source, name)
     codebook = np.array(sources.source.attributes(name)["fields"]["act"]["codebook"], dtype=np.float64)

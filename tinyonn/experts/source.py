@@ -10,17 +10,18 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import kind_of
 from tinyonn.errors import InputError
-from tinyonn.run import Run
-from tinyonn.store.arrays import read_chunk, read_rows
-from tinyonn.store.reader import Reader
 from tinyonn.store.records import UInt8, UInt16
+
+if TYPE_CHECKING:
+    from tinyonn.run import Run
+    from tinyonn.store.reader import Reader
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 ReadWeights = Callable[[str, int, int], np.ndarray]  # (tensor, first row, last row) -> [rows, columns]
@@ -152,6 +153,8 @@ class RunSource:
 
     def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
         """Rows [first, last); whole chunks are decoded in place."""
+        from tinyonn.store.arrays import read_chunk, read_rows
+
         found: dict[str, np.ndarray] = {}
         for field, folder in self._folders:
             if field in needs:

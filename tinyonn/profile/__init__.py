@@ -4,6 +4,20 @@ Read these files first: `kernel` (what is summed), `measure` (one sample), `grou
 (the whole), `reader` (`open_profile`).
 """
 
-from tinyonn.profile.reader import Profile, open_profile
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinyonn.profile.reader import Profile, open_profile
 
 __all__ = ["Profile", "open_profile"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: what is measured needs no tables."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from tinyonn.profile import reader
+
+    return getattr(reader, name)

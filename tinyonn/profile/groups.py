@@ -11,7 +11,7 @@ import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numba import njit
@@ -19,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.base.weights import BaseWeights
-from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.compress import DROPPED
 from tinyonn.experts.shards_tinyonn import ASSEMBLY
 from tinyonn.experts.source import RunSource, check_labels, tensors_outside
-from tinyonn.run import Run
 from tinyonn.store.records import UInt8
+
+if TYPE_CHECKING:
+    from tinyonn.config import ModelConfig
+    from tinyonn.run import Run
 
 Wanted = Literal["auto", "experts", "labels"]
 Kind = Literal["assembly", "labels"]

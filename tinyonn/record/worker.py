@@ -11,23 +11,24 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel, load_model
 from tinyonn.base.parameters import Parameter
-from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError
 from tinyonn.machine import peak_rss
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
-from tinyonn.store.arrays import SegmentWriter, band_rows
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, dither_seed
+
+if TYPE_CHECKING:
+    from tinyonn.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class Worker:
             Its `samples` are the good ones.
         window : int
         """
+        from tinyonn.store.arrays import SegmentWriter, band_rows
+
         torch.set_num_threads(self._threads)
         started = time.perf_counter()
         writer = SegmentWriter(fork, segment.slice, segment.first, segment.last)

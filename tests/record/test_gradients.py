@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from tinyonn.record.gradients import CountSink, LevelSink, band_height, is_finite, product_bands, spill
-from tinyonn.record.levels import levels_torch
+from tinyonn.record.gradients import CountSink, LevelSink, band_height, product_bands, spill
+from tinyonn.record.levels import FINITE_HALF_OCTAVES, levels_torch
+
+
+def slot() -> torch.Tensor:
+    return torch.zeros(1, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 3, 5), (7, 300, 33), (64, 1000, 2600)])
@@ -40,17 +44,19 @@ def test_sums_are_exact_in_two_threads_and_in_one(dtype: torch.dtype) -> None:
         for executor in (None, pool):
             sums = torch.zeros(1000, 400, dtype=torch.uint8)
             sink = LevelSink(sums, 240, executor)
-            tops = [sink.add(band, 300) for band in bands]
+            top = slot()
+            for band in bands:
+                sink.add(band, 300, top)
             assert torch.equal(sums[300:].to(torch.int32), torch.as_tensor(expected))
             assert not sums[:300].any()
-            assert all(is_finite(top) for top in tops)
+            assert int(top) == max(int((band.float().abs().view(torch.int32) >> 22).max()) for band in bands)
 
 
 def test_seventeen_samples_of_the_highest_level_fill_a_byte() -> None:
     sums = torch.zeros(2, 3, dtype=torch.uint8)
     sink = LevelSink(sums, 0)
     for _ in range(17):
-        sink.add(torch.full((2, 3), 1e30), 0)
+        sink.add(torch.full((2, 3), 1e30), 0, slot())
     assert sums.tolist() == [[255] * 3] * 2
 
 
@@ -59,18 +65,18 @@ def test_values_that_are_not_finite_are_noticed(value: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         band = torch.ones(4, 5, dtype=dtype)
         band[2, 3] = value
-        assert not is_finite(LevelSink(torch.zeros(4, 5, dtype=torch.uint8), 240).add(band, 0))
-        assert not is_finite(CountSink().add(band, 0))
-        assert not bool(
-            is_finite(
-                LevelSink(torch.zeros(9, 5, dtype=torch.uint8), 240).add_rows(torch.arange(4), band.float())
-            )
-        )
+        for sink in (LevelSink(torch.zeros(4, 5, dtype=torch.uint8), 240), CountSink()):
+            top = slot()
+            sink.add(band, 0, top)
+            assert int(top) >= FINITE_HALF_OCTAVES
+            top = slot()
+            sink.add_rows(torch.arange(4), band.float(), top)
+            assert int(top) >= FINITE_HALF_OCTAVES
 
 
 def test_rows_are_added_where_they_belong() -> None:
     sums = torch.zeros(6, 2, dtype=torch.uint8)
-    LevelSink(sums, 246).add_rows(torch.tensor([4, 1]), torch.tensor([[1.0, 0.0], [2.0, 1.5]]))
+    LevelSink(sums, 246).add_rows(torch.tensor([4, 1]), torch.tensor([[1.0, 0.0], [2.0, 1.5]]), slot())
     assert sums.tolist() == [[0, 0], [10, 9], [0, 0], [0, 0], [8, 0], [0, 0]]
 
 
@@ -87,9 +93,9 @@ def test_spilled_sums_saturate_and_never_wrap() -> None:
 def test_counts_hold_every_value() -> None:
     sink = CountSink()
     band = torch.tensor([[0.0, 1.0, -1.25], [1.5, 2.0, 3.0]])
-    sink.add(band, 0)
+    sink.add(band, 0, slot())
     sink.forget()
-    sink.add(band, 0)
+    sink.add(band, 0, slot())
     sink.keep()
     assert sink.counts.sum() == 6
     assert sink.counts[254] == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,34 +53,6 @@ def test_all_kernels_agree_on_every_bit(seed: int, base: int) -> None:
     top = add_levels_bfloat16(half.view(torch.int16).numpy(), base, sums)
     np.testing.assert_array_equal(sums, levels(half.float().numpy(), base))
     assert top == 510
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_triton_kernel_agrees_in_the_interpreter(dtype: torch.dtype) -> None:
-    pytest.importorskip("triton", reason="Triton is an optional package")
-    import subprocess
-    import sys
-
-    script = f"""
-import torch
-from tinyonn.record.levels import levels_torch
-from tinyonn.record.triton_levels import add_levels_triton
-torch.manual_seed(0)
-values = (torch.randn(10_001) * torch.exp2(torch.randint(-30, 10, (10_001,)).float())).to({dtype})
-sums = torch.full((10_001,), 7, dtype=torch.uint8)
-top = add_levels_triton(values, 220, sums)
-assert torch.equal(sums - 7, levels_torch(values, 220))
-assert int(top) == int((values.float().abs().view(torch.int32) >> 22).max()), int(top)
-values[5] = float("nan")
-assert int(add_levels_triton(values, 220, sums)) >= 510
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**__import__("os").environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_base_puts_the_median_on_level_seven() -> None:

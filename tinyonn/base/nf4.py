@@ -1,8 +1,9 @@
-"""NF4 there and back in one pass: what `bitsandbytes` makes of a tensor, without keeping the 4-bit codes.
+"""NF4: what `bitsandbytes` makes of a tensor, without it.
 
 Every 64 values share a scale ``absmax``, their largest absolute value; a value becomes the nearest of sixteen codes
-(Dettmers et al. 2023, QLoRA, appendix E) times that scale. Bit for bit the same as
-``dequantize_4bit(quantize_4bit(...))``, which a test compares, and some twenty times faster on a CPU.
+(Dettmers et al. 2023, QLoRA, appendix E) times that scale; two codes share a byte, the first in its upper half.
+`round_to_nf4` goes there and back in one pass, bit for bit ``dequantize_4bit(quantize_4bit(...))``, which a test
+compares, and some twenty times faster on a CPU. `NF4Linear` holds the codes, as ``bitsandbytes.nn.Linear4bit`` does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ import torch
 from numba import njit
 
 BLOCK = 64
+CODES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
@@ -28,9 +34,7 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     -------
     tensor of the same dtype and shape
     """
-    from bitsandbytes.functional import get_4bit_type
-
-    codes = get_4bit_type("nf4", device="cpu").float().numpy()
+    codes = np.array(CODES, np.float32)
     bounds = ((codes[1:] + codes[:-1]) / 2).astype(np.float32)
     flat = weight.detach().contiguous().reshape(-1)
     if weight.dtype == torch.bfloat16:
@@ -112,3 +116,109 @@ def _round_float32(given: Any, bounds: Any, codes: Any, rounded: Any) -> None:
             _round_rest(values, count, bounds, codes, out)
         for i in range(count):
             rounded[begin + i] = out[i]
+
+
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of a tensor, on its device.
+
+    Parameters
+    ----------
+    weight : float tensor
+        Its number of values a multiple of 64.
+
+    Returns
+    -------
+    packed : uint8 [values / 2]
+    absmax : float32 [values / 64]
+    """
+    blocks = weight.detach().reshape(-1, BLOCK).float()
+    absmax = blocks.abs().amax(1)
+    codes = torch.tensor(CODES, device=weight.device)
+    bounds = (codes[1:] + codes[:-1]) / 2
+    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]
+    numbers = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8).view(-1, 2)
+    return (numbers[:, 0] << 4) | numbers[:, 1], absmax
+
+
+def dequantize(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values of codes and scales, float32 products rounded once; on a GPU by a Triton kernel where there is one.
+
+    Parameters
+    ----------
+    packed : uint8 [values / 2]
+    absmax : float32 [values / 64]
+    dtype : torch.dtype
+        ``bfloat16`` or ``float32``.
+
+    Returns
+    -------
+    tensor [values]
+    """
+    if packed.is_cuda:
+        try:
+            from tinyonn.base.nf4_triton import dequantize as on_gpu
+        except ImportError:  # Triton is optional
+            pass
+        else:
+            found: torch.Tensor = on_gpu(packed, absmax, dtype)
+            return found
+    codes = torch.tensor(CODES, device=packed.device)
+    numbers = torch.stack([packed >> 4, packed & 15], dim=1).view(-1, BLOCK)
+    return (codes[numbers.int()] * absmax[:, None]).to(dtype).view(-1)
+
+
+class NF4Linear(torch.nn.Linear):
+    """A frozen linear layer in NF4 without ``bitsandbytes``; its weight is made anew for every product.
+
+    Parameters
+    ----------
+    out_features, in_features : int
+        Their product a multiple of 64.
+    packed, absmax : tensor
+        As of `quantize`; they decide the device.
+    dtype : torch.dtype
+        In which it computes.
+    bias : tensor [out], optional
+    """
+
+    def __init__(
+        self, out_features: int, in_features: int, packed: torch.Tensor, absmax: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16, bias: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.weight = torch.nn.Parameter(packed.view(-1, 1), requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        self.register_buffer("absmax", absmax)
+        self.compute_dtype = dtype
+
+    @classmethod
+    def of(cls, linear: torch.nn.Linear, dtype: torch.dtype = torch.bfloat16) -> NF4Linear:
+        """Quantize a layer."""
+        return cls(
+            linear.out_features, linear.in_features, *quantize(linear.weight), dtype,
+            None if linear.bias is None else linear.bias.detach(),
+        )  # fmt: skip
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight, [out, in], in the dtype that it computes in."""
+        absmax = self.get_buffer("absmax")
+        values = dequantize(self.weight.data.view(-1), absmax, self.compute_dtype)
+        return values.view(self.out_features, self.in_features)
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        """X [..., in] -> [..., out]; gradients reach X alone."""
+        Y: torch.Tensor = _Product.apply(X, self)  # type: ignore[no-untyped-call]
+        return Y
+
+
+class _Product(torch.autograd.Function):
+    """Nothing of the weight is kept between the passes."""
+
+    @staticmethod
+    def forward(ctx: Any, X: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
+        ctx.layer = layer
+        return torch.nn.functional.linear(X, layer.dequantized(), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, G: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return G @ ctx.layer.dequantized(), None

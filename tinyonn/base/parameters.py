@@ -5,7 +5,7 @@ Whatever is recorded is one of these operations on a module's input:
 =============  ===========================================================  ==========================
 operation      modules                                                      weight's shape
 =============  ===========================================================  ==========================
-``linear``     ``nn.Linear``, ``bitsandbytes.nn.Linear4bit``                [out, in]
+``linear``     ``nn.Linear``, ``Linear4bit`` of bitsandbytes, ``NF4Linear``  [out, in]
 ``conv1d``     ``transformers`` ``Conv1D`` (GPT-2), not quantized           [in, out]
 ``embedding``  ``nn.Embedding``, and those that scale their output          [vocabulary, width]
 ``rms_norm``   ``*RMSNorm``: ``x / rms(x)`` times ``w`` or ``1 + w``        [width]
@@ -173,7 +173,8 @@ def _operation(module: torch.nn.Module) -> str | None:
     from transformers.pytorch_utils import Conv1D
 
     kind = type(module)
-    if kind is torch.nn.Linear or (kind.__name__ == "Linear4bit" and isinstance(module, torch.nn.Linear)):
+    quantized = kind.__name__ in ("Linear4bit", "NF4Linear") and isinstance(module, torch.nn.Linear)
+    if kind is torch.nn.Linear or quantized:
         return "linear"
     if kind is Conv1D:
         return "conv1d"

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.record.gradients import Top
+from tinyonn.record.device import on_host
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, levels_torch
 from tinyonn.store.records import Float64
 
@@ -33,6 +33,7 @@ FIXED_BITS = 30  # of a product in fixed point: CHUNK of them add up to less tha
 PARALLEL_WEIGHTS = 1 << 17
 
 Int64 = np.ndarray[Any, np.dtype[np.int64]]
+Top = int | torch.Tensor  # largest half octave seen, on the host or still on the device
 
 
 class Totals(NamedTuple):
@@ -64,8 +65,8 @@ class GroupSums:
 
     def __init__(self, groups: int, device: torch.device, pool: Executor | None = None) -> None:
         self.groups, self._pool = groups, pool
-        self._on_host = device.type == "cpu"
         self._levels = torch.zeros((2, groups), dtype=torch.int64, device=device)  # act, grad
+        self._on_host = on_host(self._levels)
         self._sums = torch.zeros((2, groups), dtype=torch.float64, device=device)  # contribution, pull
 
     def add(

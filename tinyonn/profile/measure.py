@@ -23,8 +23,9 @@ from tinyonn.base.parameters import Use, list_uses
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
-from tinyonn.record.gradients import is_finite, product_bands
-from tinyonn.record.loss import check_head, head_backward
+from tinyonn.record.checks import Checks, raise_top
+from tinyonn.record.gradients import product_bands
+from tinyonn.record.loss import check_head, forward_backward
 from tinyonn.record.recorder import BadSampleError
 from tinyonn.record.sites import mean_square, weight_of
 from tinyonn.record.taps import attach
@@ -85,7 +86,7 @@ class Measurer:
         self._uses: dict[str, list[Use]] = defaultdict(list)
         self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
         self._seen: set[str] = set()
-        self._checks: list[tuple[str, bool | torch.Tensor]] = []
+        self._checks = Checks(self.device)
         self._sums = GroupSums(self.groups, self.device)
         check_head(model)
         self._read(groups)
@@ -103,19 +104,13 @@ class Measurer:
         self._seen.clear()
         self._checks.clear()
         self._sums = GroupSums(self.groups, self.device, self._pool)
-        ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(self.device)[None]
-        with torch.enable_grad():
-            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            leaf = hidden.detach().requires_grad_()
-            loss = head_backward(self.head, leaf, sample)
-            if not np.isfinite(loss):
-                raise BadSampleError(f"loss is {loss}")
-            hidden.backward(leaf.grad)
-        self._finish(leaf.detach()[0])
-        for what, finite in self._checks:
-            if not finite:
-                raise BadSampleError(f"{what} is not finite")
-        return Measured(loss, self._sums.totals())
+        loss, hidden_TH = forward_backward(self.decoder, self.head, sample)
+        self._finish(hidden_TH)
+        if not np.isfinite(found := float(loss)):
+            raise BadSampleError(f"loss is {found}")
+        if (name := self._checks.first()) is not None:
+            raise BadSampleError(f"{name} is not finite")
+        return Measured(found, self._sums.totals())
 
     def _read(self, groups: WeightGroups) -> None:
         """Groups lie on the device if they take no more than half of what is free there."""
@@ -172,7 +167,8 @@ class Measurer:
         calibration = self._calibration[name]
         bases = calibration.act_base, calibration.grad_base
         rms = square_I.sqrt()
-        self._checks.append((f"input of {name}", torch.isfinite(rms).all()))
+        self._checks.add(f"input of {name}", torch.isfinite(rms).all())
+        slot = self._checks.slot(f"gradient of {name}")
         A, B = (X_TI, G_TO) if by_row else (G_TO, X_TI)
         if A.dtype != B.dtype:
             A, B = A.float(), B.float()
@@ -181,4 +177,4 @@ class Measurer:
             rows = slice(first, first + band.shape[0])
             here = group[rows].to(self.device)
             top = self._sums.add(W[rows], band, here, rms[rows] if by_row else rms, by_row, bases)
-            self._checks.append((f"gradient of {name}", is_finite(top)))
+            raise_top(slot, top)

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.record.checks import raise_top
+from tinyonn.record.device import gpu_kernels, on_host
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS
 from tinyonn.store.records import Float64, UInt8, UInt16
 
@@ -28,12 +30,13 @@ STEPS = 8  # bins an octave
 COLUMN_LOW = -18  # log2 of the smallest rms that has a bin of its own
 WEIGHT_LOW = -23  # log2 of the smallest |w| that has a bin of its own
 MANTISSA_CELLS = 128  # the top seven bits of the mantissa, all that a bfloat16 has
-
-ColumnBins = tuple[torch.Tensor, torch.Tensor | bool]  # uint8 [I] and whether all inputs were finite
+TOKEN_CHUNK = (
+    32  # squares are summed in chunks of tokens, then chunk after chunk: the same bits on every device
+)
 
 _MANTISSA = np.log2(1.0 + (np.arange(MANTISSA_CELLS) + 0.5) / MANTISSA_CELLS)
 _EIGHTHS = np.floor(_MANTISSA * STEPS).astype(np.int32)
-_QUARTERS = np.floor(_MANTISSA * STEPS / 2).astype(np.int32)
+QUARTERS = np.floor(_MANTISSA * STEPS / 2).astype(np.int32)
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -59,66 +62,87 @@ def weight_bins(weights: np.ndarray) -> UInt8:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _mean_square_bins(bits: Any, low: int, sub: Any, out: UInt8) -> bool:
-    finite = True
+def _mean_square_bins(bits: Any, low: int, sub: Any, out: UInt8) -> int:
+    top = 0
     for j in range(bits.size):
-        finite &= bits[j] < 0x7F800000
-        out[j] = _bin(bits[j], 4, 2 * low, sub)
-    return finite
+        size = bits[j] & 0x7FFFFFFF  # a NaN may have a sign
+        top = max(top, size)
+        out[j] = _bin(size, 4, 2 * low, sub)
+    return top >> 22
 
 
-def column_bins(mean_square_I: torch.Tensor) -> ColumnBins:
+def column_bins(mean_square_I: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """Column bins of one sample.
 
     Parameters
     ----------
     mean_square_I : float32 [I]
         Mean over the tokens of the squared inputs, >= 0.
+    top : int32 [1], on the same device
+        Raised to the largest half octave (``bits >> 22``) seen: from 510 on an input was not finite.
 
     Returns
     -------
-    bins : uint8 [I], on the same device
-    finite : bool or bool tensor
-        Whether all inputs were finite.
+    uint8 [I], on the same device
     """
-    if mean_square_I.device.type == "cpu":
+    if on_host(mean_square_I):
         out = np.empty(mean_square_I.numel(), np.uint8)
-        finite = _mean_square_bins(mean_square_I.view(torch.int32).numpy(), COLUMN_LOW, _QUARTERS, out)
-        return torch.from_numpy(out), bool(finite)
-    bits = mean_square_I.view(torch.int32)
-    sub = torch.as_tensor(_QUARTERS, device=bits.device)[(bits >> 16) & 127]
+        found = _mean_square_bins(mean_square_I.view(torch.int32).numpy(), COLUMN_LOW, QUARTERS, out)
+        raise_top(top, int(found))
+        return torch.from_numpy(out)
+    if (gpu := gpu_kernels(mean_square_I)) is not None:
+        bins: torch.Tensor = gpu.mean_square_bins(mean_square_I, top)
+        return bins
+    bits = mean_square_I.view(torch.int32) & 0x7FFFFFFF
+    sub = torch.as_tensor(QUARTERS, device=bits.device)[(bits >> 16) & 127]
     index = 1 + 4 * ((bits >> 23) - 127 - 2 * COLUMN_LOW) + sub
-    return index.clamp_(0, BINS - 1).to(torch.uint8), (bits < 0x7F800000).all()
+    raise_top(top, bits.max() >> FLOAT32_SHIFT)
+    return index.clamp_(0, BINS - 1).to(torch.uint8)
 
 
-def input_bins(X_TI: torch.Tensor) -> ColumnBins:
+def input_bins(X_TI: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """`column_bins` of one sample's inputs [T, I], of any float type."""
-    if X_TI.device.type != "cpu":
-        return column_bins(X_TI.float().square().mean(0))
-    square = np.zeros(X_TI.shape[1], np.float32)
-    if X_TI.dtype == torch.bfloat16:
-        _add_squares_bfloat16(X_TI.view(torch.int16).numpy(), square)
-    else:
-        _add_squares(X_TI.float().numpy(), square)
-    return column_bins(torch.from_numpy(square / np.float32(X_TI.shape[0])))
+    if on_host(X_TI):
+        square = np.zeros(X_TI.shape[1], np.float32)
+        if X_TI.dtype == torch.bfloat16:
+            _add_squares_bfloat16(X_TI.view(torch.int16).numpy(), square)
+        else:
+            _add_squares(X_TI.float().numpy(), square)
+        return column_bins(torch.from_numpy(square / np.float32(X_TI.shape[0])), top)
+    gpu = gpu_kernels(X_TI)
+    if gpu is not None and X_TI.stride(-1) == 1 and X_TI.dtype in (torch.float32, torch.bfloat16):
+        bins: torch.Tensor = gpu.column_bins(X_TI, top)
+        return bins
+    return column_bins(X_TI.float().square().mean(0), top)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _add_squares(X: Any, out: Any) -> None:
-    for t in range(X.shape[0]):
+    part = np.empty(X.shape[1], np.float32)
+    for first in range(0, X.shape[0], TOKEN_CHUNK):
+        part[:] = 0
+        for t in range(first, min(first + TOKEN_CHUNK, X.shape[0])):
+            for j in range(X.shape[1]):
+                part[j] += X[t, j] * X[t, j]
         for j in range(X.shape[1]):
-            out[j] += X[t, j] * X[t, j]
+            out[j] += part[j]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _add_squares_bfloat16(bits: Any, out: Any) -> None:
-    row = np.empty(bits.shape[1], np.float32)
+    row, part = np.empty(bits.shape[1], np.float32), np.empty(bits.shape[1], np.float32)
     row_bits = row.view(np.int32)
-    for t in range(bits.shape[0]):
+    for first in range(0, bits.shape[0], TOKEN_CHUNK):
+        part[:] = 0
+        for t in range(first, min(first + TOKEN_CHUNK, bits.shape[0])):
+            for j in range(bits.shape[1]):
+                row_bits[j] = np.int32(bits[t, j]) << np.int32(
+                    16
+                )  # a bfloat16 is the upper half of a float32
+            for j in range(bits.shape[1]):
+                part[j] += row[j] * row[j]
         for j in range(bits.shape[1]):
-            row_bits[j] = np.int32(bits[t, j]) << np.int32(16)  # a bfloat16 is the upper half of a float32
-        for j in range(bits.shape[1]):
-            out[j] += row[j] * row[j]
+            out[j] += part[j]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

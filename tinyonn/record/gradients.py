@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.record.checks import raise_top
+from tinyonn.record.device import gpu_kernels, on_host
 from tinyonn.record.levels import (
-    FINITE_HALF_OCTAVES,
     FLOAT32_SHIFT,
     HALF_OCTAVES,
     add_levels_bfloat16,
@@ -28,8 +29,6 @@ from tinyonn.store.records import UInt8, UInt16
 
 BAND_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # about an L2 cache; a GPU wants few launches
 PARALLEL_ELEMENTS = 1 << 17
-
-Top = int | torch.Tensor  # largest half octave seen, on the host or still on the device
 
 
 def band_height(columns: int, itemsize: int, device: str = "cpu") -> int:
@@ -85,24 +84,28 @@ class LevelSink:
 
     def __init__(self, sums: torch.Tensor, base: int, pool: Executor | None = None) -> None:
         self.sums, self.base, self.pool = sums, base, pool
-        self._host = sums.numpy().reshape(-1) if sums.device.type == "cpu" else None
+        self._host = sums.numpy().reshape(-1) if on_host(sums) else None
 
-    def add(self, band: torch.Tensor, first: int) -> Top:
-        """Add whole rows [first, ...), of shape [rows, columns]; returns the top half octave."""
+    def add(self, band: torch.Tensor, first: int, top: torch.Tensor) -> None:
+        """Add whole rows [first, ...), [rows, columns]; raises `top`, int32 [1], to the largest half octave seen."""
         if self._host is None:
             part = self.sums[first : first + band.shape[0]]
-            return _add_on_device(band.reshape(-1), self.base, part.view(-1))
+            _add_on_device(band.reshape(-1), self.base, part.view(-1), top)
+            return
         bits, kernel = _bits(band)
         start = first * band.shape[1]
         host = self._host[start : start + bits.size]
         if self.pool is None or bits.size < PARALLEL_ELEMENTS:
-            return int(kernel(bits, self.base, host))
-        return _in_halves(lambda a, b: kernel(bits[a:b], self.base, host[a:b]), bits.size, self.pool)
+            raise_top(top, int(kernel(bits, self.base, host)))
+        else:
+            raise_top(
+                top, _in_halves(lambda a, b: kernel(bits[a:b], self.base, host[a:b]), bits.size, self.pool)
+            )
 
-    def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:
+    def add_rows(self, rows: torch.Tensor, values: torch.Tensor, top: torch.Tensor) -> None:
         """Add distinct rows, float32 [len(rows), columns]."""
         self.sums[rows] += levels_torch(values, self.base)
-        return _top(values)
+        _raise(top, values)
 
 
 class CountSink:
@@ -129,24 +132,25 @@ class CountSink:
         """The batch under way is begun again."""
         self.batch[:] = 0
 
-    def add(self, band: torch.Tensor, first: int) -> Top:
+    def add(self, band: torch.Tensor, first: int, top: torch.Tensor) -> None:
         """Count a band; see `LevelSink.add`."""
         half_octaves = _half_octaves(band).reshape(-1)
         counts = torch.bincount(half_octaves, minlength=HALF_OCTAVES)
         self.batch += counts.cpu().numpy()
-        return half_octaves.max()
+        raise_top(top, half_octaves.max())
 
-    def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> Top:
+    def add_rows(self, rows: torch.Tensor, values: torch.Tensor, top: torch.Tensor) -> None:
         """Count distinct rows."""
-        return self.add(values, 0)
+        self.add(values, 0, top)
 
 
 def _half_octaves(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.float32).abs().view(torch.int32) >> FLOAT32_SHIFT
 
 
-def _top(values: torch.Tensor) -> Top:
-    return _half_octaves(values).max() if values.numel() else 0
+def _raise(top: torch.Tensor, values: torch.Tensor) -> None:
+    if values.numel():
+        raise_top(top, _half_octaves(values).max())
 
 
 def _bits(band: torch.Tensor) -> tuple[Any, Any]:
@@ -160,18 +164,12 @@ def _in_halves(kernel: Callable[[int, int], int], size: int, pool: Executor) -> 
     return max(kernel(0, size // 2), other.result())
 
 
-def _add_on_device(values: torch.Tensor, base: int, sums: torch.Tensor) -> Top:
-    try:
-        from tinyonn.record.triton_levels import add_levels_triton
-    except ImportError:  # Triton is optional: plain Torch gives the same bits, more slowly
+def _add_on_device(values: torch.Tensor, base: int, sums: torch.Tensor, top: torch.Tensor) -> None:
+    if (gpu := gpu_kernels(values)) is not None:
+        gpu.add_levels(values, base, sums, top)
+    else:
         sums += levels_torch(values, base)
-        return _top(values)
-    return add_levels_triton(values, base, sums)
-
-
-def is_finite(top: Top) -> bool | torch.Tensor:
-    """Whether the largest half octave seen belongs to a finite value; stays where `top` is."""
-    return top < FINITE_HALF_OCTAVES
+        _raise(top, values)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -1,10 +1,14 @@
-"""The token-mean loss of a sample, with the head run apart from the decoder and only on the labelled tokens.
+"""One forward and one backward pass of the dense model, with the token-mean loss of a sample.
 
-So the logits of a long sample with a large vocabulary are never held whole: they come and go in chunks of tokens.
+The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
+large vocabulary are never held whole: they come and go in chunks of tokens. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +20,56 @@ from tinyonn.errors import InputError
 CHUNK_BYTES = 256 << 20  # of logits and their gradients, 14 bytes a value
 
 
-def head_backward(head: Any, hidden: torch.Tensor, sample: Sample) -> float:
+def forward_backward(
+    decoder: Any, head: Any, sample: Sample, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a sample; taps behind the modules meet inputs and gradients on the way.
+
+    Parameters
+    ----------
+    decoder, head : torch.nn.Module
+        Of a causal language model.
+    sample : Sample
+    on_loss : callable
+        Called with the loss before the decoder's backward pass.
+
+    Returns
+    -------
+    loss : float64 []
+        Mean cross entropy of the labelled tokens, in nats; on the device.
+    hidden_TH : [T, H]
+        What the head reads, all tokens.
+    """
+    device = head.weight.device
+    ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(device, non_blocking=True)[None]
+    with torch.enable_grad(), repeatable(device):
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        leaf = hidden.detach().requires_grad_()
+        loss = head_backward(head, leaf, sample)
+        on_loss(loss)
+        hidden.backward(leaf.grad)
+    return loss, leaf.detach()[0]
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, backward passes of attention that add in a fixed order: the same sample, the same bits."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def head_backward(head: Any, hidden: torch.Tensor, sample: Sample) -> torch.Tensor:
     """Loss of a sample, and its gradient on the hidden states.
 
     Parameters
@@ -29,18 +82,20 @@ def head_backward(head: Any, hidden: torch.Tensor, sample: Sample) -> float:
 
     Returns
     -------
-    float
-        Mean cross entropy of the labelled tokens, in nats.
+    float64 []
+        Mean cross entropy of the labelled tokens, in nats; on the device.
     """
-    labels = torch.from_numpy(sample.labels[1:].astype(np.int64)).to(hidden.device)
-    labelled = (labels != -100).nonzero().squeeze(1)
+    following = sample.labels[1:].astype(np.int64)
+    places = np.flatnonzero(following != -100)
+    labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)
+    labelled = torch.from_numpy(places).to(hidden.device, non_blocking=True)
     chunk = max(16, CHUNK_BYTES // (14 * head.weight.shape[0]))
-    total = 0.0
-    for part in labelled.split(chunk):
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part, wanted in zip(labelled.split(chunk), labels.split(chunk), strict=True):
         logits = head(hidden[:, part])[0].float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[part], reduction="sum") / labelled.numel()
+        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / len(places)
         loss.backward()
-        total += float(loss.detach())
+        total += loss.detach()
     return total
 
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,14 @@ from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel
 from tinyonn.base.parameters import Parameter, Use, list_parameters, list_uses
 from tinyonn.errors import InputError
-from tinyonn.record.activations import ColumnBins, column_bins, input_bins
-from tinyonn.record.gradients import is_finite
+from tinyonn.record.activations import column_bins, input_bins
+from tinyonn.record.checks import Checks
 from tinyonn.record.levels import SUM_SAMPLES
-from tinyonn.record.loss import check_head, head_backward
+from tinyonn.record.loss import check_head, forward_backward
 from tinyonn.record.sites import (
     Site,
     WithRows,
-    embedding_gradient,
+    feed_embedding,
     feed_linear,
     mean_square,
     norm_sums,
@@ -88,8 +89,8 @@ class Recorder:
         self._spills = False
         self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
         self._seen: set[tuple[str, str]] = set()
-        self._checks: list[tuple[str, bool | torch.Tensor]] = []
-        self._shared_input: tuple[torch.Tensor, ColumnBins] | None = None
+        self._checks = Checks(self.device)
+        self._shared_input: tuple[torch.Tensor, torch.Tensor] | None = None
         self._vectors = VectorSums([], self.device)
         check_head(model)
         self._attach()
@@ -182,20 +183,18 @@ class Recorder:
         self._checks.clear()
         self._vectors.clear()
         self._shared_input = None
-        ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(self.device)[None]
-        with torch.enable_grad():
-            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-            leaf = hidden.detach().requires_grad_()
-            loss = head_backward(self.head, leaf, sample)
-            if not np.isfinite(loss):
-                raise BadSampleError(f"loss is {loss}", touched=False)
-            hidden.backward(leaf.grad)
-        self._finish(leaf.detach()[0])
-        self._checks.append(("input or gradient of a norm or bias", self._vectors.add()))
-        for name, finite in self._checks:
-            if not finite:
-                raise BadSampleError(f"{name} is not finite")
-        return loss
+        loss, hidden_TH = forward_backward(self.decoder, self.head, sample, self._check_loss)
+        self._finish(hidden_TH)
+        self._checks.add("input or gradient of a norm or bias", self._vectors.add())
+        if not isfinite(found := float(loss)):  # a GPU is asked here, when all of its work has been given
+            raise BadSampleError(f"loss is {found}")
+        if (name := self._checks.first()) is not None:
+            raise BadSampleError(f"{name} is not finite")
+        return found
+
+    def _check_loss(self, loss: torch.Tensor) -> None:
+        if loss.device.type == "cpu" and not isfinite(loss):
+            raise BadSampleError(f"loss is {float(loss)}", touched=False)
 
     def _attach(self) -> None:
         modules: dict[str, list[Use]] = defaultdict(list)
@@ -232,26 +231,24 @@ class Recorder:
     def _feed(self, site: Site, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
         name, operation = site.parameter.name, use.operation
         if operation == "embedding":
-            self._journal(site, column_bins(token_share(X, site.inputs, use.scale)))
-            tops = [self._sink(site).add_rows(*embedding_gradient(X, G_TO, use.scale))]
+            share = token_share(X, site.inputs, use.scale)
+            site.journal.append(column_bins(share, self._checks.slot(f"input of {name}")))
+            feed_embedding(self._sink(site), use, X, G_TO, self._checks.slot(f"gradient of {name}"))
         elif operation in ("linear", "conv1d"):
-            self._journal(site, self._column_bins(X))
-            tops = feed_linear(self._sink(site), use, X, G_TO)
+            site.journal.append(self._column_bins(X, name))
+            feed_linear(self._sink(site), use, X, G_TO, self._checks.slot(f"gradient of {name}"))
         elif operation == "bias":
             self._feed_vector(site, G_TO.sum(0, dtype=torch.float32), self._ones(site.inputs))
-            return
         else:
             X = normalised(X.reshape(G_TO.shape), use)
             self._feed_vector(site, *norm_sums(X, G_TO))
-            return
-        self._checks += [(f"gradient of {name}", is_finite(top)) for top in tops]
 
     def _feed_vector(self, site: Site, gradient: torch.Tensor, square: torch.Tensor) -> None:
         if site.counting:
-            self._sink(site).add(gradient[None], 0)
+            self._sink(site).add(gradient[None], 0, self._checks.slot(f"gradient of {site.parameter.name}"))
             site.add_dense(weight_of(site.uses[0]).reshape(1, -1), torch.zeros(1, device=self.device), square)
             finite = torch.isfinite(gradient).all() & torch.isfinite(square).all()
-            self._checks.append((f"input or gradient of {site.parameter.name}", finite))
+            self._checks.add(f"input or gradient of {site.parameter.name}", finite)
         else:
             self._vectors.gather(site.parameter.name, gradient, square)
 
@@ -264,11 +261,8 @@ class Recorder:
                 continue
             use, X, G = uses[0][0], torch.cat([X for _, X, _ in uses]), torch.cat([G for _, _, G in uses])
             if use.operation == "linear":  # every token is the head's input, labelled or not
-                self._journal(site, self._column_bins(hidden_TH))
-                self._checks += [
-                    (f"gradient of {name}", is_finite(top))
-                    for top in feed_linear(self._sink(site), use, X, G)
-                ]
+                site.journal.append(self._column_bins(hidden_TH, name))
+                feed_linear(self._sink(site), use, X, G, self._checks.slot(f"gradient of {name}"))
             else:
                 self._feed(site, use, X, G)
         self._pending.clear()
@@ -280,37 +274,32 @@ class Recorder:
         row_square = torch.zeros(rows, device=self.device)
         column_square = torch.zeros(columns, device=self.device)
         linear = {use.module_name: use for use, _, _ in uses if use.operation == "linear"}
-        row_parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        row_parts: list[tuple[torch.Tensor, torch.Tensor, float]] = []
         for use, X, G in uses:
             if use.operation == "embedding":
                 row_square += token_share(X, rows, use.scale)
-                row_parts.append(embedding_gradient(X, G, use.scale))
+                row_parts.append((X, G, use.scale))
         for use in linear.values():
             column_square += mean_square(hidden_TH if use.module is self.head else _joined(uses, use, 1))
         X_TI = torch.cat([X for use, X, _ in uses if use.operation == "linear"])
         G_TO = torch.cat([G for use, _, G in uses if use.operation == "linear"])
-        sink = WithRows(self._sink(site), row_parts)
-        self._checks += [
-            (f"gradient of {site.parameter.name}", is_finite(top))
-            for top in feed_linear(sink, next(iter(linear.values())), X_TI, G_TO)  # type: ignore[arg-type]
-        ]
-        self._checks.append((f"input of {site.parameter.name}", torch.isfinite(column_square).all()))
+        sink, top = (
+            WithRows(self._sink(site), row_parts),
+            self._checks.slot(f"gradient of {site.parameter.name}"),
+        )
+        feed_linear(sink, next(iter(linear.values())), X_TI, G_TO, top)
+        self._checks.add(f"input of {site.parameter.name}", torch.isfinite(column_square).all())
         site.add_dense(weight_of(site.uses[0]), row_square, column_square)
 
     def _sink(self, site: Site) -> Any:
         assert site.sink is not None, site.parameter.name
         return site.sink
 
-    def _journal(self, site: Site, found: ColumnBins) -> None:
-        bins, finite = found
-        site.journal.append(bins)
-        self._checks.append((f"input of {site.parameter.name}", finite))
-
-    def _column_bins(self, X: torch.Tensor) -> ColumnBins:
+    def _column_bins(self, X: torch.Tensor, name: str) -> torch.Tensor:
         """Column bins of a layer's input, computed once for layers that share it (query, key, value; gate, up)."""
         shared = self._shared_input
         if shared is None or shared[0].data_ptr() != X.data_ptr() or shared[0].shape != X.shape:
-            self._shared_input = shared = (X, input_bins(X))
+            self._shared_input = shared = (X, input_bins(X, self._checks.slot(f"input of {name}")))
         return shared[1]
 
     @lru_cache(maxsize=16)  # noqa: B019 - a recorder lives as long as its process

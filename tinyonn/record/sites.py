@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.base.nf4 import NF4Linear
 from tinyonn.base.parameters import Parameter, Use
 from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
+from tinyonn.record.device import gpu_kernels, on_host
 from tinyonn.record.encode import TensorSums
-from tinyonn.record.gradients import CountSink, LevelSink, Top, product_bands, spill
+from tinyonn.record.gradients import CountSink, LevelSink, product_bands, spill
 from tinyonn.record.levels import levels_torch
 from tinyonn.store.records import TensorCalibration
 
 Sink = LevelSink | CountSink
 EIGHTHS = 1024  # bins of 1/8 octave around 1
+FUSED_TOKENS = 1024  # up to here a GPU forms product and levels in one kernel: docs/decisions/020
 COUNTED_ROWS = 512  # rows of a dense site that its calibration looks at
 
 
@@ -168,7 +171,11 @@ class Site:
             return
         assert self.act is not None and self.freq is not None and self.calibration is not None
         threshold = 2.0 ** (self.calibration.freq_threshold / 8)
-        if weights.device.type == "cpu":
+        if (gpu := gpu_kernels(weights)) is not None and weights.is_contiguous():
+            squares = row_square, column_square
+            gpu.add_dense_levels(weights, *squares, self.calibration.act_base, threshold, self.act, self.freq)
+            return
+        if on_host(weights):
             arrays = (weights.float().numpy(), row_square.numpy(), column_square.numpy())
             add_dense_levels(
                 *arrays, self.calibration.act_base, threshold, self.act.numpy(), self.freq.numpy()
@@ -186,15 +193,24 @@ def mean_square(X_TI: torch.Tensor) -> torch.Tensor:
 
 def token_share(ids_T: torch.Tensor, vocabulary: int, scale: float) -> torch.Tensor:
     """Mean square of an embedding's one-hot inputs: the share of tokens of each row; float32 [vocabulary]."""
-    return torch.bincount(ids_T, minlength=vocabulary).float() * (scale * scale / ids_T.numel())
+    counts = torch.zeros(
+        vocabulary, dtype=torch.int32, device=ids_T.device
+    )  # bincount would wait for the device
+    counts.index_add_(0, ids_T, torch.ones_like(ids_T, dtype=torch.int32))
+    return counts.float() * (scale * scale / ids_T.numel())
 
 
 def embedding_gradient(
     ids_T: torch.Tensor, G_TH: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of an embedding that met a token, sorted, and their summed gradients float32 [rows, H]."""
+    """Rows of an embedding that met a token, sorted, and their summed gradients float32 [rows, H], tokens in order."""
     rows, place = torch.unique(ids_T, return_inverse=True)
     gradient = torch.zeros(rows.numel(), G_TH.shape[1], device=G_TH.device)
+    if (gpu := gpu_kernels(G_TH)) is not None:
+        gpu.add_rows(place, G_TH.contiguous(), scale, gradient, 0)
+        return rows, gradient
+    if G_TH.is_cuda:  # index_add_ would add in any order
+        return rows, gradient.index_put_((place,), G_TH.float(), accumulate=True).mul_(scale)
     return rows, gradient.index_add_(0, place, G_TH.float()).mul_(scale)
 
 
@@ -217,7 +233,7 @@ def norm_sums(X_TI: torch.Tensor, G_TI: torch.Tensor) -> tuple[torch.Tensor, tor
         Gradient of the norm's output.
     """
     G = G_TI.float()
-    if X_TI.device.type != "cpu":
+    if not on_host(X_TI):
         return (X_TI * G).sum(0), X_TI.square().mean(0)
     sums = np.zeros((2, X_TI.shape[1]), np.float32)
     _add_norm(X_TI.numpy(), G.numpy(), sums)
@@ -232,33 +248,64 @@ def _add_norm(X: Any, G: Any, sums: Any) -> None:
             sums[1, j] += X[t, j] * X[t, j]
 
 
-def feed_linear(sink: Sink, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor) -> list[Top]:
-    """Form a linear layer's weight gradient band by band into a sink; returns the top half octaves."""
+def feed_linear(sink: Any, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor, top: torch.Tensor) -> None:
+    """Form a linear layer's weight gradient into a sink; raises `top`, int32 [1].
+
+    Band by band, or on a GPU, where tokens are few and the sink adds levels, without writing the gradient at all.
+    """
     A, B = (X_TI, G_TO) if use.operation == "conv1d" else (G_TO, X_TI)
     if A.dtype != B.dtype:
         A, B = A.float(), B.float()
-    return [sink.add(band, first) for first, band in product_bands(A, B)]
+    few = A.dtype == torch.bfloat16 and len(A) <= FUSED_TOKENS
+    if few and isinstance(sink, LevelSink) and (gpu := gpu_kernels(A)) is not None:
+        gpu.add_product_levels(A.contiguous(), B.contiguous(), sink.base, sink.sums, top)
+        return
+    for first, band in product_bands(A, B):
+        sink.add(band, first, top)
+
+
+def feed_embedding(sink: Sink, use: Use, ids_T: torch.Tensor, G_TH: torch.Tensor, top: torch.Tensor) -> None:
+    """Sum an embedding's gradient by row into a sink; raises `top`, int32 [1]."""
+    gpu = gpu_kernels(G_TH)
+    if gpu is not None and isinstance(sink, LevelSink):
+        gpu.add_row_levels(ids_T, G_TH.contiguous(), use.scale, sink.base, sink.sums, top)
+    else:
+        sink.add_rows(*embedding_gradient(ids_T, G_TH, use.scale), top)
 
 
 class WithRows:
-    """A sink in front of another that adds an embedding's gradient to the bands of the head's."""
+    """A sink in front of another that adds embeddings' gradients to the bands of the head's.
 
-    def __init__(self, sink: Any, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    Parameters
+    ----------
+    sink : LevelSink or CountSink
+    parts : list of (ids, gradient, scale)
+        int64 [T], float [T, H] and the factor on the embedding's output.
+    """
+
+    def __init__(self, sink: Sink, parts: list[tuple[torch.Tensor, torch.Tensor, float]]) -> None:
         self.sink, self.parts = sink, parts
+        gpu = gpu_kernels(parts[0][1]) if parts else None
+        self._rows = [] if gpu else [embedding_gradient(*part) for part in parts]
 
-    def add(self, band: torch.Tensor, first: int) -> Top:
+    def add(self, band: torch.Tensor, first: int, top: torch.Tensor) -> None:
         """Add a band with the rows that fall into it; see `LevelSink.add`."""
         whole = band.float()
-        for rows, values in self.parts:
+        for rows, values in self._rows:
             inside = (rows >= first) & (rows < first + band.shape[0])
             whole = whole.index_add(0, rows[inside] - first, values[inside])
-        return self.sink.add(whole, first)  # type: ignore[no-any-return]
+        if not self._rows and (gpu := gpu_kernels(band)) is not None:
+            for ids_T, G_TH, scale in self.parts:
+                gpu.add_rows(ids_T, G_TH.contiguous(), scale, whole, first)
+        self.sink.add(whole, first, top)
 
 
 def weight_of(use: Use) -> torch.Tensor:
     """The tensor that a use multiplies, NF4 dequantized, in the tensor's own shape."""
     if use.operation == "bias":
         return use.module.bias  # type: ignore[return-value]
+    if isinstance(use.module, NF4Linear):
+        return use.module.dequantized()
     weight: Any = use.module.weight
     if getattr(weight, "quant_state", None) is not None:
         from bitsandbytes.functional import dequantize_4bit

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.record.device import on_host
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS
 from tinyonn.record.sites import Site, weight_of
 
@@ -60,7 +61,7 @@ class VectorSums:
         gradients = torch.cat([self._gradients[name] for name in names])
         values = torch.cat([self._squares[name] for name in names]).sqrt_().mul_(self._weights)
         self.clear()
-        if gradients.device.type == "cpu":
+        if on_host(gradients):
             known, sums = self._known.numpy(), self._sums.numpy()
             return bool(_add(values.numpy(), gradients.numpy(), known, sums))
         act_base, grad_base, threshold = self._known

@@ -22,6 +22,7 @@ from tinyonn.experts.sparse_tinyonn import (
     costs,
     dense_of,
     gated_linear,
+    gpu_costs,
     merge,
     sparse_linear,
 )
@@ -238,6 +239,11 @@ def test_the_cost_model() -> None:
     for share, expected in zip((0.01, 0.1, 0.31, 1), ("rows", "rows", "masks", "dense"), strict=True):
         known = costs(out, inputs, int(share * out * inputs), 1)
         assert min(forms, key=lambda one: known[one]) == expected
+    for share, expected in zip(
+        (0.01, 0.1, 0.31, 0.6, 1), ("rows", "rows", "rows", "masks", "dense"), strict=True
+    ):
+        known = gpu_costs(out, inputs, int(share * out * inputs))
+        assert min(forms, key=lambda one: known[one]) == expected
 
 
 @pytest.mark.parametrize("without", ["numba triton", ""])
@@ -246,7 +252,7 @@ def test_saved_files_alone_with_and_without_compilers(without: str, tmp_path: Pa
     package = tmp_path / "saved"
     package.mkdir()
     source = Path(sparse.__file__).parent
-    for name in ("sparse", "batched", "matrix", "cpu", "entries", "llvm", "triton"):
+    for name in ("sparse", "batched", "matrix", "cpu", "entries", "llvm", "triton", "gated_triton"):
         shutil.copy(source / f"{name}_tinyonn.py", package)
     files = sorted(package.iterdir())
     script = f"""

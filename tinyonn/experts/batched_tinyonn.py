@@ -7,7 +7,9 @@
 
 The dense weights of some samples are made for a call, in the dtype of the input, and multiplied as a batch: at the
 shapes of a model, products are so much quicker than sparse ones that the entries cost little beside them. A gate's
-gradient is there also where the gate is 0: what switching the group on would change, to first order.
+gradient is there also where the gate is 0: what switching the group on would change, to first order. On a GPU the
+weights of few bfloat16 tokens are made within the product instead, and the gradients of values summed over samples
+within theirs.
 
 Shape suffixes: ``B`` samples, ``T`` tokens, ``I`` inputs, ``O`` outputs, ``G`` groups, ``P`` samples of a chunk, ``E``
 entries. This file is saved beside exported models.
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .matrix_tinyonn import ExpertMatrix, check_gates, check_input, items, rows_and_groups
+from .matrix_tinyonn import ExpertMatrix, check_gates, check_input, items, on_gpu, rows_and_groups
 
 try:
     from .cpu_tinyonn import in_bands
@@ -31,9 +33,29 @@ try:
 except ImportError:  # no Numba: by Torch
     COMPILED = False
 
+try:
+    from .gated_triton_tinyonn import (
+        MAX_GROUPS,
+        Spread,
+        dense_weight,
+        dense_weights,
+        gate_sums,
+        gated_gradient,
+        gated_product,
+        spread,
+    )
+    from .gated_triton_tinyonn import gather as gpu_gather
+
+    TRITON = True
+except ImportError:  # no Triton: by Torch
+    TRITON = False
+
 CHUNK_WEIGHTS = 4  # dense weights of a layer at a time, or
 CHUNK_BYTES = 1 << 26  # as many as go in here
 COMPILED_ENTRIES = 1 << 13  # of a matrix; fewer are not worth the seconds that Numba takes to compile
+# Of a sample, on a GPU: a weight that is made within the product is made anew for each 256 tokens, while writing and
+# reading it takes as long as the product with 400 tokens
+TOKENS_WITHIN = 256
 
 
 def gated_linear(
@@ -72,8 +94,9 @@ def batched_linear(
     """The layer with each sample's own weight, made dense for the call.
 
     Gradients reach `X`, the kept values, the gates and the bias. Forward and backward each hold the dense weights of
-    four samples, or of as many as take 64 MiB, and keep none between them. The same input on as many threads gives the
-    same bits.
+    four samples, or of as many as take 64 MiB, and keep none between them; on a GPU besides the matrix as dense arrays,
+    5 bytes a weight of float32 values, and the values' gradient, 4. The same input on as many threads gives the same
+    bits.
 
     Parameters
     ----------
@@ -133,9 +156,12 @@ class _Batched(torch.autograd.Function):
         if not values.numel() or not X.numel():
             Y_BTO = X.new_zeros(*X_BTI.shape[:2], out)
             return _like(Y_BTO if bias is None else Y_BTO + bias, X)
+        dense = _spread(matrix, X_BTI)
+        if dense is not None and _within(X_BTI):
+            return _like(gated_product(X_BTI, dense, gates_BG, bias), X)
         parts = []
         for part, memory in _chunks(X_BTI, matrix):
-            W_POI = _dense(matrix, gates_BG[part], memory)
+            W_POI = _dense(matrix, gates_BG[part], memory, dense)
             if len(W_POI) == 1:
                 parts.append(functional.linear(X_BTI[part], W_POI[0], bias))
             elif bias is None:
@@ -156,10 +182,20 @@ class _Batched(torch.autograd.Function):
         of_values = torch.zeros_like(values, dtype=wide) if to_values else None
         of_gates = torch.zeros_like(gates_BG, dtype=torch.float64) if to_gates else None
         value_gates_BG = gates_BG if value_gates_BG is None else value_gates_BG
-        for part, memory in _chunks(X_BTI, matrix) if values.numel() and X.numel() else ():
-            if of_X is not None:
-                torch.bmm(G_BTO[part], _dense(matrix, gates_BG[part], memory), out=of_X[part])
-            if to_values or to_gates:
+        by_X, by_values, by_gates = (
+            one and bool(values.numel() and X.numel()) for one in (to_X, to_values, to_gates)
+        )
+        dense = _spread(matrix, X_BTI) if by_X or by_values else None
+        if dense is not None and by_X and _within(X_BTI):
+            of_X, by_X = gated_product(G_BTO, dense, gates_BG, transposed=True), False
+        if dense is not None and of_values is not None and not by_gates and X.dtype == torch.bfloat16:
+            of_W_OI = gated_gradient(G_BTO, X_BTI, dense, value_gates_BG)
+            gpu_gather(matrix, of_W_OI[None], torch.ones_like(gates_BG[:1]), of_values)
+            by_values = False
+        for part, memory in _chunks(X_BTI, matrix) if by_X or by_values or by_gates else ():
+            if by_X and of_X is not None:
+                torch.bmm(G_BTO[part], _dense(matrix, gates_BG[part], memory, dense), out=of_X[part])
+            if by_values or by_gates:
                 of_W_POI = torch.bmm(G_BTO[part].mT, X_BTI[part], out=memory)
                 of_part = None if of_gates is None else of_gates[part]
                 _gather(matrix, value_gates_BG[part], of_W_POI, of_values, of_part)
@@ -192,8 +228,39 @@ def _chunks(X_BTI: torch.Tensor, matrix: ExpertMatrix) -> Iterator[tuple[slice, 
         yield slice(first, last), memory[: last - first]
 
 
-def _dense(matrix: ExpertMatrix, gates_PG: torch.Tensor, W_POI: torch.Tensor) -> torch.Tensor:
+def _by_kernels(matrix: ExpertMatrix, X: torch.Tensor) -> bool:
+    """Whether the GPU's kernels do it."""
+    known = (torch.bfloat16, torch.float32)
+    return (
+        TRITON
+        and on_gpu(X)
+        and X.dtype in known
+        and matrix.values.dtype in known
+        and matrix.groups <= MAX_GROUPS
+    )
+
+
+def _within(X_BTI: torch.Tensor) -> bool:
+    """Whether weights are made within the product; in full float32 precision cuBLAS is far ahead of Triton's."""
+    return X_BTI.dtype == torch.bfloat16 and X_BTI.shape[1] <= TOKENS_WITHIN
+
+
+def _spread(matrix: ExpertMatrix, X_BTI: torch.Tensor) -> Spread | None:
+    """What the kernels make weights of; a single weight is made of the entries."""
+    return spread(matrix) if len(X_BTI) > 1 and _by_kernels(matrix, X_BTI) else None
+
+
+def _dense(
+    matrix: ExpertMatrix, gates_PG: torch.Tensor, W_POI: torch.Tensor, dense: Spread | None = None
+) -> torch.Tensor:
     """Write the dense weights of the samples' gates."""
+    if dense is not None:
+        dense_weights(dense, gates_PG, W_POI)
+        return W_POI
+    if _by_kernels(matrix, W_POI):
+        for gates_G, W_OI in zip(gates_PG, W_POI, strict=True):
+            dense_weight(matrix, gates_G, W_OI)
+        return W_POI
     values = matrix.values.to(torch.promote_types(matrix.values.dtype, torch.float32))
     gates_PG = gates_PG.detach().to(values.dtype)
     if not _in_passes(matrix, W_POI):
@@ -216,6 +283,12 @@ def _gather(
     of_gates_PG: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Add the samples' part to the gradients of values, and write that of the gates."""
+    if _by_kernels(matrix, of_W_POI):
+        if of_gates_PG is not None:
+            of_gates_PG.copy_(gate_sums(matrix, of_W_POI))
+        if of_values is not None:
+            gpu_gather(matrix, of_W_POI, value_gates_PG, of_values)
+        return
     values = matrix.values.to(torch.promote_types(matrix.values.dtype, torch.float32))
     value_gates_PG = value_gates_PG.detach().to(values.dtype)
     if not _in_passes(matrix, of_W_POI):

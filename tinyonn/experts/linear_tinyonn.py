@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .gates_tinyonn import Active, Pattern, Switch
+from .matrix_tinyonn import on_gpu
 from .sparse_tinyonn import (
     ExpertMatrix,
     Form,
@@ -20,6 +21,7 @@ from .sparse_tinyonn import (
     costs,
     dense_of,
     gated_linear,
+    gpu_costs,
     merge,
     sparse_linear,
 )
@@ -228,7 +230,8 @@ class ExpertLinear(nn.Module):
             kept = Kept(int(sizes_G[gates_G != 0].sum()), None)
         path: str = self.switch.path
         if path == "auto":
-            path = choose_path(self.out_features, self.in_features, kept.entries, tokens, False)
+            shape, gpu = (self.out_features, self.in_features), on_gpu(self.values)
+            path = choose_path(*shape, kept.entries, tokens, False, gpu)
             if path == "dense" and not active.uniform and tokens <= FEW_TOKENS:
                 path = "decode"
         form = kept.form
@@ -247,12 +250,18 @@ class ExpertLinear(nn.Module):
 
     def _merged(self, gates_G: torch.Tensor, entries: int) -> Merged:
         """Compressed even where dense is quicker, if this machine has a kernel at all."""
-        known = costs(self.out_features, self.in_features, entries, 1, self.values.itemsize)
+        known = self._costs(entries)
         forms: list[Form] = ["rows", "masks"]
         for form in sorted(forms, key=lambda one: known[one]):
             with contextlib.suppress(ValueError):  # no kernel for it
                 return merge(self.matrix, gates_G, form)
         return merge(self.matrix, gates_G)
+
+    def _costs(self, entries: int) -> dict[str, float]:
+        shape, itemsize = (self.out_features, self.in_features), self.values.itemsize
+        if on_gpu(self.values):
+            return gpu_costs(*shape, entries, itemsize)
+        return costs(*shape, entries, 1, itemsize)
 
     def _recall(self, key: bytes) -> Kept | None:
         version = 0 if self.values.is_inference() else self.values._version

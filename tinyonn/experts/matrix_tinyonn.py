@@ -8,6 +8,7 @@ needs Torch and NumPy, and is quicker where Numba or, on a GPU, Triton is instal
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,14 @@ except ImportError:
     TRITON = False
 
 COMPILED_ENTRIES = 1 << 15  # fewer are not worth the second that Numba takes to compile
+INTERPRETED = (
+    TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+)  # the GPU's kernels run without one, slowly
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor takes the GPU's ways: it lies on one, or Triton's interpreter plays one."""
+    return tensor.is_cuda or INTERPRETED
 
 
 class ExpertMatrix(NamedTuple):
@@ -118,7 +127,7 @@ def gated(values: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 def dense(matrix: ExpertMatrix, gates_G: torch.Tensor) -> torch.Tensor:
     """`dense_of` for gates that were checked."""
     values, gates_G = matrix.values.detach(), gates_G.detach()
-    if values.is_cuda and TRITON:
+    if on_gpu(values) and TRITON and values.itemsize <= 4:  # the kernel multiplies in float32
         return gpu_scatter(values, matrix.columns, matrix.row_pointer, gates_G, matrix.out, matrix.inputs)
     if _compiled(matrix):
         W_OI = values.new_empty(matrix.out, matrix.inputs)
@@ -152,7 +161,7 @@ def folded(matrix: ExpertMatrix, gates_G: torch.Tensor) -> torch.Tensor:
 
 def _compiled(matrix: ExpertMatrix) -> bool:
     """Whether Numba's kernels do it: small matrices are not worth the seconds of compiling."""
-    return COMPILED and not matrix.values.is_cuda and matrix.values.numel() >= COMPILED_ENTRIES
+    return COMPILED and not on_gpu(matrix.values) and matrix.values.numel() >= COMPILED_ENTRIES
 
 
 def items(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

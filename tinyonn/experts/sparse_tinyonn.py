@@ -4,15 +4,17 @@
 
 Decoding is bound by memory, so a merged weight takes the form of fewest bytes: values beside uint16 columns (4 bytes an
 entry), packed values with a bit for every column (2 bytes an entry and 1/8 a weight), or dense (2 a weight). Masks with
-packed values: SpInfer (Fan et al., EuroSys 2025), here expanded by one AVX-512 instruction.
+packed values: SpInfer (Fan et al., EuroSys 2025), here expanded by one AVX-512 instruction. A GPU keeps one byte of a
+column and counts beside the masks; see `triton_tinyonn`.
 
-This file is saved beside exported models: it needs Torch and NumPy. Without Numba every weight is made dense.
+This file is saved beside exported models: it needs Torch and NumPy. Without Numba, or Triton on a GPU, every weight is
+made dense.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -27,9 +29,8 @@ from .matrix_tinyonn import (
     dense,
     dense_of,
     folded,
-    gated,
     items,
-    rows_and_groups,
+    on_gpu,
 )
 
 try:
@@ -51,13 +52,21 @@ except ImportError:  # no Numba: everything is made dense, by Torch
     COMPILED = False
 
 try:
-    from .triton_tinyonn import decode as gpu_decode
+    from .triton_tinyonn import (
+        SPAN,
+        compress_masks,
+        compress_rows,
+        decode_masks,
+        decode_rows,
+        expand_masks,
+        expand_rows,
+    )
 except ImportError:
     pass
 
 __all__ = [
-    "ExpertMatrix", "Merged", "batched_linear", "choose_path", "costs", "dense_of", "gated_linear", "merge",
-    "sparse_linear",
+    "ExpertMatrix", "Merged", "batched_linear", "choose_path", "costs", "dense_of", "gated_linear", "gpu_costs",
+    "merge", "sparse_linear",
 ]  # fmt: skip
 
 Form = Literal["dense", "rows", "masks"]
@@ -77,6 +86,15 @@ EXPAND_MORE = 0.3  # a weight's place times a further token
 BAND = 0.9  # a weight of a dense band, written
 MULTIPLY = 0.022  # a weight times a token in a dense product
 
+# The same for a GPU: derived, not measured. For compute capability 9.0 the kernels compile to 16 or 17 instructions for
+# 32 places. An H100 issues some 10 a lane in the time of a byte: 132 processors x 128 lanes x 1.75 GHz against 3 TB/s.
+# Rows take 1.6 to 2 places an entry, which weigh no more than its 3 bytes: no constant for them. A consumer card issues
+# four times as many in the time of a byte, so there masks would pay from 18 % active, not from 53.
+GPU_EXPAND = 1.6  # a weight's place in the masks
+GPU_SHARE = (
+    0.85  # of a dense weight's bytes that others must stay below: a library's product is nearer to the limit
+)
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -90,9 +108,13 @@ class Merged:
     entries : int
         Weights that are active.
     values : tensor [entries + padding], or the dense [out, inputs]
+        No padding on a GPU.
     places : uint16 [entries + padding] columns or int32 [out, words] masks; empty if dense
+        On a GPU uint8 columns within blocks of 256.
     starts : int32 [out + 1]
-        Of rows in `values`; empty if dense.
+        Of rows in `values`; empty if dense. On a GPU columns need those of every block of a row, [out * blocks + 1].
+    skips : uint16 [out, words]
+        Entries of a row before each word of its masks, for a GPU; else empty.
     """
 
     form: Form
@@ -102,27 +124,26 @@ class Merged:
     values: torch.Tensor
     places: torch.Tensor
     starts: torch.Tensor
+    skips: torch.Tensor
 
     @cached_property
     def bytes(self) -> int:
         """Read at every token, and held in memory."""
-        return self.values.nbytes + self.places.nbytes + self.starts.nbytes
+        return self.values.nbytes + self.places.nbytes + self.starts.nbytes + self.skips.nbytes
 
     def dense(
         self, first: int = 0, last: int | None = None, memory: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Rows first:last of the weight, [last - first, inputs], dtype of the values.
 
-        `memory` of that dtype, large enough, is used if given: new pages cost more than what is written to them.
+        `memory` of that dtype, large enough, is used by a CPU if given: new pages cost more than what is written to
+        them.
         """
         last = self.out if last is None else last
         if self.form == "dense":
             return self.values[first:last]
-        if self.values.is_cuda or not COMPILED:  # as a matrix of one group
-            whole = ExpertMatrix(
-                self.values[: self.entries], self.places[: self.entries], self.starts, self.out, self.inputs
-            )
-            return dense(whole, torch.ones(1, device=self.values.device))[first:last]
+        if on_gpu(self.values):
+            return self._expanded(first, last)
         masks = self.form == "masks"
         if memory is None:
             memory = self.values.new_empty((last - first) * self.width)
@@ -130,6 +151,16 @@ class Merged:
         kind = "expand" if masks else f"spread{8 * W_OI.itemsize}"
         self.launch(kind, 0, last - first, first, *([] if masks else [self.width]), W_OI.data_ptr())
         return W_OI[:, : self.inputs]
+
+    def _expanded(self, first: int, last: int) -> torch.Tensor:
+        if self.form == "masks":
+            places, skips = self.places[first:last], self.skips[first:last]
+            W_OI = expand_masks(self.values, places, self.starts[first : last + 1], skips, self.inputs)
+        else:
+            blocks = -(-self.inputs // SPAN)
+            starts = self.starts[first * blocks : last * blocks + 1]
+            W_OI = expand_rows(self.values, self.places, starts, self.inputs)
+        return W_OI
 
     @property
     def width(self) -> int:
@@ -171,24 +202,41 @@ def merge(matrix: ExpertMatrix, gates_G: torch.Tensor, form: Form | None = None)
     check_gates(matrix, gates_G)
     gates_G = gates_G.detach()
     entries = int(matrix.group_sizes()[gates_G != 0].sum())
-    known_costs = costs(matrix.out, matrix.inputs, entries, 1, matrix.values.itemsize)
+    gpu = on_gpu(matrix.values)
+    known_costs = (gpu_costs if gpu else partial(costs, tokens=1))(
+        matrix.out, matrix.inputs, entries, itemsize=matrix.values.itemsize
+    )
     available = sorted(_forms(matrix), key=lambda one: known_costs[one])
     if form is not None and form not in available:
         raise ValueError(
             f"form {form!r} has no kernel for this matrix on this machine; use one of {available}"
         )
     form = form or available[0]
-    empty = matrix.columns.new_empty(0), matrix.row_pointer.new_empty(0)
+    empty = matrix.columns.new_empty(0), matrix.row_pointer.new_empty(0), matrix.columns.new_empty(0)
     if form == "dense":
         parts = dense(matrix, gates_G), *empty
-    elif matrix.values.is_cuda:
-        parts = _joined_on_gpu(matrix, gates_G)
+    elif gpu:
+        parts = _compressed_on_gpu(matrix, gates_G, form)
+        entries = parts[0].numel()  # what is 0 is left out
     else:
-        parts = _compressed(matrix, gates_G, form, entries)
+        parts = *_compressed(matrix, gates_G, form, entries), empty[0]
     return Merged(form, matrix.out, matrix.inputs, entries, *parts)
 
 
 _Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _compressed_on_gpu(
+    matrix: ExpertMatrix, gates_G: torch.Tensor, form: Form
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """By way of the dense weight: groups are put where they belong, not sorted."""
+    W_OI = dense(matrix, gates_G)
+    if form == "masks":
+        values, places, starts, skips = compress_masks(W_OI)
+    else:
+        values, places, starts = compress_rows(W_OI)
+        skips = matrix.columns.new_empty(0)
+    return values, places, starts, skips
 
 
 def _starts(matrix: ExpertMatrix, groups: torch.Tensor) -> torch.Tensor:
@@ -215,11 +263,13 @@ def _compressed(matrix: ExpertMatrix, gates_G: torch.Tensor, form: Form, entries
 def _forms(matrix: ExpertMatrix) -> list[Form]:
     """Forms that this machine has kernels for."""
     narrow = matrix.columns.dtype == torch.uint16
-    if matrix.values.is_cuda:
-        return ["dense", "rows"] if narrow and TRITON else ["dense"]
-    if not COMPILED or matrix.values.dtype not in (torch.bfloat16, torch.float32):
+    gpu = on_gpu(matrix.values)
+    if not (TRITON if gpu else COMPILED) or matrix.values.dtype not in (torch.bfloat16, torch.float32):
         return ["dense"]
     forms: list[Form] = ["dense"]
+    if gpu:
+        masks = narrow and matrix.values.dtype == torch.bfloat16
+        return [*forms, "rows", "masks"] if masks else [*forms, "rows"]
     if narrow and gathers():
         forms.append("rows")
     if matrix.values.dtype == torch.bfloat16 and expands():
@@ -254,13 +304,13 @@ def sparse_linear(X: torch.Tensor, merged: Merged, bias: torch.Tensor | None = N
         if merged.form == "dense":
             return functional.linear(X, merged.values.to(X.dtype), None if bias is None else bias.to(X.dtype))
         X_TI = X.reshape(-1, merged.inputs)
+        if on_gpu(merged.values):
+            return _on_gpu(X_TI, merged, bias).reshape(*X.shape[:-1], merged.out)
         way: str = merged.form
         if len(X_TI) > 1:
             known = costs(merged.out, merged.inputs, merged.entries, len(X_TI), merged.values.itemsize)
             way = min(_WAYS[way], key=lambda one: known[one])
-        if X.is_cuda:
-            Y_TO = _on_gpu(X_TI, merged)
-        elif way == "bands":
+        if way == "bands":
             Y_TO = _in_bands(X_TI, merged)
         else:
             Y_TO = (_token_major if way == "tokens" else _decode)(X_TI, merged)
@@ -269,11 +319,18 @@ def sparse_linear(X: torch.Tensor, merged: Merged, bias: torch.Tensor | None = N
         return Y_TO.to(X.dtype).reshape(*X.shape[:-1], merged.out)
 
 
-def _on_gpu(X_TI: torch.Tensor, merged: Merged) -> torch.Tensor:
-    if len(X_TI) <= DECODE_TOKENS:
-        Y_TO: torch.Tensor = gpu_decode(X_TI, merged.values, merged.places, merged.starts)
-        return Y_TO
-    return functional.linear(X_TI, merged.dense().to(X_TI.dtype))
+def _on_gpu(X_TI: torch.Tensor, merged: Merged, bias: torch.Tensor | None) -> torch.Tensor:
+    """Few tokens by one kernel, bias and rounding included: a second would take as long as reading the weight."""
+    if len(X_TI) > DECODE_TOKENS:
+        return functional.linear(
+            X_TI, merged.dense().to(X_TI.dtype), None if bias is None else bias.to(X_TI.dtype)
+        )
+    Y_TO: torch.Tensor
+    if merged.form == "masks":
+        Y_TO = decode_masks(X_TI, merged.values, merged.places, merged.starts, merged.skips, bias)
+    else:
+        Y_TO = decode_rows(X_TI, merged.values, merged.places, merged.starts, merged.out, bias)
+    return Y_TO
 
 
 def _decode(X_TI: torch.Tensor, merged: Merged) -> torch.Tensor:
@@ -350,17 +407,44 @@ def costs(out: int, inputs: int, entries: int, tokens: int, itemsize: int = 2) -
     }
 
 
+def gpu_costs(out: int, inputs: int, entries: int, itemsize: int = 2) -> dict[str, float]:
+    """What a form costs a GPU at one token, in bytes that memory delivers meanwhile; derived, not measured.
+
+    Parameters
+    ----------
+    out, inputs, entries : int
+        Of the layer; entries are the active ones.
+    itemsize : int
+        Bytes of a value.
+
+    Returns
+    -------
+    dict
+        "dense", "rows", "masks".
+    """
+    weights = out * inputs
+    return {
+        "dense": GPU_SHARE * itemsize * weights,
+        "rows": (itemsize + 1) * entries + weights / 64,
+        "masks": max(itemsize * entries + 3 / 16 * weights, GPU_EXPAND * weights),
+    }
+
+
 _WAYS = {"rows": ("rows", "tokens", "bands"), "masks": ("masks", "bands")}
 
 
-def choose_path(out: int, inputs: int, active_entries: int, tokens: int, training: bool) -> Path:
-    """The cost model in a word, for a CPU that has every kernel.
+def choose_path(
+    out: int, inputs: int, active_entries: int, tokens: int, training: bool, gpu: bool = False
+) -> Path:
+    """The cost model in a word, for a machine that has every kernel.
 
     Parameters
     ----------
     out, inputs, active_entries : int
     tokens : int
     training : bool
+    gpu : bool
+        Whether a GPU computes it.
 
     Returns
     -------
@@ -368,19 +452,11 @@ def choose_path(out: int, inputs: int, active_entries: int, tokens: int, trainin
         "dense": a whole weight by Torch's product (`gated_linear` in training; else `merge` keeps it dense); "decode"
         and "prefill": `sparse_linear` on a compressed weight by the kernels for few and for more tokens.
     """
-    known = costs(out, inputs, active_entries, 1)
+    known = gpu_costs(out, inputs, active_entries) if gpu else costs(out, inputs, active_entries, 1)
     form = min(("dense", "rows", "masks"), key=lambda one: known[one])
     if training or form == "dense":
         return "dense"
+    if gpu:
+        return "decode" if tokens <= DECODE_TOKENS else "prefill"
     known = costs(out, inputs, active_entries, tokens)
     return "decode" if min(_WAYS[form], key=lambda one: known[one]) == form else "prefill"
-
-
-def _joined_on_gpu(matrix: ExpertMatrix, gates_G: torch.Tensor) -> _Parts:
-    rows, groups = rows_and_groups(matrix)
-    gates = gates_G[groups]
-    active = (gates != 0).nonzero()[:, 0]
-    order = active[torch.argsort(rows[active], stable=True)]
-    values = gated(matrix.values.detach()[order], gates[order])
-    columns = matrix.columns.view(torch.int16)[order].view(torch.uint16)
-    return values, columns, _starts(matrix, gates_G.nonzero()[:, 0])

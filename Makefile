@@ -2,14 +2,15 @@
 # make test   run the tests                                                            (the README's second command)
 # make test-all  these, and the slow ones: same bits with 1, 2 and 3 workers, kills, Ray jobs; 15 minutes or more
 # make check  ruff and mypy
-# make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM)
+# make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM, and gpu.py)
+# make gpu    prove the GPU path: bits, speed and memory on the machine's NVIDIA card, in eight minutes
 # make clean  remove .venv and caches; runs under storage/ stay
 #
 # Everything is installed into .venv in this folder, once; the user's own environment is never touched.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean
+.PHONY: help demo test test-all check bench gpu clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PYTHON ?=
 PYTEST_ARGS ?=
 # The scripts among them; the rest are their parts.
-BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v four_billion)
+BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v -e four_billion -e gpu)
 CONSTRAINTS := requirements/constraints.txt
 
 # Nothing of the user's Python set-up may leak into .venv or out of it.
@@ -30,7 +31,7 @@ export PYTHONNOUSERSITE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/tinyonn demo
@@ -48,6 +49,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+gpu: $(VENV)/.installed
+	@$(BIN)/python benchmarks/gpu.py --json
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -28,7 +28,7 @@ SHARES = (0.03, 0.1, 0.31, 0.5, 0.7)
 GOALS = {0.1: 3.0, 0.31: 1.5}
 LAYERS = 12  # 1.9 GB of dense weights, 114 MB at 3 %: more than a last cache holds
 KEPT, CORE = 0.315, 0.5
-RATE = 1e-3  # of both students
+RATE = 2e-4  # of both students
 
 
 # decode: products of one token, or four

@@ -29,9 +29,8 @@ except ImportError:
     TRITON = False
 
 COMPILED_ENTRIES = 1 << 15  # fewer are not worth the second that Numba takes to compile
-INTERPRETED = (
-    TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-)  # the GPU's kernels run without one, slowly
+# The GPU's kernels run without one, slowly
+INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:

@@ -91,9 +91,7 @@ MULTIPLY = 0.022  # a weight times a token in a dense product
 # Rows take 1.6 to 2 places an entry, which weigh no more than its 3 bytes: no constant for them. A consumer card issues
 # four times as many in the time of a byte, so there masks would pay from 18 % active, not from 53.
 GPU_EXPAND = 1.6  # a weight's place in the masks
-GPU_SHARE = (
-    0.85  # of a dense weight's bytes that others must stay below: a library's product is nearer to the limit
-)
+GPU_SHARE = 0.85  # of a dense weight's bytes that others must stay below: a library is nearer to the limit
 
 
 @dataclass(frozen=True)

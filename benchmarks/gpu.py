@@ -45,6 +45,8 @@ PARTS = {
     "profile": (45, 2.0),
 }
 CPU_LIMIT = 8  # times a part's limit on a CPU
+# A forked process has the imports already, but CUDA does not survive a fork once anything has asked for it.
+START = {"cuda": "spawn", "cpu": "fork"}
 NEEDED = {"torch": "2.9", "transformers": "5.0", "numpy": "2.1", "numba": "0.61", "safetensors": "0.5"}
 TRITON = "3.2"
 OF_TRITON = ("div_rn", "sqrt_rn", "trans", "dot", "static_range", "atomic_max")
@@ -86,7 +88,8 @@ def main() -> None:
     print(json.dumps(about), flush=True)
     parts = options.parts or list(PARTS)
     rounds = options.rounds or (1 if options.tiny else 7 if options.device == "cuda" else 2)
-    load(parts)
+    if START[options.device] == "fork":
+        load(parts)
     found = [run(part, options.device, options.tiny, rounds) for part in parts]
     report(found, about, options)
 
@@ -117,7 +120,7 @@ def lacking() -> str | None:
 
 
 def facts(device: str, tiny: bool) -> dict[str, Any]:
-    """Card and versions. Starts no CUDA context: parts are forked from this process."""
+    """Card and versions; by nvidia-smi, so that this process holds no memory of the card."""
     from importlib.metadata import PackageNotFoundError, version
 
     from tinyonn.machine import gpus
@@ -151,9 +154,6 @@ def _commit() -> str:
 
 def load(parts: list[str]) -> None:
     """Import once what the parts' processes then share."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
     for part in parts:
         work(part)
 
@@ -176,8 +176,7 @@ def run(part: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     limit, need = PARTS[part]
     limit *= 1 if device == "cuda" else CPU_LIMIT
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    # Forked, so that the imports are there already; nothing has touched CUDA or a pool of threads so far.
-    process = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context(START[device]).Process(
         target=child, args=(theirs, part, device, tiny, rounds, need), daemon=True
     )
     started = time.perf_counter()
@@ -199,6 +198,9 @@ def run(part: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
 
 def child(pipe: Any, part: str, device: str, tiny: bool, rounds: int, need: float) -> None:
     """A part's own process."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     pipe.send(attempt(part, device, tiny, rounds, need))
     pipe.close()
 

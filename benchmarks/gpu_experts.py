@@ -28,7 +28,6 @@ SHARES = (0.03, 0.1, 0.31, 0.5, 0.7)
 GOALS = {0.1: 3.0, 0.31: 1.5}
 LAYERS = 12  # 1.9 GB of dense weights, 114 MB at 3 %: more than a last cache holds
 KEPT, CORE = 0.315, 0.5
-RATE = 2e-4  # of both students
 
 
 # decode: products of one token, or four
@@ -68,6 +67,7 @@ def decode(setting: Setting) -> Result:
                 times = found[f"batch {tokens}"]["times dense"]["chosen"]
                 goals.append(at_least(f"decode, {share:.0%} active: times dense", times, goal))
         figures["shares"][str(share)] = found
+        del merged, peers, ways  # the next share's come before these would go
     return Result(goals, figures)
 
 
@@ -199,9 +199,10 @@ def _compare_steps(base: Any, batch: int, tokens: int, setting: Setting) -> dict
         if isinstance(module, nn.Linear) and module is not dense.get_output_embeddings():
             module.weight.data += 0.1 * module.weight.std() * torch.randn_like(module.weight)
     losses: dict[str, list[float]] = {"dense": [], "routed": []}
+    rate = setting.of(2e-4, 2e-4, 2e-3)  # of both
     steps = {
-        "dense": _step(dense, teacher, samples, None, losses["dense"]),
-        "routed": _step(drawn(base, experts), teacher, samples, gates_BE, losses["routed"]),
+        "dense": _step(dense, teacher, samples, None, rate, losses["dense"]),
+        "routed": _step(drawn(base, experts), teacher, samples, gates_BE, rate, losses["routed"]),
     }
     seconds = by_turns(steps, setting)
     peak = torch.cuda.max_memory_allocated() if setting.on_gpu else 0
@@ -222,11 +223,11 @@ def _batch(batch: int, tokens: int, vocabulary: int, device: torch.device) -> Ba
 
 
 def _step(
-    model: Any, teacher: Live, batch: Batch, gates_BE: torch.Tensor | None, losses: list[float]
+    model: Any, teacher: Live, batch: Batch, gates_BE: torch.Tensor | None, rate: float, losses: list[float]
 ) -> Callable[[], None]:
     """A step of AdamW on all linear weights but the head, as `tinyonn.train.trainer` takes it."""
     rates = OptimizerOptions(
-        router="frozen", experts="adamw", experts_lr=RATE, trunk_lr=RATE if gates_BE is None else 0
+        router="frozen", experts="adamw", experts_lr=rate, trunk_lr=rate if gates_BE is None else 0
     )
     options = TrainOptions(weights=LossWeights(), optimizers=rates)
     student = Student(model, options.weights, prompt_loss=True)

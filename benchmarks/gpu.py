@@ -176,9 +176,8 @@ def run(part: str, device: str, tiny: bool, rounds: int) -> dict[str, Any]:
     limit, need = PARTS[part]
     limit *= 1 if device == "cuda" else CPU_LIMIT
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context(START[device]).Process(
-        target=child, args=(theirs, part, device, tiny, rounds, need), daemon=True
-    )
+    context: Any = multiprocessing.get_context(START[device])
+    process = context.Process(target=child, args=(theirs, part, device, tiny, rounds, need), daemon=True)
     started = time.perf_counter()
     process.start()
     theirs.close()

@@ -223,7 +223,7 @@ def record(options: Any, folder: Path) -> None:
         bad = worker.record(samples[: options.samples], 0, {})
         assert not bad, bad
     CheckedWriter.checksums, CheckedWriter.encoding, CheckedWriter.checking = {}, 0.0, 0.0
-    with parts.part("commit") as commit, patch("tinyonn.record.worker.SegmentWriter", CheckedWriter):
+    with parts.part("commit") as commit, patch("tinyonn.store.arrays.SegmentWriter", CheckedWriter):
         assert store.commit(worker.write(store.begin(segment), segment, 0), segment)
         os.sync()
     commit.seconds -= CheckedWriter.checking

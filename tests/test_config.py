@@ -28,6 +28,7 @@ OPTIONS = [
     "cluster.seed",
     "cluster.tolerance",
     "cluster.trunk",
+    "data.format",
     "data.max_tokens",
     "data.messages",
     "data.name",

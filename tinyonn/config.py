@@ -38,12 +38,21 @@ class ModelConfig(Section):
     )
 
 
+DataFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "query-response", "preference",
+    "text",
+]  # fmt: skip
+
+
 class DataConfig(Section):
     """The corpus that is fed to the model, one sample at a time."""
 
-    path: str = "reference"  # .jsonl, .parquet, a folder of either, a `datasets` name, or "reference"
+    path: str = (
+        "reference"  # a file or folder (JSONL, JSON, Parquet, Arrow), a `datasets` name, or "reference"
+    )
     name: str | None = None  # configuration of a `datasets` name
     split: str = "train"
+    format: DataFormat = "auto"  # what the columns are; auto: as their names say, see tinyonn/base/forms.py
     text: str | None = None  # column of plain text
     messages: str | None = None  # column of chat messages; labels are the assistant's turns
     slice: str | None = None  # column that names the slice; without it slices are derived

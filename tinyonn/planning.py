@@ -160,10 +160,12 @@ def _parquet_rows(config: DataConfig) -> int | None:
 
         files = [REFERENCE_CORPUS / f"{config.split}.parquet"]
     else:
+        from tinyonn.base.files import find_files, kind_of
+
         path = Path(config.path).expanduser()
-        files = (
-            sorted(path.rglob("*.parquet")) if path.is_dir() else [path] if path.suffix == ".parquet" else []
-        )
+        files = find_files(path, config.split)[0] if path.is_dir() else [path]
+        if any(kind_of(file) != "parquet" for file in files):
+            return None
     if not files or not all(file.is_file() for file in files):
         return None
     import pyarrow as pa

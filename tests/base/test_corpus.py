@@ -36,7 +36,7 @@ MARKED = (
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-REWRITING = "{{ messages | length }}" + CHAT_TEMPLATE
+REWRITING = "{{ messages | string | length }}" + CHAT_TEMPLATE
 
 
 class Room:
@@ -188,13 +188,13 @@ def test_bad_messages_are_set_aside(room: Room) -> None:
 
 def test_a_template_that_raises_sets_the_row_aside(room: Room) -> None:
     room.tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        + CHAT_TEMPLATE
+        "{% if messages[0]['role'] == 'user' and messages[0]['content'] == 'Be' %}"
+        "{{ raise_exception('not that') }}{% endif %}" + CHAT_TEMPLATE
     )
-    rows = [{"messages": [{"role": "system", "content": "Be"}, *CHAT]}, {"messages": CHAT}]
+    rows = [{"messages": [{"role": "user", "content": "Be"}, *CHAT[1:]]}, {"messages": CHAT}]
     corpus = room.prepare(room.jsonl(rows), slices=1)
     assert [(item.index, item.reason) for item in corpus.set_aside] == [
-        (0, "the chat template refuses the messages (no system role)")
+        (0, "the chat template refuses the messages (not that)")
     ]
 
 

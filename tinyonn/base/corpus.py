@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,9 @@ from tinyonn.errors import CapacityError, InputError
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
 
+LOG = logging.getLogger(__name__)
+LABELS = 2  # how turns are found; a corpus that was labelled otherwise is made anew
+
 
 @dataclass
 class Tokenised:
@@ -53,6 +58,7 @@ class Tokenised:
     set_aside: list[SetAside] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
     largest_id: int = 0
+    notes: Counter[str] = field(default_factory=Counter)  # what was done to rows, by number of rows
 
 
 def prepare_corpus(config: Config, tokenizer: Any, path: Path) -> Corpus:
@@ -86,10 +92,13 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path) -> Corpus:
             pass  # unreadable or of another version: made anew
     path.parent.mkdir(parents=True, exist_ok=True)
     survey = survey_rows(source, config.data)
+    LOG.info("data: %s", source.described(len(survey.indices), len(survey.set_aside)))
     scratch = path.with_name(f"{path.name}.{os.getpid()}.unordered")
     try:
         found = _tokenise_enough(source, survey, config.data, tokenizer, limit, scratch)
         _check(found, survey, config)
+        for note, rows in sorted(found.notes.items()):
+            LOG.info("data: %s conversation(s): %s", f"{rows:,}", note)
         return _write(path, key, limit, survey, found, config.data, scratch)
     except OSError as error:
         if error.errno == 28:
@@ -208,6 +217,8 @@ def _keep(found: Tokenised, encoded: Encoded, place: int, survey: Survey, writer
         name = survey.names[survey.numbers[place]]
         found.set_aside.append(SetAside(encoded.index, encoded.fault, name))
         return
+    if encoded.note is not None:
+        found.notes[encoded.note] += 1
     found.places.append(place)
     found.lengths.append(len(encoded.input_ids))
     found.truncated.append(encoded.truncated)
@@ -269,6 +280,7 @@ def _write(
 def _key(config: DataConfig, source: Source, tokenizer: Any, limit: int) -> str:
     parts = {
         "version": VERSION,
+        "labels": LABELS,
         "source": source.fingerprint(),
         "tokenizer": _tokenizer_print(tokenizer),
         "max_tokens": limit,

@@ -1,31 +1,29 @@
-"""Read a corpus row by row: JSONL, Parquet, folders of either, `datasets` names, or the corpus that ships.
+"""Read a corpus row by row: files and folders of data, `datasets` names, or the corpus that ships.
 
 A row that cannot be used is not an error but a `Row` with a `fault`; a source that cannot be read is one.
-Rows are numbered through all files in the order of their names: line of a JSONL file, row of a Parquet file.
+Rows are numbered through all files in the order of their names: line of a JSONL file, place in any other.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from tinyonn.base.files import KNOWN, bare, file_columns, file_rows, find_files, kind_of
+from tinyonn.base.forms import FORMS, Reading, known_forms, recognise
+from tinyonn.base.messages import Fault, Message, read_tools
 from tinyonn.base.source import BASE, sha256
 from tinyonn.config import DataConfig
 from tinyonn.errors import InputError
 
-REFERENCE_CORPUS = BASE / "reference" / "corpus"
-BATCH = 256
-PEEK = 1000  # lines of a JSONL file that are searched for its columns
+__all__ = ["REFERENCE_CORPUS", "Columns", "Message", "Row", "Source"]
 
-Message = dict[str, Any]
+REFERENCE_CORPUS = BASE / "reference" / "corpus"
+TOOLS = "tools"
+NAMED = 3  # skipped files that are told by name
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Row:
         Why the row is set aside.
     malformed : bool
         The fault lies in the file's bytes and not in the row's content.
+    tools : tuple of dict or None
+        Schemas of the tools that the conversation may call, for the chat template.
     """
 
     index: int
@@ -52,6 +52,7 @@ class Row:
     slice: str | None = None
     fault: str | None = None
     malformed: bool = False
+    tools: tuple[dict[str, Any], ...] | None = None
 
     @property
     def words(self) -> str:
@@ -69,11 +70,6 @@ class Columns:
     messages: str | None
     slice: str | None
 
-    @property
-    def names(self) -> list[str]:
-        """The columns to read, each once."""
-        return list(dict.fromkeys(name for name in (self.text, self.messages, self.slice) if name))
-
 
 class Source:
     """A corpus that can be read several times over, always in the same order.
@@ -82,21 +78,56 @@ class Source:
     ----------
     config : DataConfig
 
+    Attributes
+    ----------
+    readings : dict
+        The readings of each file, tried on a row in turn.
+    skipped : list of str
+        Hidden files and copies in the folder.
+
     Raises
     ------
     InputError
-        No such file, folder or data set, an unreadable Parquet file, or a column that is not there.
+        No such file, folder or data set, an unreadable file, or a column that is not there.
     """
 
     def __init__(self, config: DataConfig) -> None:
         self.path = config.path
-        self.files = _files(config)
+        self.files, self.skipped = _files(config)
         self.dataset: Any = None if self.files else _dataset(config)
-        self.columns = _columns(config, self._existing())
+        existing: dict[Path | None, list[str]] = {path: file_columns(path) for path in self.files}
+        if self.dataset is not None:
+            existing[None] = list(self.dataset.column_names)
+        self.readings = _readings(config, existing)
+        self.columns = _columns(config, self._all_readings(), existing)
+        self.tools = any(TOOLS in names for names in existing.values()) and self.chats
+
+    @property
+    def chats(self) -> bool:
+        """Whether some rows may be conversations."""
+        return any(reading.form != "text" for reading in self._all_readings())
+
+    @property
+    def form(self) -> str:
+        """The forms and their columns, such as ``alpaca: instruction, input, output``."""
+        return "; ".join(map(str, self._all_readings())) + (" (with tools)" if self.tools else "")
+
+    def described(self, rows: int, aside: int) -> str:
+        """One line about what was read."""
+        texts = any(reading.form == "text" for reading in self._all_readings())
+        what = "rows" if texts and self.chats else "texts" if texts else "conversations"
+        line = f"{self.form}; {rows:,} {what}" + (f", {aside:,} set aside" if aside else "")
+        if self.skipped:
+            some = ", ".join(self.skipped[:NAMED]) + (", ..." if len(self.skipped) > NAMED else "")
+            line += f"; {len(self.skipped)} hidden files or copies skipped: {some}"
+        return line
 
     def fingerprint(self) -> str:
         """Hash of what is read: the columns, and the files' bytes in order or the data set's fingerprint."""
         digest = hashlib.sha256(repr(self.columns).encode())
+        plain = [reading for reading in self._all_readings() if reading.form not in ("messages", "text")]
+        if plain or self.tools:
+            digest.update(self.form.encode())
         for path in self.files:
             digest.update(sha256(path).encode())
         if self.dataset is not None:
@@ -106,80 +137,73 @@ class Source:
     def __iter__(self) -> Iterator[Row]:
         first = 0
         for path in self.files:
-            records = _parquet(path, self.columns.names) if path.suffix == ".parquet" else _jsonl(path)
+            readings = self.readings[path]
             last = first - 1
-            for number, record in records:
+            for number, record in file_rows(path, self._names(readings)):
                 last = first + number
-                yield self._row(last, record)
+                yield self._row(last, record, readings)
             first = last + 1
         if self.dataset is not None:
-            for number, record in enumerate(self.dataset.select_columns(self.columns.names)):
-                yield self._row(number, record)
+            readings = self.readings[None]
+            names = [name for name in self._names(readings) if name in self.dataset.column_names]
+            for number, record in enumerate(self.dataset.select_columns(names)):
+                yield self._row(number, bare(record), readings)
 
-    def _row(self, index: int, record: dict[str, Any] | str) -> Row:
+    def _all_readings(self) -> list[Reading]:
+        return list(dict.fromkeys(reading for readings in self.readings.values() for reading in readings))
+
+    def _names(self, readings: list[Reading]) -> list[str]:
+        """The columns to read, each once."""
+        names = [name for reading in readings for name in reading.columns]
+        label = [self.columns.slice] if self.columns.slice else []
+        return list(dict.fromkeys([*names, *label, *([TOOLS] if self.tools else [])]))
+
+    def _row(self, index: int, record: dict[str, Any] | str, readings: list[Reading]) -> Row:
         if isinstance(record, str):
             return Row(index, fault=record, malformed=True)
-        columns = self.columns
-        messages = record.get(columns.messages) if columns.messages else None
-        text = record.get(columns.text) if columns.text else None
-        name = record.get(columns.slice) if columns.slice else None
+        name = record.get(self.columns.slice) if self.columns.slice else None
         label = None if name is None else str(name)
-        if isinstance(text, bytes):
-            try:
-                text = text.decode()
-            except UnicodeDecodeError as error:
-                return Row(index, slice=label, fault=f"not UTF-8 ({error.reason})", malformed=True)
-        if messages:
-            fault = _messages_fault(messages)
-            return Row(index, None, None if fault else tuple(messages), label, fault)
-        if text is None:
-            wanted = " or ".join(repr(name) for name in (columns.messages, columns.text) if name)
-            return Row(index, slice=label, fault=f"{wanted} is empty")
-        if not isinstance(text, str):
-            return Row(index, slice=label, fault=f"{columns.text!r} is {type(text).__name__}, not a string")
-        fault = "empty text" if not text.strip() else _unicode_fault(text)
-        return Row(index, None if fault else text, None, label, fault)
-
-    def _existing(self) -> list[str]:
-        if self.dataset is not None:
-            return list(self.dataset.column_names)
-        names: dict[str, None] = {}
-        for path in self.files:
-            if path.suffix == ".parquet":
-                found = _open_parquet(path).schema_arrow.names
-                if names and not set(names) <= set(found):
-                    raise InputError(
-                        f"{path}: its columns {found} are not those of the files before, {list(names)}"
-                    )
-                names.update(dict.fromkeys(found))
-            else:
-                for _, record in islice(_jsonl(path), PEEK):
-                    names.update(dict.fromkeys(record if isinstance(record, dict) else ()))
-        return list(names)
+        try:
+            for reading in readings:
+                said = reading.read(record)
+                if isinstance(said, str):
+                    return Row(index, said, None, label)
+                if said is not None:
+                    tools = read_tools(record.get(TOOLS)) if self.tools else None
+                    return Row(index, None, said, label, tools=tools)
+        except Fault as fault:
+            return Row(index, slice=label, fault=str(fault), malformed=fault.malformed)
+        except RecursionError:
+            return Row(index, slice=label, fault="nested too deeply")
+        wanted = " or ".join(repr(reading.main) for reading in readings)
+        return Row(index, slice=label, fault=f"{wanted} is empty")
 
 
-def _files(config: DataConfig) -> list[Path]:
+def _files(config: DataConfig) -> tuple[list[Path], list[str]]:
     if config.path == "reference":
         path = REFERENCE_CORPUS / f"{config.split}.parquet"
         if not path.is_file():
             splits = sorted(file.stem for file in REFERENCE_CORPUS.glob("*.parquet"))
             raise InputError(f"data.split = {config.split!r} is not in the shipped corpus; it has {splits}")
-        return [path]
+        return [path], []
     path = Path(config.path).expanduser()
     if path.is_dir():
-        files = sorted(file for kind in ("*.parquet", "*.jsonl") for file in path.rglob(kind))
+        files, skipped = find_files(path, config.split)
         if not files:
-            raise InputError(f"data.path = {config.path!r} is a folder without .parquet or .jsonl files")
-        return files
-    if path.suffix in (".jsonl", ".parquet"):
+            hidden = f" (hidden: {', '.join(skipped[:NAMED])})" if skipped else ""
+            raise InputError(f"data.path = {config.path!r} is a folder without {KNOWN} files{hidden}")
+        return files, skipped
+    if kind_of(path) is not None:
         if not path.is_file():
-            raise InputError(f"data.path = {config.path!r} does not exist; give a .jsonl or .parquet file")
-        return [path]
+            raise InputError(
+                f"data.path = {config.path!r} does not exist; give a .jsonl or .parquet file, or another of {KNOWN}"
+            )
+        return [path], []
     if path.exists():
         raise InputError(
-            f"data.path = {config.path!r} is neither .jsonl nor .parquet; convert it to one of them"
+            f"data.path = {config.path!r} is neither .jsonl nor .parquet nor another of {KNOWN}; convert it to one"
         )
-    return []
+    return [], []
 
 
 def _dataset(config: DataConfig) -> Any:
@@ -205,98 +229,62 @@ def _dataset(config: DataConfig) -> Any:
         ) from None
 
 
-def _columns(config: DataConfig, existing: list[str]) -> Columns:
-    text, messages, label = config.text, config.messages, config.slice
-    if text is None and messages is None:
-        messages = "messages" if "messages" in existing else None
-        text = "text" if "text" in existing else None
-        if not existing:
-            raise InputError(
-                f"{config.path}: no readable rows; expected one JSON object a line or a Parquet table"
-            )
-        if text is None and messages is None:
-            raise InputError(
-                f"{config.path} has neither a 'text' nor a 'messages' column but {existing}; name one in "
-                "data.text or data.messages"
-            )
-    if config.path == "reference":
-        label = label or "slice"
-    for option, name in (("text", text), ("messages", messages), ("slice", label)):
-        if name is not None and name not in existing:
-            raise InputError(
-                f"data.{option} = {name!r} is not a column of {config.path}; its columns are {existing}"
-            )
-    return Columns(text, messages, label)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 at byte {error.start} of the line"
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield number, f"malformed JSON ({error})"
-            else:
-                yield number, record if isinstance(record, dict) else "malformed JSON (not an object)"
-
-
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+def _readings(config: DataConfig, existing: dict[Path | None, list[str]]) -> dict[Path | None, list[Reading]]:
+    """How to read each file: as the options say, else as its columns do, else as those of the other files do."""
+    names = list(dict.fromkeys(name for columns in existing.values() for name in columns))
+    if given := _given(config):
+        return dict.fromkeys(existing, given)
+    if config.format == "auto":
+        found = {path: recognise(columns) for path, columns in existing.items()}
+    else:
+        form = FORMS[config.format]
+        found = {
+            path: [reading] if (reading := form.find(columns)) else [] for path, columns in existing.items()
+        }
+    known = list(dict.fromkeys(reading for readings in found.values() for reading in readings))
+    if known:
+        return {path: readings or known for path, readings in found.items()}
+    if not names:
         raise InputError(
-            f"{path}: not a readable Parquet file, perhaps truncated ({str(error).splitlines()[0]}); "
-            "fetch it again"
-        ) from None
+            f"{config.path}: no readable rows; expected one JSON object a line, an array of them, or a table"
+        )
+    if config.format != "auto":
+        raise InputError(
+            f"data.format = {config.format!r} needs columns that {config.path} has not; its columns are {names}; "
+            f"the forms are {known_forms()}"
+        )
+    raise InputError(
+        f"{config.path} has neither a 'text' nor a 'messages' column but {names}, and they make none of the other "
+        f"forms ({known_forms()}); name one in data.text or data.messages, or rename columns"
+    )
 
 
-def _parquet(path: Path, names: list[str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    number = 0
-    with _open_parquet(path) as table:
-        try:
-            for batch in table.iter_batches(BATCH, columns=names):
-                for record in _records(batch):
-                    yield number, record
-                    number += 1
-        except (pa.ArrowException, OSError) as error:
+def _given(config: DataConfig) -> list[Reading]:
+    """The readings that data.messages and data.text name."""
+    form = "sharegpt" if config.format == "sharegpt" else "messages"
+    if (config.text or config.messages) and config.format not in ("auto", "text", "messages", "sharegpt"):
+        raise InputError(
+            f"data.format = {config.format!r} has columns of its own; leave out data.text and data.messages"
+        )
+    if (config.text and config.format in ("messages", "sharegpt")) or (
+        config.messages and config.format == "text"
+    ):
+        raise InputError(
+            f"data.format = {config.format!r} leaves out one of data.text and data.messages; so do you"
+        )
+    readings = [Reading(form, (("messages", config.messages),))] if config.messages else []
+    return readings + ([Reading("text", (("text", config.text),))] if config.text else [])
+
+
+def _columns(config: DataConfig, readings: list[Reading], existing: dict[Path | None, list[str]]) -> Columns:
+    named = {reading.form: reading.main for reading in readings}
+    label = config.slice or ("slice" if config.path == "reference" else None)
+    names = list(dict.fromkeys(name for columns in existing.values() for name in columns))
+    if not names:
+        raise InputError(f"{config.path}: no readable rows; expected one JSON object a line or a table")
+    for option, name in (("text", config.text), ("messages", config.messages), ("slice", label)):
+        if name is not None and name not in names:
             raise InputError(
-                f"{path}: unreadable from row {number} on ({str(error).splitlines()[0]}); fetch it again"
-            ) from None
-
-
-def _records(batch: Any) -> Iterator[dict[str, Any] | str]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for row in range(batch.num_rows):  # Arrow does not check its strings: find out which one it is
-            try:
-                yield batch.slice(row, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield f"not UTF-8 ({error.reason})"
-
-
-def _messages_fault(messages: Any) -> str | None:
-    if not isinstance(messages, list):
-        return f"messages are {type(messages).__name__}, not a list"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "a message without a 'role'"
-        if not isinstance(message.get("content"), str):
-            return f"a {message['role']} message without a text as 'content'"
-        if fault := _unicode_fault(message["content"]):
-            return fault
-    if not any(message["content"].strip() for message in messages):
-        return "empty text"
-    return None
-
-
-def _unicode_fault(text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"not valid Unicode ({error.reason})"
-    return None
+                f"data.{option} = {name!r} is not a column of {config.path}; its columns are {names}"
+            )
+    return Columns(named.get("text"), named.get("messages"), label)

@@ -1,28 +1,33 @@
 """Turn rows into token ids and labels.
 
-A text is labelled whole. Of messages only the assistant's turns are: by the template's ``{% generation %}``
-marks where it has them, else by rendering the conversation up to and through each assistant's turn; what the
-second rendering adds to the first is the turn. That works only where a rendering begins with the rendering of
-its beginning, which is checked for every row.
+A text is labelled whole. Of messages only the assistant's turns are: contents, calls of tools, the reasoning that the
+template shows, and the end-of-turn token; `tinyonn.base.spans` finds them. A token is labelled that lies in a turn.
+
+Special tokens that the messages spell out (``<|im_start|>`` typed by a user) are encoded as plain text wherever the
+tokenizer gives the same tokens for the parts between the template's own special tokens as for the whole.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyonn.base.spans import Chat, Span
 from tinyonn.errors import InputError
 
 if TYPE_CHECKING:
-    from tinyonn.base.rows import Message, Row
+    from tinyonn.base.rows import Row
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 UNLABELLED = -100
 BATCH = 64
+CHARACTERS = 16  # of a token, to begin with: only so much of a text is encoded, and more if that falls short
+MARGIN = 64  # tokens before a cut that may depend on what was cut off
 REWRITES = "the chat template renders earlier turns differently"
 
 
@@ -40,6 +45,8 @@ class Encoded:
         Cut to the allowed length.
     fault : str or None
         Why the row is set aside; the arrays are empty then.
+    note : str or None
+        What was done so that the row could be used.
     """
 
     index: int
@@ -47,6 +54,7 @@ class Encoded:
     labels: Int32
     truncated: bool = False
     fault: str | None = None
+    note: str | None = None
 
 
 def encode_rows(rows: Iterable[Row], tokenizer: Any, max_tokens: int) -> Iterator[Encoded]:
@@ -59,14 +67,25 @@ def encode_rows(rows: Iterable[Row], tokenizer: Any, max_tokens: int) -> Iterato
     """
     stream = iter(rows)
     while group := list(islice(stream, BATCH)):
-        texts = iter(_encode_texts([row for row in group if row.text is not None], tokenizer))
-        chats = iter(_encode_chats([row for row in group if row.text is None], tokenizer))
+        texts = iter(_encode_texts([row for row in group if row.text is not None], tokenizer, max_tokens))
+        chats = iter(_encode_chats([row for row in group if row.text is None], tokenizer, max_tokens))
         for row in group:
-            ids, labels, fault = next(texts if row.text is not None else chats)
-            yield _checked(row.index, ids[:max_tokens], labels[:max_tokens], len(ids) > max_tokens, fault)
+            yield _checked(row.index, next(texts if row.text is not None else chats), max_tokens)
 
 
-def _checked(index: int, ids: list[int], labels: list[int], truncated: bool, fault: str | None) -> Encoded:
+@dataclass(frozen=True)
+class _Labelled:
+    """Tokens and labels of a row, at least one more than allowed if there are more."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    fault: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _checked(index: int, found: _Labelled, max_tokens: int) -> Encoded:
+    truncated = len(found.ids) > max_tokens
+    ids, labels, fault = found.ids[:max_tokens], found.labels[:max_tokens], found.fault
     if fault is None and len(ids) < 2:
         fault = f"{len(ids)} token(s), at least 2 are needed"
     elif fault is None and all(label == UNLABELLED for label in labels[1:]):
@@ -74,24 +93,28 @@ def _checked(index: int, ids: list[int], labels: list[int], truncated: bool, fau
         fault = f"no labelled token{where}: the assistant says nothing"
     if fault is not None:
         ids, labels = [], []
-    return Encoded(index, np.array(ids, np.int32), np.array(labels, np.int32), truncated, fault)
+    note = "; ".join(found.notes) or None if fault is None else None
+    return Encoded(index, np.array(ids, np.int32), np.array(labels, np.int32), truncated, fault, note)
 
 
-_Labelled = tuple[list[int], list[int], str | None]
-
-
-def _encode_texts(rows: list[Row], tokenizer: Any) -> Iterator[_Labelled]:
+def _encode_texts(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[_Labelled]:
     if not rows:
         return
-    for ids in tokenizer([row.text for row in rows], verbose=False)["input_ids"]:
-        yield ids, list(ids), None
+    limit = (max_tokens + MARGIN) * CHARACTERS
+    texts = [str(row.text) for row in rows]
+    encoded = tokenizer([text[:limit] for text in texts], verbose=False)["input_ids"]
+    for text, ids in zip(texts, encoded, strict=True):
+        size = limit
+        while size < len(text) and len(ids) <= max_tokens + MARGIN:
+            size *= 2
+            ids = tokenizer(text[:size], verbose=False)["input_ids"]
+        yield _Labelled(ids, list(ids))
 
 
-def _encode_chats(rows: list[Row], tokenizer: Any) -> Iterator[_Labelled]:
+def _encode_chats(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[_Labelled]:
     if not rows:
         return
-    template = tokenizer.chat_template
-    if not template:
+    if not tokenizer.chat_template:
         raise InputError(
             "the corpus has messages and the model's tokenizer has no chat template; choose a chat model, "
             "add a chat_template.jinja beside its tokenizer, or name a column of plain text in data.text"
@@ -101,49 +124,95 @@ def _encode_chats(rows: list[Row], tokenizer: Any) -> Iterator[_Labelled]:
             f"{type(tokenizer).__name__} does not tell where its tokens lie in the text, so the assistant's "
             "turns cannot be labelled; save a fast tokenizer (tokenizer.json) beside the model"
         )
-    marked = isinstance(template, str) and "{% generation" in template.replace("{%-", "{%")
+    special = _special(tokenizer)
     for row in rows:
-        messages = list(row.messages or ())
         try:
-            yield _marked(messages, tokenizer) if marked else _rendered(messages, tokenizer)
-        except InputError:
-            raise
+            chat = Chat(row.messages or (), tokenizer, getattr(row, "tools", None), special)
         except Exception as error:  # whatever a template raises, jinja2's TemplateError first of all
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            yield [], [], f"the chat template refuses the messages ({reason})"
+            yield _Labelled(fault=f"the chat template refuses the messages ({reason})")
+        else:
+            yield _labelled(chat, tokenizer, special, max_tokens)
 
 
-def _marked(messages: list[Message], tokenizer: Any) -> _Labelled:
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
-    return ids, [token if said else UNLABELLED for token, said in zip(ids, mask, strict=True)], None
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of a text and the characters [first, last) that each stands for."""
+
+    ids: list[int]
+    places: list[Span]
 
 
-def _rendered(messages: list[Message], tokenizer: Any) -> _Labelled:
-    whole = _render(messages, tokenizer)
-    spans: list[tuple[int, int]] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:turn], tokenizer, prompt=True) if turn else ""
-        through = _render(messages[: turn + 1], tokenizer)
-        if not (whole.startswith(before) and whole.startswith(through) and len(through) > len(before)):
-            return [], [], REWRITES
-        spans.append((len(before), len(through)))
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids: list[int] = encoded["input_ids"]
+def _labelled(chat: Chat, tokenizer: Any, special: re.Pattern[str] | None, max_tokens: int) -> _Labelled:
+    inserted = chat.inserted()
+    size = (max_tokens + MARGIN) * CHARACTERS
+    while True:
+        text = chat.text[:size]
+        tokens = _tokens(text, tokenizer)
+        if len(text) == len(chat.text) or len(tokens.ids) > max_tokens + MARGIN:
+            break
+        size *= 2
+    if special is not None and inserted:
+        tokens = _as_text(text, tokenizer, special, inserted, tokens)
+    reach = max((last for _, last in tokens.places[:max_tokens]), default=0)
+    spans, lost = chat.answers(reach)
+    if lost and not spans:
+        return _Labelled(fault=REWRITES)
+    notes = [*chat.notes]
+    if lost:
+        notes.append(f"{REWRITES}; what cannot be placed is not labelled")
+    ids = tokens.ids[: max_tokens + 1]
+    return _Labelled(ids, _labels(chat.text, ids, tokens.places, spans), None, tuple(notes))
+
+
+def _labels(text: str, ids: list[int], places: list[Span], spans: list[Span]) -> list[int]:
     labels = [UNLABELLED] * len(ids)
     span = 0
-    for place, (first, last) in enumerate(encoded["offset_mapping"]):
+    for place, (first, last) in enumerate(places[: len(ids)]):
         while span < len(spans) and first >= spans[span][1]:
             span += 1
+        if span == len(spans):
+            break
+        start, end = spans[span]
         # Some tokenizers trim white space off the offsets: a blank of the prompt then lies at (start, start).
-        if span < len(spans) and first >= spans[span][0] and (last > first or first > spans[span][0]):
+        if first < start or first == last == start:
+            continue
+        if last <= end or text[end:last].isspace():  # a few special tokens take the blanks behind them along
             labels[place] = ids[place]
-    return ids, labels, None
+    return labels
 
 
-def _render(messages: list[Message], tokenizer: Any, prompt: bool = False) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+def _tokens(text: str, tokenizer: Any, **options: Any) -> _Tokens:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
+    return _Tokens(found["input_ids"], found["offset_mapping"])
+
+
+def _special(tokenizer: Any) -> re.Pattern[str] | None:
+    words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    longest = sorted(filter(None, words), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest))) if longest else None
+
+
+def _as_text(
+    text: str, tokenizer: Any, special: re.Pattern[str], inserted: set[int], whole: _Tokens
+) -> _Tokens:
+    """Encode the special tokens that messages spell out as text; as `whole` where that changes other tokens."""
+    parts: list[tuple[int, str, bool]] = []
+    end = 0
+    for match in special.finditer(text):
+        if match.start() not in inserted:
+            parts += [(end, text[end : match.start()], True), (match.start(), match[0], False)]
+            end = match.end()
+    parts.append((end, text[end:], True))
+
+    def joined(split: bool) -> _Tokens:
+        ids: list[int] = []
+        places: list[Span] = []
+        for start, part, ours in parts:
+            found = _tokens(part, tokenizer, split_special_tokens=split and ours)
+            ids += found.ids
+            places += [(start + first, start + last) for first, last in found.places]
+        return _Tokens(ids, places)
+
+    plain = joined(True)
+    return plain if joined(False).ids == whole.ids else whole

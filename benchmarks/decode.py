@@ -22,11 +22,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from drawn import random_matrix
 from report import Goal, at_least, finish
 from scipy.sparse import csr_matrix
 from torch.nn import functional
 
-from tinyonn.experts.sparse_tinyonn import ExpertMatrix, Merged, merge, sparse_linear
+from tinyonn.experts.sparse_tinyonn import Merged, merge, sparse_linear
 
 SHARES = (0.01, 0.03, 0.1, 0.31, 1.0)
 MODEL_LAYERS = 40
@@ -139,16 +140,6 @@ def compare(
         "forms": sorted({part.form for part in merged[0]}),
         "bandwidth": max(reads),
     }
-
-
-def random_matrix(shape: tuple[int, int], share: float) -> ExpertMatrix:
-    """One group of entries drawn evenly."""
-    out, inputs = shape
-    keep = torch.rand(shape) < share
-    values = torch.randn(int(keep.sum())).bfloat16()
-    columns = torch.arange(inputs).to(torch.int16).expand(shape)[keep].view(torch.uint16)
-    pointer = functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return ExpertMatrix(values, columns, pointer, out, inputs)
 
 
 def copied(merged: Merged) -> Merged:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from drawn import drawn, random_matrix
 from gpu_models import Result, Setting, by_turns, random_model, ratio
 from report import Goal, at_least, at_most
 from torch import nn
 from torch.nn import functional
 
-from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
-from tinyonn.experts.sparse_tinyonn import ExpertMatrix, Form, Merged, merge, sparse_linear
+from tinyonn.experts.sparse_tinyonn import Form, Merged, merge, sparse_linear
 from tinyonn.train.data import Batch
 from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
 from tinyonn.train.options import LossWeights, TrainOptions
@@ -27,7 +26,6 @@ from tinyonn.train.teacher import Live
 SHARES = (0.03, 0.1, 0.31, 0.5, 0.7)
 GOALS = {0.1: 3.0, 0.31: 1.5}
 LAYERS = 12  # 1.9 GB of dense weights, 114 MB at 3 %: more than a last cache holds
-KEPT, CORE = 0.315, 0.5
 
 
 # decode: products of one token, or four
@@ -95,16 +93,6 @@ def _sparse(
                 parts = matrix.row_pointer.clone(), columns.clone(), values.clone()
                 peer.append(torch.sparse_csr_tensor(*parts, shape, check_invariants=False))
     return merged, peers
-
-
-def random_matrix(shape: tuple[int, int], share: float, device: torch.device) -> ExpertMatrix:
-    """One group of entries drawn evenly."""
-    out, inputs = shape
-    keep = torch.rand(shape, device=device) < share
-    values = torch.randn(int(keep.sum()), device=device).bfloat16()
-    columns = torch.arange(inputs, device=device).to(torch.int16).expand(shape)[keep].view(torch.uint16)
-    pointer = functional.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return ExpertMatrix(values, columns, pointer, out, inputs)
 
 
 def _all(layers: list[list[Any]], product: Callable[[Any, Any], Any], X: dict[int, torch.Tensor]) -> None:
@@ -253,56 +241,3 @@ def _step(
         losses.append(float(loss.detach()))
 
     return step
-
-
-def drawn(dense: Any, experts: int) -> TinyONNForCausalLM:
-    """The dense model's weights, of which some are dropped and each other one is in a random group."""
-    head = dense.get_output_embeddings()
-    weights = {
-        name: module.weight.detach()
-        for name, module in dense.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    parts = {name: compress(W_OI, experts) for name, W_OI in weights.items()}
-    config = TinyONNConfig(
-        base_config=dense.config.to_dict(),
-        experts=experts,
-        sparse_layers={
-            name: {"out": W_OI.shape[0], "in": W_OI.shape[1], "entries": parts[name]["values"].numel()}
-            for name, W_OI in weights.items()
-        },
-    )
-    with _dtype(dense.dtype), torch.device(head.weight.device):
-        model = TinyONNForCausalLM(config)
-    state = {f"base.{name}": tensor for name, tensor in dense.state_dict().items()}
-    for name, part in parts.items():
-        del state[f"base.{name}.weight"]
-        state |= {f"base.{name}.{field}": tensor for field, tensor in part.items()}
-    model.load_state_dict(state)
-    return model
-
-
-@contextmanager
-def _dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def compress(W_OI: torch.Tensor, experts: int) -> dict[str, torch.Tensor]:
-    """Values, columns and row pointer of a weight in random groups."""
-    out, inputs = W_OI.shape
-    group_OI = torch.randint(0, experts, W_OI.shape, device=W_OI.device)
-    group_OI[torch.rand(W_OI.shape, device=W_OI.device) < CORE] = experts
-    places = (torch.rand(W_OI.shape, device=W_OI.device) < KEPT).flatten().nonzero()[:, 0]
-    keys = group_OI.flatten()[places] * out + places // inputs
-    order = keys.argsort(stable=True)
-    counts = keys.bincount(minlength=(experts + 1) * out)
-    return {
-        "values": W_OI.flatten()[places[order]],
-        "columns": (places[order] % inputs).to(torch.uint16),
-        "row_pointer": functional.pad(counts.cumsum(0), (1, 0)).int(),
-    }

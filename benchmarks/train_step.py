@@ -18,18 +18,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from drawn import drawn
 from report import Goal, at_least, at_most, finish
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tinyonn.base.reference import model_path
-from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
+from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.linear_tinyonn import ExpertLinear
 from tinyonn.experts.sparse_tinyonn import gated_linear
 
-EXPERTS, ACTIVE, KEPT, CORE = 100, 10, 0.315, 0.5
+EXPERTS, ACTIVE = 100, 10
 WAYS = ("dense", "one pattern", "a pattern a sample", "peer")
 LIMIT = 1.5  # of the dense step
 
@@ -63,7 +64,7 @@ def main() -> None:
 def compare(options: Any, masters: bool) -> dict[str, float]:
     """Seconds of the fastest step of every way, by turns."""
     dense = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.bfloat16)
-    model = open_assembled(options.model) if options.model else drawn(dense)
+    model = open_assembled(options.model) if options.model else drawn(dense, EXPERTS)
     linear = [m.weight for m in dense.model.modules() if isinstance(m, nn.Linear)]
     values = [layer.values for layer in model.sparse_layers.values()]
     for one, parameters in ((dense, linear), (model, values)):
@@ -132,49 +133,6 @@ def one_by_one(model: TinyONNForCausalLM, gates_BE: torch.Tensor) -> dict[str, n
 def swap(model: TinyONNForCausalLM, layers: dict[str, Any]) -> None:
     for name, layer in layers.items():
         model.base.set_submodule(name, layer)
-
-
-def drawn(dense: Any) -> TinyONNForCausalLM:
-    """The dense model's weights, of which some are dropped and each other one is in a random group."""
-    weights = {
-        name: module.weight.detach()
-        for name, module in dense.named_modules()
-        if isinstance(module, nn.Linear) and module is not dense.get_output_embeddings()
-    }
-    parts = {name: compress(W_OI) for name, W_OI in weights.items()}
-    config = TinyONNConfig(
-        base_config=dense.config.to_dict(),
-        experts=EXPERTS,
-        sparse_layers={
-            name: {"out": W_OI.shape[0], "in": W_OI.shape[1], "entries": parts[name]["values"].numel()}
-            for name, W_OI in weights.items()
-        },
-    )
-    torch.set_default_dtype(dense.dtype)
-    model = TinyONNForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    state = {f"base.{name}": tensor for name, tensor in dense.state_dict().items()}
-    for name, part in parts.items():
-        del state[f"base.{name}.weight"]
-        state |= {f"base.{name}.{field}": tensor for field, tensor in part.items()}
-    model.load_state_dict(state)
-    return model
-
-
-def compress(W_OI: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Values, columns and row pointer of a weight in random groups."""
-    out, inputs = W_OI.shape
-    group_OI = torch.randint(0, EXPERTS, W_OI.shape)
-    group_OI[torch.rand(W_OI.shape) < CORE] = EXPERTS
-    places = (torch.rand(W_OI.shape) < KEPT).flatten().nonzero()[:, 0]
-    keys = group_OI.flatten()[places] * out + places // inputs
-    order = keys.argsort(stable=True)
-    counts = keys.bincount(minlength=(EXPERTS + 1) * out)
-    return {
-        "values": W_OI.flatten()[places[order]],
-        "columns": (places[order] % inputs).to(torch.uint16),
-        "row_pointer": functional.pad(counts.cumsum(0), (1, 0)).int(),
-    }
 
 
 if __name__ == "__main__":

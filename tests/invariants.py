@@ -99,7 +99,13 @@ class _Key:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.value = (tuple(manifest.slices.items()), manifest.segment_size, manifest.max_live, manifest.seed)
+        self.value = (
+            tuple(manifest.slices.items()),
+            tuple(manifest.grown.items()),
+            manifest.segment_size,
+            manifest.max_live,
+            manifest.seed,
+        )
 
     def __hash__(self) -> int:
         return hash(self.value)
@@ -126,7 +132,8 @@ def _expected(
     tables, low, scale = value_tables(books)
     name = f"{slice}/{span[0]}-{span[1]}"
     noise = dither(dither_seed(manifest.seed, name, parameter.name), parameter.size).reshape(parameter.shape)
-    nearest = span == (0, manifest.slices[slice])
+    ends = [0, *manifest.grown.get(slice, ()), manifest.slices[slice]]
+    nearest = span[1] in ends and span[0] in (0, ends[ends.index(span[1]) - 1])
     out = np.zeros(parameter.shape, np.uint64)
     for s, shift in enumerate((12, 8, 4)):
         mean = np.zeros(parameter.shape)

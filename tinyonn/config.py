@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -44,8 +44,8 @@ DataFormat = Literal[
 ]  # fmt: skip
 
 
-class DataConfig(Section):
-    """The corpus that is fed to the model, one sample at a time."""
+class SourceConfig(Section):
+    """Where rows come from, and what their columns are."""
 
     path: str = (
         "reference"  # a file or folder (JSONL, JSON, Parquet, Arrow), a `datasets` name, or "reference"
@@ -56,10 +56,56 @@ class DataConfig(Section):
     text: str | None = None  # column of plain text
     messages: str | None = None  # column of chat messages; labels are the assistant's turns
     slice: str | None = None  # column that names the slice; without it slices are derived
+
+
+class MixedSource(SourceConfig):
+    """One of several sources; without a slice's name or column it is a slice called like its file."""
+
+    slice_name: str | None = Field(None, min_length=1)  # the slice that all its rows are
+    samples: PositiveInt | None = None  # take this many of it, evenly over its slices; null takes all
+    share: float | None = Field(None, gt=0, le=1)  # take this share of its rows
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> MixedSource:
+        if self.slice_name and self.slice:
+            raise ValueError("slice_name names the slice and slice a column that does; give one of them")
+        if self.samples and self.share:
+            raise ValueError("samples and share both say how much is taken; give one of them")
+        return self
+
+
+class DataConfig(SourceConfig):
+    """The corpus that is fed to the model, one sample at a time: one source, or a list of them."""
+
+    sources: tuple[MixedSource, ...] = ()  # more sources; `data: [...]` is short for `data: {sources: [...]}`
     slices: int = Field(8, ge=1, le=16)  # how many slices to derive
     max_tokens: PositiveInt = 2048
     samples: PositiveInt | None = None  # take this many, evenly over the slices; null takes all
     seed: int = 0  # of the stored order and of derived slices
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_sources(cls, tree: Any) -> Any:
+        if isinstance(tree, (list, tuple)):
+            tree = {"sources": tree, "path": ""}
+        if isinstance(tree, dict) and tree.get("sources") and "path" not in tree:
+            tree = {**tree, "path": ""}
+        return tree
+
+    @model_validator(mode="after")
+    def _some_source(self) -> DataConfig:
+        if not self.path and not self.sources:
+            raise ValueError("there is no source; give data.path, or a list of sources")
+        return self
+
+    def origins(self) -> tuple[SourceConfig, ...]:
+        """All sources, in order: the section's own if it has a path, then those of `sources`."""
+        return (*([self] if self.path else []), *self.sources)
+
+    @property
+    def told(self) -> str:
+        """The sources' paths, for messages."""
+        return ", ".join(origin.path for origin in self.origins())
 
 
 class RecordConfig(Section):
@@ -308,10 +354,14 @@ class Config(Section):
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All option names, dotted and sorted: ``data.max_tokens``, ``data.messages``, ..."""
+    """All option names, dotted and sorted: ``data.max_tokens``, ``data.messages``, ...
+
+    Those of an item of a list stand below the list's name: ``data.sources.share``.
+    """
     keys: list[str] = []
     for name, field in section.model_fields.items():
         kind = field.annotation
+        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             keys += known_keys(kind, f"{prefix}{name}.")
         else:
@@ -339,7 +389,8 @@ def _explain(item: Any) -> str:
     )
     if item["type"] == "extra_forbidden":
         known = known_keys() + list(Config.model_fields)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+        plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.3)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
     return f"{key} = {item['input']!r}: {item['msg']}"
 

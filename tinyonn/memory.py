@@ -69,13 +69,17 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Samples, tokens of a sample, number of slices; `assumed` names what is not known but taken."""
+    """Samples, tokens of a sample, number of slices.
+
+    `assumed` names what is not known but taken, `forms` says what each source's columns are.
+    """
 
     samples: int
     mean_tokens: float
     max_tokens: int
     slices: int
     assumed: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

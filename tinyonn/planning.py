@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.base.parameters import Parameter, list_parameters, list_uses
-from tinyonn.config import Config, DataConfig, ModelConfig
+from tinyonn.config import Config, DataConfig, MixedSource, ModelConfig, SourceConfig
 from tinyonn.cost import Device
 from tinyonn.errors import InputError
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
@@ -117,8 +117,12 @@ def describe_data(config: DataConfig, folder: Path) -> DataFacts:
         from tinyonn.base.corpus_file import Corpus
 
         corpus = Corpus(stored)
-        return DataFacts(len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices))
-    rows = _parquet_rows(config)
+        if len(corpus.header.described) in (0, len(config.origins())):  # else sources were added since
+            read = tuple(corpus.header.described)
+            return DataFacts(
+                len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices), forms=read
+            )
+    rows = _rows(config)
     mean = ASSUMED_FILL * config.max_tokens
     assumed = [f"{mean:,.0f} tokens a sample, half of data.max_tokens"]
     if rows is None:
@@ -126,10 +130,10 @@ def describe_data(config: DataConfig, folder: Path) -> DataFacts:
         which = "data.samples" if config.samples else "a figure for want of one: data.samples is not set"
         assumed.insert(0, f"{rows:,} samples ({which}; the data are not counted)")
     samples = min(rows, config.samples or rows)
-    slices = config.slices
-    if config.slice or config.path == "reference":
-        assumed.append(f"{slices} slices, as in data.slices (the column is not counted)")
-    return DataFacts(max(1, samples), mean, config.max_tokens, slices, tuple(assumed))
+    slices = max(config.slices if config.path else 1, len(config.sources))
+    if any(origin.slice or origin.path == "reference" for origin in config.origins()):
+        assumed.append(f"{slices} slices (the column is not counted)")
+    return DataFacts(max(1, samples), mean, config.max_tokens, slices, tuple(assumed), _forms(config))
 
 
 def describe_machine(device: str, folder: Path, limits: dict[str, int]) -> Machine:
@@ -154,7 +158,32 @@ def describe_machine(device: str, folder: Path, limits: dict[str, int]) -> Machi
     return Machine("cuda", vram, ram, disk, max(1, len(found)))
 
 
-def _parquet_rows(config: DataConfig) -> int | None:
+def _forms(config: DataConfig) -> tuple[str, ...]:
+    """What the columns of each source here are, from its first rows; those on the hub are not fetched."""
+    from tinyonn.base.rows import Source
+
+    local = [
+        origin for origin in config.origins() if origin.path == "reference" or Path(origin.path).exists()
+    ]
+    return tuple(f"{origin.path}: {Source(origin).form}" for origin in local)
+
+
+def _rows(config: DataConfig) -> int | None:
+    """Rows that the sources give, where their files or the options tell."""
+    total = 0
+    for origin in config.origins():
+        counted = _parquet_rows(origin)
+        if isinstance(origin, MixedSource):
+            if counted is not None and origin.share is not None:
+                counted = max(1, round(origin.share * counted))
+            counted = origin.samples if counted is None else min(counted, origin.samples or counted)
+        if counted is None:
+            return None
+        total += counted
+    return total
+
+
+def _parquet_rows(config: SourceConfig) -> int | None:
     if config.path == "reference":
         from tinyonn.base.rows import REFERENCE_CORPUS
 

@@ -1,12 +1,13 @@
 """The corpus: tokenised once, in a stored order, into one memory-mapped Arrow file.
 
-`prepare_corpus` reads the source two or three times and holds a few bytes for a row, never the texts:
+`prepare_corpus` reads the sources two or three times and holds a few bytes for a row, never the texts:
 
 1. (derived slices only) fit the slices on an even share of the rows;
 2. survey: give every row its slice, or the reason why it is set aside;
 3. tokenise the rows that are wanted, and write them slice by slice in an order shuffled by ``data.seed``.
 
-A position in a slice's stored order never changes, so that segments are plain half-open ranges of positions.
+A position in a slice's stored order never changes, so that segments are plain half-open ranges of positions; what is
+added to a corpus later comes after what is there (`tinyonn.base.growth`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import hashlib
 import json
 import logging
 import os
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,14 @@ from tinyonn.base.corpus_file import (
     read_rows,
     write_corpus,
 )
-from tinyonn.base.rows import Row, Source
+from tinyonn.base.draw import Group, even_shares, find_groups, group_shares, stored_order
+from tinyonn.base.growth import Earlier, content_digest
+from tinyonn.base.mixture import Mixture
+from tinyonn.base.rows import Row
 from tinyonn.base.source import context_length, model_folder, read_model_config
-from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons, survey_rows
+from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
-from tinyonn.config import Config, DataConfig, ModelConfig
+from tinyonn.config import Config, ModelConfig
 from tinyonn.errors import CapacityError, InputError
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
@@ -59,9 +62,10 @@ class Tokenised:
     digest: Any = field(default_factory=hashlib.sha256)
     largest_id: int = 0
     notes: Counter[str] = field(default_factory=Counter)  # what was done to rows, by number of rows
+    contents: list[bytes] = field(default_factory=list)  # of each row, to find those that are there already
 
 
-def prepare_corpus(config: Config, tokenizer: Any, path: Path) -> Corpus:
+def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier | None = None) -> Corpus:
     """Tokenise the corpus into a file, or open the file if it was made from the same source and options.
 
     Parameters
@@ -71,6 +75,8 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path) -> Corpus:
         Of ``config.model``.
     path : Path
         The Arrow file; its folder is made.
+    earlier : Earlier, optional
+        What the corpus was: its samples stay where they are if all of them are there still, else it is made anew.
 
     Raises
     ------
@@ -81,25 +87,34 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path) -> Corpus:
         The disk is full.
     """
     limit = max_tokens(config)
-    source = Source(config.data)
-    key = _key(config.data, source, tokenizer, limit)
+    mixture = Mixture(config.data)
+    making, key = _keys(mixture, tokenizer, limit)
     if path.exists():
         try:
             existing = Corpus(path)
-            if existing.header.key == key:
+            if existing.header.key == key and (earlier is None or existing.begins_with(earlier.fingerprint)):
                 return existing
         except InputError:
             pass  # unreadable or of another version: made anew
+    if earlier is not None and earlier.corpus.header.making not in ("", making):
+        earlier = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    survey = survey_rows(source, config.data)
-    LOG.info("data: %s", source.described(len(survey.indices), len(survey.set_aside)))
+    survey = mixture.survey(None if earlier is None else earlier.slicer)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.unordered")
     try:
-        found = _tokenise_enough(source, survey, config.data, tokenizer, limit, scratch)
+        found = _tokenise_enough(mixture, survey, tokenizer, limit, scratch, earlier)
         _check(found, survey, config)
+        first = _places_of(earlier, found, survey) if earlier is not None else {}
+        if first is None:
+            return prepare_corpus(config, tokenizer, path)
+        described = mixture.described(survey)
+        for line in described:
+            LOG.info("data: %s", line)
         for note, rows in sorted(found.notes.items()):
             LOG.info("data: %s conversation(s): %s", f"{rows:,}", note)
-        return _write(path, key, limit, survey, found, config.data, scratch)
+        return _Writing(path, mixture, survey, found, scratch).write(
+            earlier, first, key=key, making=making, described=described, max_tokens=limit
+        )
     except OSError as error:
         if error.errno == 28:
             raise CapacityError(
@@ -130,75 +145,52 @@ def max_tokens(config: Config) -> int:
     return context
 
 
-def stored_order(counts: Sequence[int], names: Sequence[str], seed: int) -> list[Int64]:
-    """Shuffled positions 0..count-1 of each slice, by its name, its size and the seed alone."""
-    return [
-        np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(count).astype(np.int64)
-        for count, name in zip(counts, names, strict=True)
-    ]
-
-
-def even_shares(sizes: Sequence[int], total: int | None) -> list[int]:
-    """Split `total` over slices as evenly as their sizes allow; None takes all."""
-    if total is None:
-        return list(sizes)
-    shares = [0] * len(sizes)
-    left = min(total, sum(sizes))
-    while left:
-        open_places = [place for place, size in enumerate(sizes) if shares[place] < size]
-        step = max(1, left // len(open_places))
-        for place in open_places:
-            given = min(step, sizes[place] - shares[place], left)
-            shares[place] += given
-            left -= given
-    return shares
-
-
-def _members(survey: Survey) -> list[Any]:
-    numbers = np.array(survey.numbers, np.int64)
-    return [np.flatnonzero(numbers == number) for number in range(len(survey.names))]
-
-
-def _wanted(survey: Survey, shares: list[int], spare: int, seed: int) -> Any:
-    """Mark the rows to tokenise: `shares` of each slice and an eighth more, `spare` times over."""
-    members = _members(survey)
+def _wanted(groups: list[Group], shares: list[int], spare: int, survey: Survey, seed: int) -> Any:
+    """Mark the rows to tokenise: `shares` of each group and an eighth more, `spare` times over."""
     wanted = np.zeros(len(survey.numbers), bool)
-    orders = stored_order([len(rows) for rows in members], survey.names, seed)
-    for rows, share, order in zip(members, shares, orders, strict=True):
-        wanted[rows[order[: share + spare * (share // 8 + 8)]]] = True
+    for rows, share, order in zip(groups, shares, _orders(groups, survey.names, seed), strict=True):
+        wanted[rows.rows[order[: share + spare * (share // 8 + 8)]]] = True
     return wanted
 
 
+def _orders(groups: list[Group], names: list[str], seed: int) -> list[Int64]:
+    return stored_order([len(group.rows) for group in groups], [names[group.slice] for group in groups], seed)
+
+
 def _tokenise_enough(
-    source: Source, survey: Survey, config: DataConfig, tokenizer: Any, limit: int, scratch: Path
+    mixture: Mixture, survey: Survey, tokenizer: Any, limit: int, scratch: Path, first: Earlier | None
 ) -> Tokenised:
-    """Tokenise all rows, or with ``data.samples`` as many as it takes: some turn out to be of no use."""
-    members = _members(survey)
-    shares = even_shares([len(rows) for rows in members], config.samples)
+    """Tokenise all rows, or as many as it takes where not all are wanted: some turn out to be of no use."""
+    config = mixture.config
+    groups = find_groups(survey.numbers, survey.parts)
+    shares = group_shares(groups, [len(group.rows) for group in groups], config)
     spare = 1
     while True:
-        wanted = _wanted(survey, shares, spare, config.seed)
-        found = _tokenise(source, survey, wanted, tokenizer, limit, scratch)
+        wanted = _wanted(groups, shares, spare, survey, config.seed)
+        if first is not None:
+            wanted |= np.isin(np.array(survey.indices, np.int64), first.indices())
+        found = _tokenise(mixture, survey, wanted, tokenizer, limit, scratch)
         good = np.zeros(len(wanted), bool)
         good[found.places] = True
-        usable = [int(good[rows].sum()) for rows in members]
+        usable = [int(good[group.rows].sum()) for group in groups]
         hoped = [
-            count if wanted[rows].all() else len(rows) for rows, count in zip(members, usable, strict=True)
+            count if wanted[group.rows].all() else len(group.rows)
+            for group, count in zip(groups, usable, strict=True)
         ]
-        shares = even_shares(hoped, config.samples)
+        shares = group_shares(groups, hoped, config)
         if wanted.all() or all(count >= share for count, share in zip(usable, shares, strict=True)):
             return found
         spare *= 4
 
 
 def _tokenise(
-    source: Source, survey: Survey, wanted: Any, tokenizer: Any, limit: int, scratch: Path
+    mixture: Mixture, survey: Survey, wanted: Any, tokenizer: Any, limit: int, scratch: Path
 ) -> Tokenised:
     found = Tokenised()
     places: list[int] = []
 
     def chosen() -> Iterator[Row]:
-        usable = (row for row in source if row.fault is None)
+        usable = (row for _, row in mixture.rows() if row.fault is None)
         for place, row in enumerate(usable):
             if wanted[place]:
                 places.append(place)
@@ -226,19 +218,39 @@ def _keep(found: Tokenised, encoded: Encoded, place: int, survey: Survey, writer
     found.digest.update(np.array([encoded.index, len(encoded.input_ids)], np.int64).tobytes())
     found.digest.update(encoded.input_ids.tobytes())
     found.digest.update(encoded.labels.tobytes())
+    found.contents.append(content_digest(encoded.input_ids, encoded.labels))
     writer.append(encoded.index, encoded.input_ids, encoded.labels)
+
+
+def _places_of(earlier: Earlier, found: Tokenised, survey: Survey) -> dict[str, list[int]] | None:
+    """Where the earlier samples of each slice lie among the tokenised rows; None if some are not there."""
+    members: dict[str, list[int]] = {name: [] for name in survey.names}
+    for row, place in enumerate(found.places):
+        members[survey.names[survey.numbers[place]]].append(row)
+    places = earlier.find(members, found.contents)
+    lost = {name: rows.count(-1) for name, rows in places.items() if -1 in rows}
+    if lost:
+        name = min(lost)
+        LOG.warning(
+            "%d of the %d samples that the run was begun with are not in the data now, first some of slice %s",
+            sum(lost.values()),
+            sum(earlier.slices.values()),
+            name,
+        )
+        return None
+    return places
 
 
 def _check(found: Tokenised, survey: Survey, config: Config) -> None:
     garbled = [item for item in found.set_aside if item.reason == REWRITES]
     if len(garbled) > max(1, BAD_SHARE * (len(found.places) + len(found.set_aside))):
         raise InputError(
-            f"{config.data.path}: in {len(garbled)} rows, {garbled[0].index} first, {REWRITES}, so the "
+            f"{config.data.told}: in {len(garbled)} rows, {garbled[0].index} first, {REWRITES}, so the "
             "assistant's turns cannot be found; give the model a chat template with {% generation %} marks"
         )
     if not found.places:
         raise InputError(
-            f"{config.data.path}: no usable row left{common_reasons(survey.set_aside + found.set_aside)}"
+            f"{config.data.told}: no usable row left{common_reasons(survey.set_aside + found.set_aside)}"
         )
     vocabulary = _vocabulary(config.model)
     if vocabulary is not None and found.largest_id >= vocabulary:
@@ -248,47 +260,90 @@ def _check(found: Tokenised, survey: Survey, config: Config) -> None:
         )
 
 
-def _write(
-    path: Path, key: str, limit: int, survey: Survey, found: Tokenised, config: DataConfig, scratch: Path
-) -> Corpus:
-    numbers = np.array([survey.numbers[place] for place in found.places], np.int64)
-    by_name = sorted(range(len(survey.names)), key=lambda number: survey.names[number])
-    members = [np.flatnonzero(numbers == number) for number in by_name]
-    names = [survey.names[number] for number in by_name]
-    # Shuffled anew: rows set aside while tokenising left holes in the order that drew the wanted ones.
-    sizes = [len(rows) for rows in members]
-    shares = even_shares(sizes, config.samples)
-    orders = stored_order(sizes, names, config.seed)
-    taken = [rows[order[:share]] for rows, order, share in zip(members, orders, shares, strict=True)]
-    rows = np.concatenate(taken)
-    slices = {name: len(part) for name, part in zip(names, taken, strict=True) if len(part)}
-    found.digest.update(json.dumps(slices).encode())
-    found.digest.update(rows.tobytes())
-    header = Header(
-        key=key,
-        fingerprint=found.digest.hexdigest(),
-        slices=slices,
-        set_aside=sorted(survey.set_aside + found.set_aside, key=lambda item: item.index),
-        truncated=sum(found.truncated[row] for row in rows.tolist()),
-        tokens=sum(found.lengths[row] for row in rows.tolist()),
-        max_tokens=limit,
-    )
-    slicer = survey.slicer.to_bytes() if survey.slicer is not None else None
-    return write_corpus(path, header, slicer, read_rows(scratch, rows))
+@dataclass(frozen=True)
+class _Writing:
+    """The last step: the tokenised rows that are taken, in their stored order."""
+
+    path: Path
+    mixture: Mixture
+    survey: Survey
+    found: Tokenised
+    scratch: Path
+
+    def write(self, earlier: Earlier | None, first: dict[str, list[int]], **known: Any) -> Corpus:
+        """Write the file; `first` are the rows that each slice begins with, `known` is of its header."""
+        found, survey = self.found, self.survey
+        taken = self._taken(first)
+        rows = np.concatenate(list(taken.values()))
+        slices = {name: len(part) for name, part in taken.items()}
+        header = Header(
+            **known,
+            fingerprint=self._fingerprint(earlier, taken, slices),
+            slices=slices,
+            set_aside=sorted(survey.set_aside + found.set_aside, key=lambda item: item.index),
+            truncated=sum(found.truncated[row] for row in rows.tolist()),
+            tokens=sum(found.lengths[row] for row in rows.tolist()),
+            grown_from=[] if earlier is None else earlier.line[: -1 if slices == earlier.slices else None],
+        )
+        slicer = survey.slicer.to_bytes() if survey.slicer is not None else None
+        return write_corpus(self.path, header, slicer, read_rows(self.scratch, rows))
+
+    def _taken(self, first: dict[str, list[int]]) -> dict[str, Int64]:
+        """Rows of each slice, in their stored order."""
+        survey, config = self.survey, self.mixture.config
+        names = sorted(survey.names)
+        numbers = [names.index(name) for name in survey.names]
+        groups = find_groups(
+            [numbers[survey.numbers[place]] for place in self.found.places],
+            [survey.parts[place] for place in self.found.places],
+        )
+        # Shuffled anew: rows set aside while tokenising left holes in the order that drew the wanted ones.
+        shares = group_shares(groups, [len(group.rows) for group in groups], config)
+        held = {name: np.array(rows, np.int64) for name, rows in first.items()}
+        rest: list[Group] = []
+        for place, group in enumerate(groups):
+            mine = np.isin(group.rows, held.get(names[group.slice], ()))
+            shares[place] = max(0, shares[place] - int(mine.sum()))
+            rest.append(Group(group.slice, group.source, group.rows[~mine]))
+        parts: dict[str, list[Int64]] = {name: [rows] for name, rows in held.items()}
+        for group, share, order in zip(rest, shares, _orders(rest, names, config.seed), strict=True):
+            parts.setdefault(names[group.slice], []).append(group.rows[order[:share]])
+        whole = {name: np.concatenate(rows) for name, rows in parts.items()}
+        return {name: rows for name, rows in whole.items() if len(rows)}
+
+    def _fingerprint(self, earlier: Earlier | None, taken: dict[str, Int64], slices: dict[str, int]) -> str:
+        if earlier is None:
+            digest = self.found.digest.copy()
+            digest.update(json.dumps(slices).encode())
+            digest.update(np.concatenate(list(taken.values())).tobytes())
+            return str(digest.hexdigest())
+        if slices == earlier.slices:
+            return earlier.fingerprint
+        digest = hashlib.sha256(earlier.fingerprint.encode())
+        digest.update(json.dumps(slices).encode())
+        for name, rows in taken.items():
+            for row in rows[earlier.slices.get(name, 0) :].tolist():
+                digest.update(self.found.contents[row])
+        return digest.hexdigest()
 
 
-def _key(config: DataConfig, source: Source, tokenizer: Any, limit: int) -> str:
-    parts = {
+def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[str, str]:
+    """Hash of how rows are made, and of that with the source and how much of it is taken."""
+    config = mixture.config
+    making = {
         "version": VERSION,
         "labels": LABELS,
-        "source": source.fingerprint(),
         "tokenizer": _tokenizer_print(tokenizer),
         "max_tokens": limit,
-        "samples": config.samples,
-        "slices": None if source.columns.slice else config.slices,
+        "slices": config.slices if mixture.derived else None,
         "seed": config.seed,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    source = {"source": mixture.fingerprint(), "samples": config.samples}
+    return _hash(making), _hash({**making, **source})
+
+
+def _hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_print(tokenizer: Any) -> str:

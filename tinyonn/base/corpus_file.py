@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,10 +66,17 @@ class Header:
     fingerprint : str
         Hash of the tokens, labels, slices and order themselves.
     slices : dict
-        Name to number of samples, sorted by name.
+        Name to number of samples, sorted by name; in a corpus that has grown, new ones come last.
     set_aside : list of SetAside
     truncated, tokens, max_tokens : int
         Samples cut to `max_tokens`; tokens of all samples together; the longest that a sample may be.
+    described : list of str
+        One line for each source: what was read of it, and as what.
+    making : str
+        Hash of what decides the tokens of a row and where they lie, but for the source: a corpus grows only where
+        it is the same.
+    grown_from : list of str
+        Fingerprints of the corpora that this one begins with, slice by slice, the oldest first.
     """
 
     key: str
@@ -80,6 +87,9 @@ class Header:
     tokens: int
     max_tokens: int
     version: int = VERSION
+    described: list[str] = field(default_factory=list)
+    making: str = ""
+    grown_from: list[str] = field(default_factory=list)
 
 
 class Corpus:
@@ -131,9 +141,13 @@ class Corpus:
         """Hash of the tokens, labels, slices and order."""
         return self.header.fingerprint
 
+    def begins_with(self, fingerprint: str) -> bool:
+        """Whether this is the corpus of that fingerprint, or has grown from it."""
+        return fingerprint in (self.fingerprint, *self.header.grown_from)
+
     @property
     def slices(self) -> dict[str, int]:
-        """Name of each slice to its number of samples, sorted by name."""
+        """Name of each slice to its number of samples; see `Header`."""
         return self.header.slices
 
     @property

@@ -16,7 +16,7 @@ from tinyonn.base.files import KNOWN, bare, file_columns, file_rows, find_files,
 from tinyonn.base.forms import FORMS, Reading, known_forms, recognise
 from tinyonn.base.messages import Fault, Message, read_tools
 from tinyonn.base.source import BASE, sha256
-from tinyonn.config import DataConfig
+from tinyonn.config import SourceConfig
 from tinyonn.errors import InputError
 
 __all__ = ["REFERENCE_CORPUS", "Columns", "Message", "Row", "Source"]
@@ -76,7 +76,7 @@ class Source:
 
     Parameters
     ----------
-    config : DataConfig
+    config : SourceConfig
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Source:
         No such file, folder or data set, an unreadable file, or a column that is not there.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: SourceConfig) -> None:
         self.path = config.path
         self.files, self.skipped = _files(config)
         self.dataset: Any = None if self.files else _dataset(config)
@@ -179,7 +179,7 @@ class Source:
         return Row(index, slice=label, fault=f"{wanted} is empty")
 
 
-def _files(config: DataConfig) -> tuple[list[Path], list[str]]:
+def _files(config: SourceConfig) -> tuple[list[Path], list[str]]:
     if config.path == "reference":
         path = REFERENCE_CORPUS / f"{config.split}.parquet"
         if not path.is_file():
@@ -206,7 +206,7 @@ def _files(config: DataConfig) -> tuple[list[Path], list[str]]:
     return [], []
 
 
-def _dataset(config: DataConfig) -> Any:
+def _dataset(config: SourceConfig) -> Any:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -229,7 +229,9 @@ def _dataset(config: DataConfig) -> Any:
         ) from None
 
 
-def _readings(config: DataConfig, existing: dict[Path | None, list[str]]) -> dict[Path | None, list[Reading]]:
+def _readings(
+    config: SourceConfig, existing: dict[Path | None, list[str]]
+) -> dict[Path | None, list[Reading]]:
     """How to read each file: as the options say, else as its columns do, else as those of the other files do."""
     names = list(dict.fromkeys(name for columns in existing.values() for name in columns))
     if given := _given(config):
@@ -259,7 +261,7 @@ def _readings(config: DataConfig, existing: dict[Path | None, list[str]]) -> dic
     )
 
 
-def _given(config: DataConfig) -> list[Reading]:
+def _given(config: SourceConfig) -> list[Reading]:
     """The readings that data.messages and data.text name."""
     form = "sharegpt" if config.format == "sharegpt" else "messages"
     if (config.text or config.messages) and config.format not in ("auto", "text", "messages", "sharegpt"):
@@ -276,7 +278,9 @@ def _given(config: DataConfig) -> list[Reading]:
     return readings + ([Reading("text", (("text", config.text),))] if config.text else [])
 
 
-def _columns(config: DataConfig, readings: list[Reading], existing: dict[Path | None, list[str]]) -> Columns:
+def _columns(
+    config: SourceConfig, readings: list[Reading], existing: dict[Path | None, list[str]]
+) -> Columns:
     named = {reading.form: reading.main for reading in readings}
     label = config.slice or ("slice" if config.path == "reference" else None)
     names = list(dict.fromkeys(name for columns in existing.values() for name in columns))

@@ -18,17 +18,47 @@ BAD_SHARE = 0.05  # more rows than this that are malformed, or that the template
 
 @dataclass
 class Survey:
-    """What the second reading finds: for each usable row its number in the source and its slice."""
+    """What the second reading finds: for each usable row its index, its slice and its source.
+
+    Attributes
+    ----------
+    names : list of str
+        Slices.
+    indices, numbers, parts : list of int
+        Of each usable row: index, place of its slice in `names`, number of its source.
+    set_aside : list of SetAside
+    aside_of : list of int
+        How many of them are of each source.
+    end : int
+        Index after the last row's.
+    slicer : Slicer or None
+        Where slices were derived.
+    """
 
     names: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     set_aside: list[SetAside] = field(default_factory=list)
+    aside_of: list[int] = field(default_factory=list)
+    end: int = 0
     slicer: Slicer | None = None
 
 
-def survey_rows(source: Source, config: DataConfig) -> Survey:
+def survey_rows(
+    source: Source, config: DataConfig, name: str | None = None, slicer: Slicer | None = None
+) -> Survey:
     """Give every row of the source its slice, from the column or derived, or the reason why it is set aside.
+
+    Parameters
+    ----------
+    source : Source
+    config : DataConfig
+        How slices are derived.
+    name : str, optional
+        The slice that all rows are.
+    slicer : Slicer, optional
+        Slices derived before, in the place of new ones.
 
     Raises
     ------
@@ -43,6 +73,7 @@ def survey_rows(source: Source, config: DataConfig) -> Survey:
         nonlocal total
         for row in source:
             total += 1
+            survey.end = row.index + 1
             if row.fault is None:
                 survey.indices.append(row.index)
                 yield row
@@ -52,7 +83,11 @@ def survey_rows(source: Source, config: DataConfig) -> Survey:
             if row.malformed:
                 malformed.append(item)
 
-    if source.columns.slice is not None:
+    if name is not None:
+        survey.names = [name]
+        survey.numbers = [0 for _ in usable()]
+        survey.set_aside = [SetAside(item.index, item.reason, name) for item in survey.set_aside]
+    elif source.columns.slice is not None:
         values: dict[str, int] = {}
         for row in usable():
             survey.numbers.append(values.setdefault("none" if row.slice is None else row.slice, len(values)))
@@ -63,8 +98,8 @@ def survey_rows(source: Source, config: DataConfig) -> Survey:
         survey.set_aside = [
             SetAside(item.index, item.reason, safe.get(item.slice or "")) for item in survey.set_aside
         ]
-    elif texts := even_sample(source, FIT_ROWS, config.seed):
-        survey.slicer = fit_slices(texts, config.slices, config.seed)
+    elif slicer is not None or (texts := even_sample(source, FIT_ROWS, config.seed)):
+        survey.slicer = slicer or fit_slices(texts, config.slices, config.seed)
         survey.names = list(survey.slicer.names)
         survey.numbers = list(survey.slicer.assign(row.words for row in usable()))
     else:
@@ -77,6 +112,8 @@ def survey_rows(source: Source, config: DataConfig) -> Survey:
         )
     if not survey.indices:
         raise InputError(f"{source.path}: no usable row among {total}{common_reasons(survey.set_aside)}")
+    survey.parts = [0] * len(survey.indices)
+    survey.aside_of = [len(survey.set_aside)]
     return survey
 
 

@@ -133,18 +133,21 @@ def held_out_corpus(config: Config, options: EvaluateOptions, folder: Path) -> C
     """
     data = options.data
     if data is None:
-        if config.data.path != "reference" or config.data.split == HELD_OUT:
+        if config.data.path != "reference" or config.data.split == HELD_OUT or config.data.sources:
             raise InputError(
-                f"there are no held-out data for data.path = {config.data.path!r}; give some as evaluate.data, "
+                f"there are no held-out data for data.path = {config.data.told!r}; give some as evaluate.data, "
                 "for instance evaluate: {data: {path: heldout.jsonl}}"
             )
         data = config.data.model_copy(update={"split": HELD_OUT})
     if options.samples is not None:
         data = data.model_copy(update={"samples": options.samples})
-    if (data.path, data.name, data.split) == (config.data.path, config.data.name, config.data.split):
-        raise InputError(
-            f"evaluate.data is what was recorded ({data.path}, split {data.split}); give data that were held out"
-        )
+    recorded = {(origin.path, origin.name, origin.split) for origin in config.data.origins()}
+    for origin in data.origins():
+        if (origin.path, origin.name, origin.split) in recorded:
+            raise InputError(
+                f"evaluate.data is what was recorded ({origin.path}, split {origin.split}); "
+                "give data that were held out"
+            )
     settings = config.model_copy(update={"data": data})
     return prepare_corpus(settings, load_tokenizer(config.model), folder / "heldout.arrow")
 

@@ -86,8 +86,10 @@ def record(
         if stored is not None:
             check_same(folder, stored, config, identity)
         corpus = corpus_of_run(folder, config, identity, stored)
-        identity |= {"data": {"corpus": corpus.fingerprint}, "slices": corpus.slices}
-        return _Recording(folder, place, config, corpus, lock, store, progress).run(identity, cluster)
+        data = {"corpus": corpus.fingerprint}
+        identity |= {"data": data, "slices": corpus.slices}
+        grown = stored.grow(data, corpus.slices) if stored is not None and stored.data != data else None
+        return _Recording(folder, place, config, corpus, lock, store, progress).run(identity, cluster, grown)
 
 
 class _Recording:
@@ -119,8 +121,8 @@ class _Recording:
         if store is not None:
             self.store = store
 
-    def run(self, identity: dict[str, Any], address: str | None) -> RecordReport:
-        if hasattr(self, "store") and self._missing() == 0:
+    def run(self, identity: dict[str, Any], address: str | None, grown: Manifest | None) -> RecordReport:
+        if hasattr(self, "store") and self._missing() == 0 and grown is None:
             LOG.info("all %d samples are recorded: nothing to do", self.progress.total)
             merge_ready(self.store)
             return self._report()
@@ -138,6 +140,8 @@ class _Recording:
                 self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
                 try:
                     self._scale()
+                    if grown is not None:
+                        self._grow(grown)
                     self._open_store(identity)
                     self._loop()
                 except BaseException:
@@ -167,6 +171,12 @@ class _Recording:
             except LOST as error:
                 self.idle.remove(number)
                 self._lost(number, error)
+
+    def _grow(self, grown: Manifest) -> None:
+        """Go on with a corpus that has grown."""
+        before, now = sum(self.store.manifest.slices.values()), sum(grown.slices.values())
+        self.store.grow(grown)
+        self.progress.say(f"the corpus has grown from {before:,} to {now:,} samples: what is recorded stays")
 
     def _await_worker(self) -> None:
         began = time.monotonic()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.base.corpus import Corpus, prepare_corpus
+from tinyonn.base.growth import Earlier
 from tinyonn.base.load import fingerprint_model, load_tokenizer
 from tinyonn.config import Config
 from tinyonn.errors import InputError
@@ -33,7 +34,8 @@ def identity_of(config: Config) -> dict[str, Any]:
 def check_same(folder: Path, stored: Manifest, config: Config, identity: dict[str, Any]) -> None:
     """Refuse to go on with something else; what `identity` leaves out is not compared."""
     size = config.record.segment
-    rest = {"data": stored.data, "slices": stored.slices, "parameters": stored.parameters}
+    kept = ("data", "slices", "parameters", "grown")
+    rest = {name: getattr(stored, name) for name in kept}
     segment = stored.segment_size if size == "auto" else size
     now = Manifest(**{**rest, **identity}, segment_size=segment)
     if differences := stored.differences(now):
@@ -45,6 +47,8 @@ def check_same(folder: Path, stored: Manifest, config: Config, identity: dict[st
 
 def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored: Manifest | None) -> Corpus:
     """Tokenise or reuse the corpus; a run that has begun keeps its own where another one is refused.
+
+    The corpus of such a run may have grown: `Corpus.begins_with` the run's then.
 
     Call it with the run's lock held: what a killed process left half done is removed.
     """
@@ -58,8 +62,9 @@ def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored
         with suppress(OSError):  # no corpus there, or a disk without links: it is tokenised anew when needed
             os.link(path, kept)
     try:
-        corpus = prepare_corpus(config, load_tokenizer(config.model), path)
-        if stored is not None:
+        earlier = None if stored is None else _earlier(path, stored)
+        corpus = prepare_corpus(config, load_tokenizer(config.model), path, earlier)
+        if stored is not None and not corpus.begins_with(str(stored.data.get("corpus"))):
             data = {"data": {"corpus": corpus.fingerprint}, "slices": corpus.slices}
             check_same(folder, stored, config, identity | data)
     except BaseException:
@@ -69,3 +74,15 @@ def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored
     finally:
         kept.unlink(missing_ok=True)
     return corpus
+
+
+def _earlier(path: Path, stored: Manifest) -> Earlier | None:
+    """The corpus that the run was begun with, if it is there still."""
+    try:
+        corpus = Corpus(path)
+    except InputError:
+        return None
+    fingerprint = stored.data.get("corpus")
+    if not isinstance(fingerprint, str) or not corpus.begins_with(fingerprint):
+        return None
+    return Earlier(corpus, fingerprint, stored.slices)

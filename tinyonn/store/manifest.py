@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 
 VERSION = 2
+GROWN = 3  # of the layout of a run whose corpus has grown
 
 
 @dataclass(frozen=True, order=True)
@@ -70,7 +72,7 @@ def parse_segment(name: str, samples: int = 0, set_aside: tuple[dict[str, Any], 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What decides the bits of a run; committed before anything else and never changed.
+    """What decides the bits of a run; committed before anything else and changed only where the corpus grows.
 
     Attributes
     ----------
@@ -78,6 +80,8 @@ class Manifest:
         Fingerprints of the model and of the corpus, and the options that decide bits. Values are JSON.
     slices : dict of str to int
         Samples in each slice.
+    grown : dict of str to tuple of int
+        Samples that a slice had before the corpus grew, each time, ascending. Segments do not cross these places.
     segment_size : int
         Samples per segment; the last one of a slice may be shorter.
     parameters : tuple of Parameter
@@ -86,8 +90,6 @@ class Manifest:
         Of the dithering.
     max_live : int
         Live segments per slice that merging aims at while recording.
-    version : int
-        Of the store's layout.
     """
 
     model: dict[str, Any]
@@ -98,7 +100,7 @@ class Manifest:
     parameters: tuple[Parameter, ...]
     seed: int = 0
     max_live: int = 3
-    version: int = VERSION
+    grown: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.segment_size < 1 or self.max_live < 1:
@@ -108,11 +110,44 @@ class Manifest:
         if any(count < 1 for count in self.slices.values()):
             raise ValueError(f"every slice needs at least one sample, got {self.slices}")
         object.__setattr__(self, "parameters", tuple(self.parameters))
+        object.__setattr__(self, "grown", {name: tuple(ends) for name, ends in self.grown.items()})
+
+    @property
+    def version(self) -> int:
+        """Of the store's layout."""
+        return GROWN if self.grown else VERSION
+
+    def parts(self, slice: str) -> list[tuple[int, int]]:
+        """Half-open ranges of the slice's samples: what it began with, and what came each time it grew."""
+        return list(pairwise([0, *self.grown.get(slice, ()), self.slices[slice]]))
 
     def leaves(self, slice: str) -> list[Segment]:
         """The slice's segments as they are dealt, in order."""
-        count, size = self.slices[slice], self.segment_size
-        return [Segment(slice, first, min(first + size, count)) for first in range(0, count, size)]
+        return [leaf for part in self.parts(slice) for leaf in self.leaves_of(slice, part)]
+
+    def leaves_of(self, slice: str, part: tuple[int, int]) -> list[Segment]:
+        """The segments of one of the slice's `parts`."""
+        size = self.segment_size
+        return [Segment(slice, first, min(first + size, part[1])) for first in range(*part, size)]
+
+    def grow(self, data: dict[str, Any], slices: dict[str, int]) -> Manifest:
+        """The manifest of the same run with a corpus that has grown.
+
+        Parameters
+        ----------
+        data : dict
+            Fingerprint of the corpus.
+        slices : dict of str to int
+            Samples in each slice: those that were there, with as many or more, and new ones.
+        """
+        if any(slices.get(name, 0) < count for name, count in self.slices.items()):
+            raise ValueError(f"a corpus of {self.slices} does not grow to {slices}")
+        more = {name for name, count in self.slices.items() if slices[name] > count}
+        grown = {
+            name: (*self.grown.get(name, ()), count) for name, count in self.slices.items() if name in more
+        }
+        order = {name: slices[name] for name in (*self.slices, *sorted(slices.keys() - self.slices.keys()))}
+        return replace(self, data=data, slices=order, grown={**self.grown, **grown})
 
     def parameter(self, name: str) -> Parameter:
         """The parameter called `name`.
@@ -135,7 +170,9 @@ class Manifest:
         """A dict of JSON values; `from_json` is its inverse."""
         tree = {item.name: getattr(self, item.name) for item in fields(self)}
         tree["parameters"] = [{**asdict(p), "shape": list(p.shape)} for p in self.parameters]
-        return tree
+        if not self.grown:
+            del tree["grown"]
+        return {**tree, "version": self.version}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Manifest:
@@ -148,13 +185,14 @@ class Manifest:
         StoreDamagedError
             If fields are missing.
         """
-        if tree.get("version") != VERSION:
+        if tree.get("version") not in (VERSION, GROWN):
             raise InputError(
-                f"the run has layout version {tree.get('version')}, this Tiny-ONN reads version {VERSION}; "
-                "record it anew"
+                f"the run has layout version {tree.get('version')}, this Tiny-ONN reads versions {VERSION} and "
+                f"{GROWN}; record it anew"
             )
         try:
-            known = {item.name: tree[item.name] for item in fields(cls)}
+            known = {item.name: tree[item.name] for item in fields(cls) if item.name != "grown"}
+            known["grown"] = tree.get("grown", {})
             known["parameters"] = tuple(
                 Parameter(p["name"], tuple(p["shape"]), p["layer"], p["kind"]) for p in known["parameters"]
             )

@@ -118,6 +118,31 @@ class Store:
             raise StoreDamagedError(f"{text}: the store has no manifest; remove the folder and record again")
         return cls(text, repository, Manifest.from_json(tree), read_only)
 
+    def grow(self, manifest: Manifest) -> None:
+        """Commit the manifest of the same run with a corpus that has grown, and groups for new slices.
+
+        May be cut off at any moment and called again: branch ``base`` goes first, where nothing but forks looks.
+
+        Raises
+        ------
+        ValueError
+            The manifest is of another run.
+        """
+        self._check_writable()
+        if self.manifest.grow(manifest.data, manifest.slices) != manifest:
+            raise ValueError(f"{self.location}: not the manifest of the same run with more data")
+        with self._lock, translated(f"growing the corpus of {self.location}"):
+            for branch in ("base", "main"):
+                session = self._repository.writable_session(branch)
+                root = zarr.open_group(session.store, mode="r+")
+                root.attrs["tinyonn"] = manifest.to_json()
+                for name in manifest.slices:
+                    root.require_group(f"segments/{name}")
+                if session.has_uncommitted_changes:
+                    session.commit("manifest of a corpus that has grown")
+            self.manifest = manifest
+            self._listed = ("", [])
+
     @property
     def calibration(self) -> dict[str, TensorCalibration] | None:
         """Every tensor's bases and threshold, or None before they are committed."""

@@ -1,6 +1,7 @@
 """The order of merging and dealing: pure functions of the manifest and of the set of live segments.
 
-The segments of a slice are the leaves of a tree that is drawn before the first of them exists. A node can be
+The segments of a slice are the leaves of a tree that is drawn before the first of them exists (where the corpus
+grew later: of a chain of such trees). A node can be
 merged when all its children are live; its dithering is seeded by its own name. So whatever the order of
 commits and the moments of merging, the records of a node are a function of its leaves.
 
@@ -49,7 +50,7 @@ class Node:
 class Merge:
     """Children of one slice, in order, and the segment that takes their place.
 
-    `final` marks a slice's last merge, whose result is not averaged again within the slice.
+    `final` marks a slice's last merge, whose result is not averaged again within the slice unless that grows.
     """
 
     children: tuple[Segment, ...]
@@ -117,10 +118,24 @@ def _build(first: int, count: int, places: int, heads: tuple[tuple[int, ...], ..
 
 
 def merges(manifest: Manifest, slice: str) -> Iterator[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]:
-    """Sample ranges of every inner node of the slice's tree and of its children, children's merges first."""
-    leaves = manifest.leaves(slice)
-    for node in merge_tree(len(leaves), manifest.max_live).inner():
-        yield _span(leaves, node), tuple(_span(leaves, child) for child in node.children)
+    """Sample ranges of every inner node of the slice's tree and of its children, children's merges first.
+
+    What came when the corpus grew has a tree of its own, with one live node less for what stands before it; its root
+    is merged with all that. So a tree that was merged before stays a part of the new one.
+    """
+    for place, part in enumerate(manifest.parts(slice)):
+        leaves = manifest.leaves_of(slice, part)
+        room = max(1, manifest.max_live - (place > 0))
+        for node in merge_tree(len(leaves), room).inner():
+            yield _span(leaves, node), tuple(_span(leaves, child) for child in node.children)
+        if place > 0:
+            yield (0, part[1]), ((0, part[0]), part)
+
+
+def is_final(manifest: Manifest, slice: str, span: tuple[int, int]) -> bool:
+    """Whether a range is all that the slice has, had before it grew, or got in growing: rounded to the nearest."""
+    parts = manifest.parts(slice)
+    return span in parts or span in [(0, last) for _, last in parts]
 
 
 def _span(leaves: list[Segment], node: Node) -> tuple[int, int]:
@@ -132,11 +147,10 @@ def ready_merges(manifest: Manifest, live: list[Segment]) -> list[Merge]:
     ready: list[Merge] = []
     places = {(segment.slice, segment.range): segment for segment in live}
     for name in manifest.slices:
-        whole = (0, manifest.slices[name])
         for span, parts in merges(manifest, name):
             children = tuple(places[name, part] for part in parts if (name, part) in places)
             if len(children) == len(parts):
-                ready.append(Merge(children, _union(name, span, children), span == whole))
+                ready.append(Merge(children, _union(name, span, children), is_final(manifest, name, span)))
     return ready
 
 

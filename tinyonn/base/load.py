@@ -10,10 +10,6 @@ pass, where Torch may stop before the layer's last module; ``G`` arrives on the 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tinyonn.base.parameters import list_uses
+from tinyonn.base.quiet import quiet
 from tinyonn.base.source import (
     config_folder,
     context_length,
@@ -126,7 +123,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     if config.quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 use_safetensors=True,
@@ -171,7 +168,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             "save the model's tokenizer beside it with save_pretrained()"
         )
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise InputError(
@@ -202,7 +199,7 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
         )
     dtype = DTYPES[config.dtype]
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     except Exception as error:
@@ -279,22 +276,3 @@ def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and warnings: what matters is raised here as an error."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # Ray forks; a forked pool of the tokenizer hangs
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

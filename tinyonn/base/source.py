@@ -1,10 +1,11 @@
-"""Where a model's files come from: the project, a folder or the hub. Nothing is ever unpickled."""
+"""Where a model's files come from: the project, a folder, a GGUF or the hub. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +20,61 @@ SHAPES = BASE / "shapes"
 WEIGHTS = "*.safetensors"
 NEEDED = (WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 CHUNK = 1 << 22
 
 
 def resolve_model(config: ModelConfig) -> Path | str:
-    """Tell where a model lies: the shipped folder for ``reference``, a folder, or a name on the hub.
+    """Tell where a model lies: the shipped folder for ``reference``, a folder, a GGUF file, or a name on the hub.
+
+    A folder without ``config.json`` stands for the one GGUF file that it holds.
 
     Raises
     ------
     InputError
-        The path is neither a folder nor fit to be a hub name.
+        The path is neither a folder nor a GGUF nor fit to be a hub name, or a folder holds several GGUF files.
     """
     if config.path == "reference":
         return REFERENCE_MODEL
     folder = Path(config.path).expanduser()
     if folder.is_dir():
-        return folder
+        return _gguf_of(folder) or folder
+    if _is_gguf(folder):
+        return _whole(folder)
     parts = config.path.split("/")
     if folder.exists() or len(parts) > 2 or config.path.startswith((".", "/", "~")) or not all(parts):
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(
-            f"model.path = {config.path!r} {what}; give a folder with config.json and {WEIGHTS}, "
+            f"model.path = {config.path!r} {what}; give a folder with config.json and {WEIGHTS}, a GGUF file, "
             "a hub name such as Qwen/Qwen1.5-4B, or 'reference'"
         )
     return config.path
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _gguf_of(folder: Path) -> Path | None:
+    """The GGUF that a folder stands for."""
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(filter(_is_gguf, folder.iterdir()))
+    if len(found) > 1 and not SPLIT.search(found[0].name):
+        names = ", ".join(path.name for path in found[:4])
+        raise InputError(f"{folder} holds {len(found)} GGUF files ({names}); give one of them as model.path")
+    return _whole(found[0]) if found else None
+
+
+def _whole(path: Path) -> Path:
+    """A GGUF that is not one part of several."""
+    if part := SPLIT.search(path.name):
+        first = f"{path.name[: part.start()]}-00001-of-{part[2]}.gguf"
+        raise InputError(
+            f"{path} is part {int(part[1])} of {int(part[2])} of a split GGUF, which is not read; join them with "
+            f"llama.cpp's `llama-gguf-split --merge {first} whole.gguf`"
+        )
+    return path
 
 
 def model_folder(config: ModelConfig, weights: bool = True) -> Path:
@@ -60,6 +92,10 @@ def model_folder(config: ModelConfig, weights: bool = True) -> Path:
         No such folder or repository, no ``config.json``, only pickled weights, or the hub cannot be reached.
     """
     place = resolve_model(config)
+    if isinstance(place, Path) and place.is_file():
+        from tinyonn.base.gguf_folder import gguf_shell, gguf_weights
+
+        return gguf_weights(place, config.dtype, _gguf_digest) if weights else gguf_shell(place)
     folder = place if isinstance(place, Path) else _fetch(config, NEEDED if weights else NEEDED[1:])
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -143,8 +179,11 @@ def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[st
     Returns
     -------
     dict
-        File name to hexadecimal digest, sorted; for a hub model ``commit`` too.
+        File name to hexadecimal digest, sorted; for a hub model ``commit`` too. A GGUF has one, ``model.gguf``.
     """
+    place = resolve_model(config)
+    if isinstance(place, Path) and place.is_file():
+        return {"model.gguf": _gguf_digest(place)}
     folder = model_folder(config)
     files = {path for pattern in NEEDED for path in folder.glob(pattern) if path.is_file()}
     digest = sha256 if known is None else _Remembered(known).digest
@@ -152,6 +191,12 @@ def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[st
     if folder.parent.name == "snapshots":
         prints["commit"] = folder.name
     return prints
+
+
+def _gguf_digest(path: Path) -> str:
+    from tinyonn.base.gguf_folder import cache_folder
+
+    return _Remembered(cache_folder() / "digests.json").digest(path)
 
 
 class _Remembered:
@@ -171,7 +216,7 @@ class _Remembered:
         if isinstance(entry, dict) and entry.get("mark") == mark:
             return str(entry["sha256"])
         self._known[key] = {"mark": mark, "sha256": sha256(path)}
-        side = self._memory.with_suffix(".part")
+        side = self._memory.with_suffix(f".{os.getpid()}.part")
         side.write_text(json.dumps(self._known), "utf-8")
         side.replace(self._memory)
         return str(self._known[key]["sha256"])

@@ -45,6 +45,7 @@ ATTRIBUTES = {  # what a key sets, by the names that configurations have for it
     "expert_feed_forward_length": ("moe_intermediate_size",),
     "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
 }
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}  # which no key says
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LARGEST_GEMMA = {
     "gemma2": 46,
@@ -177,7 +178,7 @@ class GGUFFile:
             if key.startswith(prefix)
         }
         lost = []
-        for key, value in said.items():
+        for key, value in sorted(said.items()):  # the width of a head before what is told by it
             if isinstance(value, list) and value and all(part == value[0] for part in value):
                 value = value[0]
             if value not in (0, "none") and not self._set(config, key, value):
@@ -187,6 +188,10 @@ class GGUFFile:
                 f"{self.path} says {', '.join(lost)}, which transformers has no place for in a {config.model_type} "
                 f"read from a GGUF: the model would be another one; {ANOTHER}"
             )
+        names = {tensor.name for tensor in self._reader.tensors}
+        for option, bias in BIASES.items():
+            if bias in names and hasattr(config, option):
+                setattr(config, option, True)
         self._scale_queries(config)
         self._scale_frequencies(config)
 

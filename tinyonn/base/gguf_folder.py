@@ -101,9 +101,9 @@ def describe_gguf(path: Path) -> str:
 
 def cache_folder() -> Path:
     """Where converted files lie on this machine."""
-    from huggingface_hub import cached_assets_path
+    from huggingface_hub import constants
 
-    return Path(cached_assets_path("tinyonn", namespace="gguf", subfolder="models"))
+    return Path(constants.HF_ASSETS_CACHE).expanduser() / "tinyonn" / "gguf"
 
 
 def _made(name: str, write: Callable[[Path], None]) -> Path:
@@ -112,13 +112,14 @@ def _made(name: str, write: Callable[[Path], None]) -> Path:
     if place.is_dir():
         return place
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(place.with_name(f"{name}.lock")):
             if place.is_dir():
                 return place
             for left in place.parent.glob(f"{name}.*.part"):
                 shutil.rmtree(left, ignore_errors=True)
             side = place.with_name(f"{name}.{os.getpid()}.part")
-            side.mkdir(parents=True)
+            side.mkdir()
             try:
                 write(side)
                 with contextlib.suppress(OSError):  # where locks do not hold, another was first with the same
@@ -169,11 +170,7 @@ def _write_weights(file: GGUFFile, shell: Path, folder: Path, dtype: torch.dtype
             f"{format_size(free)} are free; set HF_HOME or HF_ASSETS_CACHE to a disk with room"
         )
     logger.info(
-        "%s: %s; once converted to %s in %s",
-        file.path.name,
-        file.describe(),
-        format_size(needed),
-        folder.parent,
+        "%s: converting it to %s of %s in %s, once", file.path.name, format_size(needed), dtype, folder.parent
     )
     shutil.copytree(shell, folder, dirs_exist_ok=True)
     tree = json.loads((folder / "config.json").read_text("utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,8 @@ NEEDED = (WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 CHUNK = 1 << 22
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(config: ModelConfig) -> Path | str:
@@ -165,6 +168,14 @@ def context_length(folder: Path) -> int | None:
     return int(value) if isinstance(value, int) else None
 
 
+def describe_origin(config: ModelConfig) -> str:
+    """What a GGUF's values were rounded to, in a line; empty for any other model."""
+    from tinyonn.base.gguf_folder import describe_gguf
+
+    place = resolve_model(config)
+    return describe_gguf(place) if isinstance(place, Path) and place.is_file() else ""
+
+
 def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[str, str]:
     """SHA-256 of every file that decides the model: weights, configuration and tokenizer.
 
@@ -183,6 +194,7 @@ def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[st
     """
     place = resolve_model(config)
     if isinstance(place, Path) and place.is_file():
+        logger.info("%s", describe_origin(config))
         return {"model.gguf": _gguf_digest(place)}
     folder = model_folder(config)
     files = {path for pattern in NEEDED for path in folder.glob(pattern) if path.is_file()}
@@ -216,6 +228,7 @@ class _Remembered:
         if isinstance(entry, dict) and entry.get("mark") == mark:
             return str(entry["sha256"])
         self._known[key] = {"mark": mark, "sha256": sha256(path)}
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
         side = self._memory.with_suffix(f".{os.getpid()}.part")
         side.write_text(json.dumps(self._known), "utf-8")
         side.replace(self._memory)

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tinyonn.base.checkpoint import check_tensors, weight_files
 from tinyonn.base.parameters import list_uses
 from tinyonn.base.quiet import quiet
 from tinyonn.base.source import (
@@ -31,6 +32,7 @@ from tinyonn.base.source import (
     context_length,
     fingerprint_model,
     model_folder,
+    quantized_by,
     read_model_config,
     resolve_model,
 )
@@ -98,8 +100,9 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     """Load a model and its tokenizer.
 
     A model with modules that cannot be recorded is refused from its configuration alone, before any weight is
-    read. Weights come from safetensors only and no code of the model's repository is run. With ``nf4`` every
-    linear layer but the head is quantized, once and not twice; biases, norms and embeddings stay as they are.
+    read. Weights come from safetensors, or from ``.bin`` as tensors alone, and no code of the model's repository
+    is run. With ``nf4`` every linear layer but the head is quantized, once and not twice; biases, norms and
+    embeddings stay as they are.
 
     Parameters
     ----------
@@ -118,6 +121,8 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     folder = model_folder(config)
     list_uses(load_shape(config))
     tokenizer = load_tokenizer(config)
+    files = weight_files(folder)
+    check_tensors(files)
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(target)}}
     if config.quantization == "nf4":
@@ -126,7 +131,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
-                use_safetensors=True,
+                use_safetensors=files[0].suffix == ".safetensors",
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
@@ -192,8 +197,7 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
     """
     folder = config_folder(config)
     tree = read_model_config(folder)
-    if "quantization_config" in tree:
-        method = tree["quantization_config"].get("quant_method", "unknown")
+    if (method := quantized_by(folder, tree)) is not None:
         raise InputError(
             f"{config.path} is quantized already ({method}); give the original model, it is quantized here"
         )

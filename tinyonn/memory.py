@@ -54,6 +54,8 @@ class ModelFacts:
     checkpointing : bool
     tied : frozenset of str
         Names of tensors that several modules use.
+    origin : str
+        What the values were before, in a line; empty if they are as they were trained.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ModelFacts:
     dtype_bytes: int
     checkpointing: bool = False
     tied: frozenset[str] = frozenset()
+    origin: str = ""
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,7 @@ class RecordPlan:
             "worker_ram_bytes": self.worker_ram_bytes,
             "estimated_seconds": round(self.seconds, 1),
             "model": self.model.name,
+            "origin": self.model.origin,
             "data": asdict(self.data),
             "tiers": tiers,
         }
@@ -123,6 +124,7 @@ class RecordPlan:
             f"{self.workers} worker(s) on {self.device}, {self.windows} window(s) of layers, "
             f"about {format_seconds(self.seconds)}"
         )
+        data = f"{self.model.origin}\n{data}" if self.model.origin else data
         assumed = "".join(f"\nassumed: {what}" for what in self.data.assumed)
         table = Table(title=title, caption=data + assumed, title_justify="left", caption_justify="left")
         table.add_column("where")

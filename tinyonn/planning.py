@@ -89,6 +89,7 @@ def cluster_ram() -> int:
 def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:
     """List the parameters and what the memory depends on, from ``config.json`` alone."""
     from tinyonn.base.load import load_shape
+    from tinyonn.base.source import describe_origin
 
     shape: Any = load_shape(config)
     uses = [use.parameter_name for use in list_uses(shape)]
@@ -106,6 +107,7 @@ def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:
         dtype_bytes={"bfloat16": 2, "float32": 4}[config.dtype],
         checkpointing=config.checkpointing,
         tied=frozenset(name for name in uses if uses.count(name) > 1),
+        origin=describe_origin(config),
     )
     return parameters, facts
 

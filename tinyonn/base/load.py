@@ -10,10 +10,6 @@ pass, where Torch may stop before the layer's last module; ``G`` arrives on the 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +24,15 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tinyonn.base.checkpoint import check_tensors, weight_files
 from tinyonn.base.parameters import list_uses
+from tinyonn.base.quiet import quiet
 from tinyonn.base.source import (
     config_folder,
     context_length,
     fingerprint_model,
     model_folder,
+    quantized_by,
     read_model_config,
     resolve_model,
 )
@@ -101,8 +100,9 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     """Load a model and its tokenizer.
 
     A model with modules that cannot be recorded is refused from its configuration alone, before any weight is
-    read. Weights come from safetensors only and no code of the model's repository is run. With ``nf4`` every
-    linear layer but the head is quantized, once and not twice; biases, norms and embeddings stay as they are.
+    read. Weights come from safetensors, or from ``.bin`` as tensors alone, and no code of the model's repository
+    is run. With ``nf4`` every linear layer but the head is quantized, once and not twice; biases, norms and
+    embeddings stay as they are.
 
     Parameters
     ----------
@@ -121,15 +121,17 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     folder = model_folder(config)
     list_uses(load_shape(config))
     tokenizer = load_tokenizer(config)
+    files = weight_files(folder)
+    check_tensors(files)
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(target)}}
     if config.quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
-                use_safetensors=True,
+                use_safetensors=files[0].suffix == ".safetensors",
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
@@ -171,7 +173,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             "save the model's tokenizer beside it with save_pretrained()"
         )
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise InputError(
@@ -195,14 +197,13 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
     """
     folder = config_folder(config)
     tree = read_model_config(folder)
-    if "quantization_config" in tree:
-        method = tree["quantization_config"].get("quant_method", "unknown")
+    if (method := quantized_by(folder, tree)) is not None:
         raise InputError(
             f"{config.path} is quantized already ({method}); give the original model, it is quantized here"
         )
     dtype = DTYPES[config.dtype]
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
     except Exception as error:
@@ -279,22 +280,3 @@ def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and warnings: what matters is raised here as an error."""
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # Ray forks; a forked pool of the tokenizer hangs
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -1,13 +1,17 @@
-"""Where a model's files come from: the project, a folder or the hub. Nothing is ever unpickled."""
+"""Where a model's files come from: the project, a folder, a GGUF or the hub. No code in it is ever run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyonn.base.checkpoint import BIN, SAFETENSORS, weight_files
+from tinyonn.base.hub import fetch, fetch_weights
 from tinyonn.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,72 +20,160 @@ if TYPE_CHECKING:
 BASE = Path(__file__).resolve().parent
 REFERENCE_MODEL = BASE / "reference" / "model"
 SHAPES = BASE / "shapes"
-WEIGHTS = "*.safetensors"
-NEEDED = (WEIGHTS, "*.json", "*.jinja", "*.txt", "*.model")
+ADAPTER = "adapter_config.json"
+NEEDED = ("*.json", "*.jinja", "*.txt", "*.model")  # beside the weights
+QUANTIZED = ("quantization_config", "compression_config")  # in config.json
+QUANTIZED_FILES = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 CHUNK = 1 << 22
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_model(config: ModelConfig) -> Path | str:
-    """Tell where a model lies: the shipped folder for ``reference``, a folder, or a name on the hub.
+    """Tell where a model lies: the shipped folder for ``reference``, a folder, a GGUF file, or a name on the hub.
+
+    A folder without ``config.json`` stands for the one GGUF file that it holds.
 
     Raises
     ------
     InputError
-        The path is neither a folder nor fit to be a hub name.
+        The path is neither a folder nor a GGUF nor fit to be a hub name, or a folder holds several GGUF files.
     """
     if config.path == "reference":
         return REFERENCE_MODEL
     folder = Path(config.path).expanduser()
     if folder.is_dir():
-        return folder
+        return _gguf_of(folder) or folder
+    if _is_gguf(folder):
+        return _whole(folder)
     parts = config.path.split("/")
     if folder.exists() or len(parts) > 2 or config.path.startswith((".", "/", "~")) or not all(parts):
         what = "is a file" if folder.exists() else "does not exist"
         raise InputError(
-            f"model.path = {config.path!r} {what}; give a folder with config.json and {WEIGHTS}, "
+            f"model.path = {config.path!r} {what}; give a folder with config.json and weights, a GGUF file, "
             "a hub name such as Qwen/Qwen1.5-4B, or 'reference'"
         )
     return config.path
 
 
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _gguf_of(folder: Path) -> Path | None:
+    """The GGUF that a folder stands for."""
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(filter(_is_gguf, folder.iterdir()))
+    if len(found) > 1 and not SPLIT.search(found[0].name):
+        names = ", ".join(path.name for path in found[:4])
+        raise InputError(f"{folder} holds {len(found)} GGUF files ({names}); give one of them as model.path")
+    return _whole(found[0]) if found else None
+
+
+def _whole(path: Path) -> Path:
+    """A GGUF that is not one part of several."""
+    if part := SPLIT.search(path.name):
+        first = f"{path.name[: part.start()]}-00001-of-{part[2]}.gguf"
+        raise InputError(
+            f"{path} is part {int(part[1])} of {int(part[2])} of a split GGUF, which is not read; join them with "
+            f"llama.cpp's `llama-gguf-split --merge {first} whole.gguf`"
+        )
+    return path
+
+
 def model_folder(config: ModelConfig, weights: bool = True) -> Path:
     """Find the folder that holds the model's files, fetching them from the hub where needed.
+
+    Of the weights only the files that `weight_files` names are fetched; a GGUF is converted.
 
     Parameters
     ----------
     config : ModelConfig
     weights : bool
-        Also fetch the weights, and refuse a folder that has none as safetensors.
+        Also fetch the weights, and refuse a folder that has none.
 
     Raises
     ------
     InputError
-        No such folder or repository, no ``config.json``, only pickled weights, or the hub cannot be reached.
+        No such folder or repository, no ``config.json``, an adapter in place of a model or beside one, no weights
+        that can be read, or the hub cannot be reached.
+    CapacityError
+        There is no room to convert a GGUF.
     """
     place = resolve_model(config)
-    folder = place if isinstance(place, Path) else _fetch(config, NEEDED if weights else NEEDED[1:])
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"{config.path}: no config.json in {folder}; save a model there with save_pretrained()"
-        )
-    if weights and not list(folder.glob(WEIGHTS)):
-        if isinstance(place, str):
-            raise InputError(
-                f"{config.path}: no {WEIGHTS} in the cache or on the hub; go online if they were never "
-                "fetched, or choose a model that has them: pickled weights can run code and are not loaded"
-            )
-        pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        found = (
-            f"only pickled weights ({', '.join(pickled[:3])}), which can run code"
-            if pickled
-            else "no weights"
-        )
-        raise InputError(
-            f"{config.path}: {found}, and {WEIGHTS} is needed; convert them where you trust them: "
-            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
-        )
+    if isinstance(place, Path) and place.is_file():
+        from tinyonn.base.gguf_folder import gguf_shell, gguf_weights
+
+        return gguf_weights(place, config.dtype, _gguf_digest) if weights else gguf_shell(place)
+    folder = place if isinstance(place, Path) else fetch(config, NEEDED)
+    _check_model(config, folder)
+    if not weights:
+        return folder
+    if isinstance(place, str):
+        fetch_weights(config, folder)
+    if not weight_files(folder):
+        raise InputError(f"{config.path}: {_no_weights(folder, isinstance(place, str))}")
     return folder
+
+
+def _check_model(config: ModelConfig, folder: Path) -> None:
+    """Refuse a folder that is not one whole model by itself."""
+    whole = (folder / "config.json").is_file()
+    if (folder / ADAPTER).is_file():
+        base = _adapted(folder / ADAPTER)
+        there = "beside the weights, which it changes" if whole else f"of {base}, which is no model by itself"
+        load = f"AutoModelForCausalLM.from_pretrained({(config.path if whole else base)!r})"
+        raise InputError(
+            f"{config.path}: {ADAPTER} says that there is an adapter {there}; give "
+            f"{'a copy without it' if whole else base}, or merge them: PeftModel.from_pretrained({load}, "
+            f"{config.path!r}).merge_and_unload().save_pretrained(new)"
+        )
+    if not whole:
+        raise InputError(
+            f"{config.path}: no config.json in {folder}; save a model there with save_pretrained(), or give one GGUF "
+            "file as model.path"
+        )
+    if (named := read_model_config(folder).get("transformers_weights")) is not None:
+        raise InputError(
+            f"{config.path}: its config.json names {named!r} as its weights, which is not read; take "
+            "transformers_weights out and give the file the usual name, model.safetensors"
+        )
+
+
+def _adapted(path: Path) -> str:
+    """The model that an adapter is for."""
+    try:
+        name = json.loads(path.read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        name = None
+    return name if isinstance(name, str) and name else "its base model"
+
+
+def _no_weights(folder: Path, hub: bool) -> str:
+    """What is there instead of weights, and what to do."""
+    wanted = " or ".join((SAFETENSORS[0], BIN[0]))
+    if hub:
+        return (
+            f"no {wanted}, nor an index of such files, in the cache or on the hub; go online if they were never "
+            "fetched, or choose a model that has them (of GGUF files fetch one with `hf download` and give its path)"
+        )
+    others = sorted(path.name for pattern in (*PICKLES, "*.safetensors") for path in folder.glob(pattern))
+    if not others:
+        return f"no weights, and {wanted} is needed; save a model there with save_pretrained()"
+    pickled = all(not name.endswith(".safetensors") for name in others)
+    found = f"{'only pickled weights' if pickled else 'weights'} ({', '.join(others[:3])})"
+    why = ", which can run code" if pickled else ", which no index names"
+    return (
+        f"{found}{why}, and {wanted} is needed; convert them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+    )
 
 
 def config_folder(config: ModelConfig) -> Path:
@@ -96,12 +188,14 @@ def config_folder(config: ModelConfig) -> Path:
     if isinstance(place, Path):
         return model_folder(config, weights=False)
     try:
-        return _fetch(config, ("config.json",))
+        folder = fetch(config, ("config.json", ADAPTER))
     except InputError:
         shipped = SHAPES / place.replace("/", "--")
         if (shipped / "config.json").is_file():
             return shipped
         raise
+    _check_model(config, folder)
+    return folder
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -122,11 +216,54 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
+def quantized_by(folder: Path, tree: dict[str, Any]) -> str | None:
+    """How a model's weights were quantized before, or None if they were not.
+
+    Parameters
+    ----------
+    folder : Path
+        Its files are looked at too: some tools write what they did beside ``config.json``.
+    tree : dict
+        ``config.json``, or a part of it; what it nests, such as ``text_config``, counts.
+
+    Returns
+    -------
+    str or None
+        Such as ``gptq, 4 bits``.
+    """
+    beside = (QUANTIZED_FILES[name] for name in QUANTIZED_FILES if (folder / name).is_file())
+    return _quantized(tree) or next(beside, None)
+
+
+def _quantized(tree: dict[str, Any]) -> str | None:
+    for key in QUANTIZED:
+        if said := tree.get(key):
+            return _method(said) if isinstance(said, dict) else str(said)
+    parts = (_quantized(part) for part in tree.values() if isinstance(part, dict))
+    return next((method for method in parts if method is not None), None)
+
+
+def _method(said: dict[str, Any]) -> str:
+    bits = said.get("bits", said.get("w_bit"))
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):
+        bits = 4 if said.get("load_in_4bit") else 8
+    method = str(said.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in said else "unknown"))
+    return f"{method}, {bits} bits" if bits else method
+
+
 def context_length(folder: Path) -> int | None:
     """Longest sample the model was made for, in tokens; None if its configuration does not say."""
     tree = read_model_config(folder)
     value = tree.get("max_position_embeddings", tree.get("n_positions"))
     return int(value) if isinstance(value, int) else None
+
+
+def describe_origin(config: ModelConfig) -> str:
+    """What a GGUF's values were rounded to, in a line; empty for any other model."""
+    from tinyonn.base.gguf_folder import describe_gguf
+
+    place = resolve_model(config)
+    return describe_gguf(place) if isinstance(place, Path) and place.is_file() else ""
 
 
 def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[str, str]:
@@ -143,15 +280,26 @@ def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[st
     Returns
     -------
     dict
-        File name to hexadecimal digest, sorted; for a hub model ``commit`` too.
+        File name to hexadecimal digest, sorted; for a hub model ``commit`` too. A GGUF has one, ``model.gguf``.
     """
+    place = resolve_model(config)
+    if isinstance(place, Path) and place.is_file():
+        logger.info("%s", describe_origin(config))
+        return {"model.gguf": _gguf_digest(place)}
     folder = model_folder(config)
     files = {path for pattern in NEEDED for path in folder.glob(pattern) if path.is_file()}
+    files |= set(weight_files(folder))
     digest = sha256 if known is None else _Remembered(known).digest
     prints = {path.name: digest(path) for path in sorted(files)}
     if folder.parent.name == "snapshots":
         prints["commit"] = folder.name
     return prints
+
+
+def _gguf_digest(path: Path) -> str:
+    from tinyonn.base.gguf_folder import cache_folder
+
+    return _Remembered(cache_folder() / "digests.json").digest(path)
 
 
 class _Remembered:
@@ -171,7 +319,8 @@ class _Remembered:
         if isinstance(entry, dict) and entry.get("mark") == mark:
             return str(entry["sha256"])
         self._known[key] = {"mark": mark, "sha256": sha256(path)}
-        side = self._memory.with_suffix(".part")
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        side = self._memory.with_suffix(f".{os.getpid()}.part")
         side.write_text(json.dumps(self._known), "utf-8")
         side.replace(self._memory)
         return str(self._known[key]["sha256"])
@@ -184,38 +333,3 @@ def sha256(path: Path) -> str:
         while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _fetch(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    name = config.path
-    try:
-        return Path(snapshot_download(name, revision=config.revision, allow_patterns=list(patterns)))
-    except GatedRepoError:
-        raise InputError(
-            f"model {name!r} wants its licence accepted on the hub and a login (hf auth login)"
-        ) from None
-    except RevisionNotFoundError:
-        raise InputError(
-            f"model.revision = {config.revision!r} is not a revision of {name!r} on the hub"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise InputError(
-            f"model.path = {name!r} is neither a folder here nor a model on the hub; check the spelling, "
-            "give a folder, or use 'reference'"
-        ) from None
-    except (
-        Exception
-    ) as error:  # httpx, offline mode, time-outs, cache misses: all mean that the hub is out of reach
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise InputError(
-            f"model.path = {name!r} is not a folder here and the hub cannot be reached{offline}: "
-            f"{type(error).__name__}; go online, give a folder with the model's files, or use 'reference'"
-        ) from None

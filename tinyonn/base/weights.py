@@ -6,15 +6,15 @@ Names are those of the loaded model. A linear layer's weight is [out, in] here w
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from tinyonn.base.checkpoint import open_tensors, tensor_files
 from tinyonn.base.load import DTYPES, load_shape
 from tinyonn.base.nf4 import BLOCK, round_to_nf4
 from tinyonn.base.source import model_folder
@@ -34,7 +34,7 @@ class BaseWeights:
     Raises
     ------
     InputError
-        No such model, or no safetensors.
+        No such model, or no weights.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -76,10 +76,8 @@ class BaseWeights:
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) of `matrix`, without reading the rest."""
-        from safetensors import safe_open
-
         path, key = self._find(name)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_tensors(path) as file:
             part = file.get_slice(key)
             across = name in self.transposed
             extent, width = part.get_shape()[::-1] if across else part.get_shape()
@@ -93,10 +91,8 @@ class BaseWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as the checkpoint has it, in the model's dtype if it is floating."""
-        from safetensors import safe_open
-
         path, key = self._find(name)
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with open_tensors(path) as file:
             tensor: torch.Tensor = file.get_tensor(key)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
@@ -120,33 +116,3 @@ class BaseWeights:
     @cached_property
     def _files(self) -> dict[str, Path]:
         return tensor_files(self.folder)
-
-
-def tensor_files(folder: Path, remedy: str = "fetch it again") -> dict[str, Path]:
-    """File of every tensor of a checkpoint, from its index or else its safetensors files; empty if it has none.
-
-    Parameters
-    ----------
-    folder : Path
-    remedy : str
-        For a file that is damaged.
-
-    Raises
-    ------
-    InputError
-        A file cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        tree: dict[str, Any] = json.loads(index.read_text("utf-8"))
-        return {key: folder / file for key, file in tree["weight_map"].items()}
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                found.update(dict.fromkeys(file.keys(), path))
-        except SafetensorError as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error}); {remedy}") from None
-    return found

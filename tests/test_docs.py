@@ -140,7 +140,8 @@ def test_readme_lists_every_option_with_its_default() -> None:
     first = next(block for block in blocks("yaml") if block.page == "README.md")
     tree = yaml.safe_load(first.text)
     assert tree == Config().model_dump(mode="json")
-    assert sorted(dotted(tree)) == known_keys()
+    items = {key for key in known_keys() if key.startswith("data.sources.")}  # of a list, told in prose
+    assert sorted(dotted(tree)) == sorted({*known_keys()} - items | {"data.sources"})
 
 
 def dotted(tree: dict[str, Any]) -> list[str]:

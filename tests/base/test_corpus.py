@@ -412,9 +412,9 @@ def test_a_source_that_is_not_there(room: Room, path: str) -> None:
 
 
 def test_sources_of_another_kind(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    (room.folder / "data.csv").write_text("text\n")
-    with pytest.raises(InputError, match=r"neither \.jsonl nor \.parquet"):
-        room.prepare(room.folder / "data.csv")
+    (room.folder / "data.yaml").write_text("text\n")
+    with pytest.raises(InputError, match=r"neither \.jsonl nor \.parquet.*write it as JSONL"):
+        room.prepare(room.folder / "data.yaml")
     (room.folder / "empty").mkdir()
     with pytest.raises(InputError, match="a folder without"):
         room.prepare(room.folder / "empty")

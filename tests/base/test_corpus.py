@@ -28,11 +28,11 @@ CHAT = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "Ciao"},
 ]
-SAID = ["\n  Hi there<|im_end|>\n", "Ciao<|im_end|>\n"]
+SAID = ["\n  Hi there<|im_end|>", "Ciao<|im_end|>"]
 MARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

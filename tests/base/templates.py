@@ -129,7 +129,7 @@ def qwen3(messages: list[Message], turn: int) -> str:
     )
     if all(later["role"] != "user" for later in messages[turn:]):
         content = "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + content.lstrip("\n")
-    return content + said + "<|im_end|>\n"
+    return content + said + "<|im_end|>"
 
 
 def mistral_tools(messages: list[Message], turn: int) -> str:
@@ -142,7 +142,7 @@ def mistral_tools(messages: list[Message], turn: int) -> str:
 def phi3(messages: list[Message], turn: int) -> str:
     """The text ends once more where no prompt follows."""
     last = turn == len(messages) - 1
-    return str(messages[turn]["content"]) + "<|end|>\n" + ("<|endoftext|>" if last else "")
+    return str(messages[turn]["content"]) + "<|end|>" + ("\n<|endoftext|>" if last else "")
 
 
 def unthought(messages: list[Message], turn: int) -> str:
@@ -153,7 +153,7 @@ def unthought(messages: list[Message], turn: int) -> str:
 KINDS = {
     "chatml": Kind(
         "{% for m in messages %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT,
-        ends_with("<|im_end|>\n"),
+        ends_with("<|im_end|>"),
     ),
     "chatml, marked": Kind(
         "{%- for m in messages -%}\n{{- '<|im_start|>' + m.role + '\\n' -}}\n{%- if m.role == 'assistant' -%}\n"
@@ -175,7 +175,7 @@ KINDS = {
         ends_with(""),
     ),
     "chatml without a prompt": Kind(
-        "{% for m in messages %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}", ends_with("<|im_end|>\n")
+        "{% for m in messages %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}", ends_with("<|im_end|>")
     ),
     "llama 2": Kind(
         ALTERNATING + "{% for m in messages[first:] %}{% if m.role == 'user' %}<s>[INST] "
@@ -204,7 +204,7 @@ KINDS = {
         "<bos>" + WITHOUT_SYSTEM + ALTERNATING + "{% for m in messages %}<start_of_turn>"
         "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        stripped("<end_of_turn>\n"),
+        stripped("<end_of_turn>"),
         system=False,
         alternating=True,
         strips=True,
@@ -218,7 +218,7 @@ KINDS = {
     "zephyr": Kind(
         "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n"
         "{% if loop.last and add_generation_prompt %}<|assistant|>{% endif %}\n{% endfor %}",
-        lambda messages, turn: f"\n{messages[turn]['content']}<|endoftext|>\n"
+        lambda messages, turn: f"\n{messages[turn]['content']}<|endoftext|>"
     ),
     "vicuna": Kind(
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} "
@@ -246,7 +246,7 @@ KINDS = {
     ),
     "counts its messages": Kind(
         "{{ messages | length }}{% for m in messages %}" + TURN + "{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT,
-        ends_with("<|im_end|>\n"),
+        ends_with("<|im_end|>"),
     ),
 }  # fmt: skip
 

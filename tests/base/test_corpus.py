@@ -28,11 +28,11 @@ CHAT = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "Ciao"},
 ]
-SAID = ["\n  Hi there<|im_end|>\n", "Ciao<|im_end|>\n"]
+SAID = ["\n  Hi there<|im_end|>", "Ciao<|im_end|>"]
 MARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -412,9 +412,9 @@ def test_a_source_that_is_not_there(room: Room, path: str) -> None:
 
 
 def test_sources_of_another_kind(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    (room.folder / "data.csv").write_text("text\n")
-    with pytest.raises(InputError, match=r"neither \.jsonl nor \.parquet"):
-        room.prepare(room.folder / "data.csv")
+    (room.folder / "data.yaml").write_text("text\n")
+    with pytest.raises(InputError, match=r"neither \.jsonl nor \.parquet.*write it as JSONL"):
+        room.prepare(room.folder / "data.yaml")
     (room.folder / "empty").mkdir()
     with pytest.raises(InputError, match="a folder without"):
         room.prepare(room.folder / "empty")

@@ -19,6 +19,7 @@ ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "co
 EARLIER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 SYSTEM = {"role": "system", "content": "Be brief."}
 PAIR = [ASKED, ANSWERED]
+CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Lima"}}}
 SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
 
@@ -92,6 +93,60 @@ def source_of(folder: Path, *records: Any, **options: Any) -> Source:
             {"query": "Why?", "response": "So.", "history": EARLIER},
             [*EARLIER, *PAIR],
         ),
+        ("alpaca: Instruction, Input, Output", {"Instruction": "Why?", "Input": "", "Output": "So."}, PAIR),
+        ("prompt-completion: Human, Assistant", {"Human": "Why?", "Assistant": "So."}, PAIR),
+        ("prompt-completion: user, assistant", {"user": "Why?", "assistant": "So."}, PAIR),
+        ("prompt-completion: inputs, targets", {"inputs": "Why?", "targets": "So.", "task": "x"}, PAIR),
+        ("prompt-completion: input, target", {"kind": "x", "input": "Why?", "target": "So."}, PAIR),
+        (
+            "question-answer: question, passage, answer",
+            {"question": "Is it?", "passage": "It is.", "answer": True},
+            [{"role": "user", "content": "Is it?\nIt is."}, {"role": "assistant", "content": "true"}],
+        ),
+        (
+            "question-answer: question, answer, reasoning",
+            {"question": "Why?", "reasoning": "Hm.", "answer": "So."},
+            [ASKED, {**ANSWERED, "reasoning_content": "Hm."}],
+        ),
+        (
+            "question-answer: question, response, system_prompt",
+            {"system_prompt": "Be brief.", "question": "Why?", "response": "So."},
+            [SYSTEM, *PAIR],
+        ),
+        (
+            "query-response: query, answers",
+            {"query": "Why?", "answers": '[{"name": "sky", "arguments": {"city": "Lima"}}]'},
+            [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        ),
+        ("messages: messages, system", {"messages": PAIR, "system": "Be brief."}, [SYSTEM, *PAIR]),
+        ("messages: messages", {"messages": str(PAIR)}, PAIR),
+        ("messages: Messages", {"Messages": {"messages": PAIR}}, PAIR),
+        ("sharegpt: conversations", {"conversations": ["Why?", "So."]}, PAIR),
+        ("sharegpt: conversation", {"conversation": [{"input": "Why?", "output": "So."}]}, PAIR),
+        ("sharegpt: dialog", {"dialog": ["a", "b", "Why?", "So."], "act": [1, 2, 1, 1]}, [*EARLIER, *PAIR]),
+        ("sharegpt: data", {"id": "0", "data": ["Why?", "So."]}, PAIR),
+        (
+            "sharegpt: chat, system",
+            {"system": "Be brief.", "chat": "USER: Why?\n\n\nASSISTANT: So. <|endoftext|>\n\n\n"},
+            [SYSTEM, *PAIR],
+        ),
+        (
+            "sharegpt: contents, systemInstruction",
+            {
+                "systemInstruction": {"parts": [{"text": "Be brief."}]},
+                "contents": [
+                    {"role": "user", "parts": [{"text": "Why?"}]},
+                    {"role": "model", "parts": [{"text": "So."}]},
+                ],
+            },
+            [SYSTEM, *PAIR],
+        ),
+        ("preference: prompt, accepted", {"prompt": "Why?", "accepted": "So.", "rejected": "No."}, PAIR),
+        (
+            "preference: input, preferred_output",
+            {"input": {"messages": [ASKED]}, "preferred_output": [ANSWERED], "non_preferred_output": PAIR},
+            PAIR,
+        ),
         ("preference: prompt, chosen", {"prompt": "Why?", "chosen": "So.", "rejected": "No."}, PAIR),
         ("preference: prompt, chosen", {"prompt": "Why?", "chosen": PAIR, "rejected": PAIR}, PAIR),
         ("preference: prompt, chosen", {"prompt": [ASKED], "chosen": [ANSWERED]}, PAIR),
@@ -134,6 +189,72 @@ def test_files_of_a_folder_may_have_other_forms(tmp_path: Path) -> None:
     assert [row.fault for row in rows[2:]] == ["'conversations' is empty", "'instruction' is empty"]
 
 
+def test_usual_names_come_before_loose_ones(tmp_path: Path) -> None:
+    both = {"data": "x", "turns": 2, "conversations": SHAREGPT, "prompt": "Why?", "response": "So."}
+    assert source_of(tmp_path, both).form == "sharegpt: conversations"
+    del both["conversations"]
+    assert source_of(tmp_path, both).form == "prompt-completion: prompt, response"
+
+
+def test_bad_examples_are_set_aside(tmp_path: Path) -> None:
+    pair = {"prompt": "Why?", "completion": "So."}
+    for more in ({"label": False}, {"kto_tag": False}):
+        rows = rows_of(tmp_path, *({**pair, **dict.fromkeys(more, value)} for value in (False, True, 0)))
+        assert [row.messages for row in rows] == [None, tuple(PAIR), tuple(PAIR)]
+        assert rows[0].fault == f"{next(iter(more))!r} is false: an answer that is a bad example"
+    assert rows_of(tmp_path, {"messages": PAIR, "label": False})[0].messages is None
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": PAIR, "images": ["a.png"]}, "'images' is not empty: only text is read"),
+        ({"conversations": SHAREGPT, "image": "a.png"}, "'image' is not empty: only text is read"),
+        (
+            {"prompt": "Why?", "completion": "So.", "Audio": {"path": "a"}},
+            "'Audio' is not empty: only text is read",
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": content}, ANSWERED]},
+                "a user message with the place of an image",
+            )
+            for content in ("<image>\nWhy?", "Why?\n<image>", " <video>Why?", "<image>", "<image><image>")
+        ),
+    ],
+)
+def test_images_and_audio_are_no_texts(tmp_path: Path, record: Any, reason: str) -> None:
+    (row,) = rows_of(tmp_path, record)
+    assert str(row.fault).startswith(reason)
+    assert row.messages is None
+
+
+def test_what_only_looks_like_an_image(tmp_path: Path) -> None:
+    said = ("Does <image> exist in SVG?", "<audio src=x>", "<video></video> plays nothing", "a<image>")
+    chats = [[{"role": "user", "content": text}, ANSWERED] for text in said]
+    rows = rows_of(tmp_path, *({"messages": chat, "images": [], "audio": None} for chat in chats))
+    assert [list(row.messages or ()) for row in rows] == chats
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"role": "user", "content": "a"},
+            r"rows are single messages; put those of a conversation into a list",
+        ),
+        ({"message_id": 1, "role": "prompter", "text": "a"}, r"rows are single messages"),
+        ({"question": "a", "choices": ["a", "b"], "answer": 1}, r"rows are questions with choices"),
+        ({"Question": "a", "Options": ["a", "b"], "answer": 1}, r"rows are questions with choices"),
+    ],
+)
+def test_columns_that_are_no_whole_conversation(tmp_path: Path, record: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        source_of(tmp_path, record)
+    if "text" in record:
+        assert rows_of(tmp_path, record, text="text")[0].text == "a"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -158,7 +279,7 @@ def test_a_column_may_be_named_for_messages_of_either_kind(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "role"),
     [
-        *((name, "assistant") for name in ("gpt", "Model", "bot", " assistant")),
+        *((name, "assistant") for name in ("gpt", "Model", "bot", " assistant", "Bing", "bard")),
         *((name, "user") for name in ("human", "USER", "prompter")),
         *((name, "tool") for name in ("tool", "function", "observation", "ipython")),
         ("developer", "system"),
@@ -219,7 +340,6 @@ def test_messages_that_are_set_aside(tmp_path: Path, message: dict[str, Any], re
     assert (rows[0].messages, rows[0].malformed, rows[1].fault) == (None, False, None)
 
 
-CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Lima"}}}
 TOLD = {"name": "sky", "arguments": {"city": "Lima"}}
 
 
@@ -237,6 +357,10 @@ TOLD = {"name": "sky", "arguments": {"city": "Lima"}}
         {"from": "function_call", "value": json.dumps(TOLD)},
         {"from": "function_call", "value": json.dumps([TOLD])},
         {"role": "tool_call", "content": TOLD},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "a", "name": "sky", "input": TOLD["arguments"]}],
+        },
     ],
 )
 def test_calls_of_tools(message: dict[str, Any]) -> None:
@@ -252,6 +376,10 @@ def test_what_a_message_says_besides_is_kept() -> None:
     ]
     call = {"from": "function_call", "value": "weather of Lima"}
     assert read_messages([call]) == [{"role": "assistant", "content": "weather of Lima"}]
+    told = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "mist"}]}
+    assert read_messages([told]) == [{"role": "tool", "content": "mist"}]
+    thinking = {"role": "assistant", "content": "So.", "thinking": "Hm."}
+    assert read_messages([thinking]) == [{**thinking, "reasoning_content": "Hm."}]
     result = {"role": "tool", "content": {"sky": "mist"}, "tool_call_id": "a"}
     assert read_messages([result]) == [{**result, "content": '{"sky": "mist"}'}]
 
@@ -294,6 +422,11 @@ def test_bad_tools_set_the_row_aside(tmp_path: Path, tools: Any) -> None:
         ({"instruction": "Why?", "output": None}, "'output' is empty"),
         ({"instruction": "", "output": "So."}, "'instruction' is empty"),
         ({"instruction": "Why?", "output": ["a", "b"]}, "'output' is a list, not a string"),
+        (
+            {"question": "Why?", "answer": {"value": "So.", "aliases": []}},
+            "'answer' is an object, not a string",
+        ),
+        ({"prompt": "Why?", "accepted": None}, "'accepted' is empty"),
         ({"question": "Why?", "answer": "b", "history": [["a"]]}, "'history' is not a list of pairs"),
         ({"chosen": "So.", "rejected": "No."}, "'chosen' is a string without a prompt beside it"),
         ({"conversations": []}, "'conversations' is empty"),

@@ -10,14 +10,22 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
 from tests.base.templates import KINDS, PROMPT, SPECIAL, TURN, Kind, Message, tokenizer_of
 from tinyonn.base.rows import Row
 from tinyonn.base.source import BASE
-from tinyonn.base.spans import FOLDED, MERGED, REWRITTEN
-from tinyonn.base.tokens import REWRITES, UNLABELLED, Encoded, encode_rows
+from tinyonn.base.spans import (
+    CALLS_WRITTEN,
+    FOLDED,
+    MERGED,
+    REWRITTEN,
+    TOOLS_WRITTEN,
+    UNSHOWN,
+    WEIGHTLESS,
+)
+from tinyonn.base.tokens import REWRITES, TYPED, UNLABELLED, Encoded, encode_rows
 
 MANY = 100_000
 WORDS = ("a", "Hello", " ", "\n", "  ", "\n\n", "é", "🙂", "?", "qz0zq", "\t", "<|im_start|>", "<|im_end|>",
@@ -62,8 +70,7 @@ def conversations(draw: st.DrawFn, tools: bool) -> list[Message]:
 
 
 def encode(messages: list[Message], tokenizer: Any, tools: Any = None, limit: int = MANY) -> Encoded:
-    row = Row(0, messages=tuple(messages))
-    object.__setattr__(row, "tools", tools)
+    row = Row(0, messages=tuple(messages), tools=tools)
     return next(iter(encode_rows([row], tokenizer, limit)))
 
 
@@ -166,7 +173,7 @@ def test_both_answers_are_labelled_where_thinking_stays_with_the_last() -> None:
     tokenizer = TOKENIZERS["qwen3"]
     messages = [user("Where?"), answer("<think>\nhm\n</think>\n\nPeru."), user("Sure?"), answer("Yes.")]
     encoded = encode(messages, tokenizer)
-    assert runs(tokenizer, encoded)[0] == ["Peru.<|im_end|>\n", "<think>\n\n</think>\n\nYes.<|im_end|>\n"]
+    assert runs(tokenizer, encoded)[0] == ["Peru.<|im_end|>", "<think>\n\n</think>\n\nYes.<|im_end|>"]
     assert encoded.note == REWRITTEN
 
 
@@ -194,6 +201,7 @@ def test_one_tokenisation_where_parts_are_encoded_otherwise() -> None:
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert encoded.input_ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert runs(tokenizer, encoded)[0] == ["Hi<|im_end|>"]
+    assert encoded.note == TYPED
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.alternating])
@@ -212,7 +220,7 @@ def test_system_messages_that_a_template_refuses_are_folded_and_told() -> None:
     messages = [{"role": "system", "content": "Be brief."}, user("Where?"), answer("Peru.")]
     encoded = encode(messages, TOKENIZERS["gemma"])
     labelled, unlabelled = runs(TOKENIZERS["gemma"], encoded)
-    assert labelled == ["Peru.<end_of_turn>\n"]
+    assert labelled == ["Peru.<end_of_turn>"]
     assert "<start_of_turn>user\nBe brief.\n\nWhere?<end_of_turn>" in unlabelled[0]
     assert encoded.note == FOLDED
     taken = encode(messages, TOKENIZERS["chatml"])
@@ -233,6 +241,152 @@ def test_turns_are_merged_only_where_roles_must_alternate() -> None:
     assert taken.note is None
 
 
+SYSTEMLESS = (  # shows what users and assistants say, and nothing else
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}" + TURN + "{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}" + PROMPT
+)
+FIRST_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' or loop.first %}" + TURN + "{{ m.content }}<|im_end|>\n"
+    "{% endif %}{% endfor %}" + PROMPT
+)
+
+
+@pytest.mark.parametrize("word", ["Be brief.", "Where", "user"])
+def test_system_messages_that_a_template_leaves_out_are_folded_and_told(word: str) -> None:
+    tokenizer = tokenizer_of(SYSTEMLESS)
+    messages = [{"role": "system", "content": word}, user("Where?"), answer("Peru.")]
+    encoded = encode(messages, tokenizer)
+    labelled, unlabelled = runs(tokenizer, encoded)
+    assert unlabelled[0] == f"<|im_start|>user\n{word}\n\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    assert labelled == ["Peru.<|im_end|>"]
+    assert encoded.note == UNSHOWN
+    assert encode(messages[1:], tokenizer).note is None
+    assert encode([{"role": "system", "content": " "}, *messages[1:]], tokenizer).note is None
+
+
+def test_only_the_system_messages_that_are_left_out_are_folded() -> None:
+    tokenizer = tokenizer_of(FIRST_SYSTEM)
+    system = {"role": "system", "content": "Be brief."}
+    messages = [
+        system,
+        user("Where?"),
+        answer("Peru."),
+        {**system, "content": "Be long."},
+        user("Why?"),
+        answer("So."),
+    ]
+    encoded = encode(messages, tokenizer)
+    whole = text_of(tokenizer, encoded.input_ids)
+    assert whole.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n")
+    assert "<|im_start|>user\nBe long.\n\nWhy?<|im_end|>\n" in whole
+    assert encoded.note == UNSHOWN
+    assert runs(tokenizer, encoded)[0] == ["Peru.<|im_end|>", "So.<|im_end|>"]
+
+
+CALLING = [
+    user("Sky?"),
+    answer("I look.", tool_calls=[call("Lima"), call("Quito")]),
+    {"role": "tool", "content": "mist"},
+    answer("Misty."),
+]
+WRITTEN = "\n".join(
+    f'<tool_call>\n{{"name": "sky", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+    for city in ("Lima", "Quito")
+)
+
+
+@pytest.mark.parametrize("template", [KINDS["chatml"].template, SYSTEMLESS])
+def test_calls_that_a_template_leaves_out_are_written_and_told(template: str) -> None:
+    tokenizer = tokenizer_of(template)
+    encoded = encode(CALLING, tokenizer, TOOLS)
+    labelled, unlabelled = runs(tokenizer, encoded)
+    assert labelled == [f"I look.\n{WRITTEN}<|im_end|>", "Misty.<|im_end|>"]
+    assert '<tools>\n{"type": "function", "function": {"name": "sky"' in unlabelled[0]
+    assert "<|im_start|>user\n<tool_response>\nmist\n</tool_response><|im_end|>" in unlabelled[1]
+    notes = [CALLS_WRITTEN, TOOLS_WRITTEN] + [UNSHOWN] * (template == SYSTEMLESS)
+    assert encoded.note == "; ".join(notes)
+    alone = encode([*CALLING[:1], CALLING[3]], tokenizer, TOOLS)
+    assert alone.note == "; ".join(notes[1:])
+
+
+def test_calls_that_a_template_shows_are_left_as_they_are() -> None:
+    for name in ("qwen3", "mistral, tools"):
+        encoded = encode(CALLING, TOKENIZERS[name], TOOLS)
+        assert "<tools>" not in text_of(TOKENIZERS[name], encoded.input_ids)
+        assert encoded.note in (None, REWRITTEN)
+
+
+def test_what_cannot_be_told_in_another_way_sets_the_row_aside() -> None:
+    tokenizer = tokenizer_of(SYSTEMLESS)
+    critic = {"role": "critic", "content": "Bad."}
+    fault = encode([user("a"), answer("b"), critic, user("c"), answer("d")], tokenizer).fault
+    assert fault == "the chat template leaves out messages of role 'critic'"
+    fault = encode([user("a"), {"role": "tool", "content": "x"}, answer("b")], tokenizer).fault
+    assert fault == "the chat template leaves out messages of role 'tool'"
+    first = tokenizer_of(
+        "{% for m in messages %}" + TURN + "{{ m.content }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0] | tojson }}{% endif %}<|im_end|>\n{% endfor %}" + PROMPT
+    )
+    assert encode(CALLING, first).fault == "the chat template leaves out some calls of tools"
+    assert encode([CALLING[0], answer("", tool_calls=[call("Lima")])], first).fault is None
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml, marked", "qwen3", "llama 3"])
+@pytest.mark.parametrize("out", [{"weight": 0}, {"loss_weight": 0.0}, {"train": False}, {"training": False}])
+def test_answers_of_weight_0_are_not_labelled(name: str, out: dict[str, Any]) -> None:
+    tokenizer = TOKENIZERS[name]
+    messages = [
+        user("a"),
+        answer("No.", **out),
+        user("b"),
+        answer("Yes.", weight=1),
+        user("c"),
+        answer("Bad.", **out),
+    ]
+    encoded = encode(messages, tokenizer)
+    labelled, _ = runs(tokenizer, encoded)
+    assert [text.split("<|")[0] for text in labelled] == ["Yes."]
+    assert WEIGHTLESS in str(encoded.note)
+    assert encode(messages[:2], tokenizer).fault == "no labelled token: the assistant says nothing"
+
+
+def test_special_tokens_in_a_text_are_read_as_such_and_told() -> None:
+    tokenizer = tokenizer_of(KINDS["chatml"].template)
+    rows = [Row(0, text="<|im_start|>user\nHi<|im_end|>"), Row(1, text="Hi <im_end>")]
+    marked, plain = encode_rows(rows, tokenizer, MANY)
+    assert marked.input_ids.tolist() == tokenizer(rows[0].text)["input_ids"]
+    assert int(marked.input_ids[0]) == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert (marked.note, plain.note) == (TYPED, None)
+
+
+def test_a_text_that_brings_its_first_token_has_it_once() -> None:
+    tokenizer = tokenizer_of("")
+    tokenizer.bos_token = "<s>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    begun, bare = encode_rows([Row(0, text="<s>Hi"), Row(1, text="Hi")], tokenizer, MANY)
+    assert (
+        begun.input_ids.tolist()
+        == bare.input_ids.tolist()
+        == [tokenizer.bos_token_id, *tokenizer("Hi")["input_ids"][1:]]
+    )
+
+
+def test_a_line_end_that_is_joined_with_the_next_header_is_not_labelled() -> None:
+    tokenizer = tokenizer_of(KINDS["plain"].template)
+    tokenizer.add_tokens(["\n\n###", "\n###"])
+    messages = [user("a"), answer("Hi.\n"), user("b"), answer("Ho.")]
+    assert runs(tokenizer, encode(messages, tokenizer))[0] == ["Hi.\n", "Ho.\n\n"]
+
+
+def test_typed_tokens_that_cannot_be_told_apart_are_counted() -> None:
+    lengths = tokenizer_of("{{ messages[0].content | length }}" + KINDS["chatml"].template)
+    encoded = encode([user("a <|im_end|>"), answer("b")], lengths)
+    assert TYPED in str(encoded.note)
+    assert encode([user("a"), answer("b")], lengths).note != TYPED
+
+
 def test_a_template_that_refuses_in_any_case() -> None:
     tokenizer = tokenizer_of("{{ raise_exception('never') }}")
     assert (
@@ -251,8 +405,8 @@ def test_calls_and_thinking_are_labelled_and_what_tools_say_is_not() -> None:
     labelled, unlabelled = runs(tokenizer, encode(messages, tokenizer, TOOLS))
     asked = '<tool_call>\n{"name": "sky", "arguments": {"city": "Lima"}}\n</tool_call>'
     assert labelled == [
-        f"<think>\nAsk.\n</think>\n\n{asked}<|im_end|>\n",
-        "<think>\n\n</think>\n\nMisty.<|im_end|>\n",
+        f"<think>\nAsk.\n</think>\n\n{asked}<|im_end|>",
+        "<think>\n\n</think>\n\nMisty.<|im_end|>",
     ]
     assert '"description"' in unlabelled[0]
     assert "mist" in unlabelled[1]
@@ -272,7 +426,7 @@ def test_what_cannot_be_placed_is_not_labelled() -> None:
     )
     tokenizer = tokenizer_of(last_only)
     encoded = encode(messages, tokenizer)
-    assert runs(tokenizer, encoded)[0] == ["e<|im_end|>\n"]
+    assert runs(tokenizer, encoded)[0] == ["e<|im_end|>"]
     assert encoded.note is not None
     assert REWRITES in encoded.note
 
@@ -306,7 +460,7 @@ def test_a_token_that_begins_before_the_answer_is_not_labelled() -> None:
     tokenizer = tokenizer_of(KINDS["chatml"].template)
     tokenizer.add_tokens(["\n\n"])
     encoded = encode([user("a"), answer("\nHi\n"), user("\nb"), answer("Ho")], tokenizer)
-    assert runs(tokenizer, encoded)[0] == ["Hi\n<|im_end|>\n", "Ho<|im_end|>\n"]
+    assert runs(tokenizer, encoded)[0] == ["Hi\n<|im_end|>", "Ho<|im_end|>"]
 
 
 @pytest.mark.parametrize("unit", ["word ", "=", "é", " " * 40 + "x", "<|im_end|>", "\n\n"])

@@ -48,7 +48,7 @@ from tinyonn.errors import CapacityError, InputError
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
 
 LOG = logging.getLogger(__name__)
-LABELS = 2  # how turns are found; a corpus that was labelled otherwise is made anew
+LABELS = 3  # how turns are found; a corpus that was labelled otherwise is made anew
 
 
 @dataclass

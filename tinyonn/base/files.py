@@ -1,29 +1,67 @@
 """Files of data: which of a folder's hold rows, and their rows one after another, whatever they are packed in.
 
-JSON and JSONL (also .gz and .zst), Parquet, and the Arrow files of `datasets`' ``save_to_disk``; endings count in
-any case, and whether JSON is packed or in UTF-16 is seen from its first bytes. Hidden files are skipped.
+JSON and JSONL, CSV and TSV, texts of a line a row (each also packed), Parquet, and the Arrow files of `datasets`'
+``save_to_disk``; endings count in any case, and whether a file is packed or in UTF-16 is seen from its first bytes.
+Hidden files and archives are skipped in a folder, and so are plain texts that lie beside other data.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from tinyonn.base.forms import MEDIA
 from tinyonn.base.json_rows import Numbered, Record, json_rows
+from tinyonn.base.text_rows import csv_rows, text_rows
 from tinyonn.errors import InputError
 
-JSON = (".jsonl", ".ndjson", ".json")
-PACKED = (".gz", ".zst")
+KINDS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".txt": "text",
+}
+PACKED = (".gz", ".zst", ".bz2", ".xz")
 TABLES = (".parquet", ".arrow")
-KNOWN = ".jsonl, .json (also .gz or .zst), .parquet or .arrow"
+KNOWN = ".jsonl, .json, .csv, .tsv, .txt (each also .gz, .zst, .bz2 or .xz), .parquet or .arrow"
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
+REMEDIES = {
+    ARCHIVES: "unpack it, and give the file or folder that was in it",
+    (".xls", ".xlsx", ".ods"): "save it as CSV",
+    (".md", ".rst", ".html", ".tex"): "copy it to a .txt to read each of its lines as a text",
+    (
+        ".yaml",
+        ".yml",
+        ".toml",
+        ".xml",
+        ".pkl",
+        ".pickle",
+        ".pt",
+        ".npy",
+        ".db",
+        ".sqlite",
+    ): "write it as JSONL",
+}
+FOREIGN = {  # what a file begins with that is none of these, whatever it is called
+    b"PK\x03\x04": "a zip archive (or a spreadsheet); unpack it, or save it as CSV",
+    b"PAR1": "a Parquet file; give it the ending .parquet",
+    b"ARROW1": "an Arrow file; give it the ending .arrow",
+    b"version https://git-lfs": "a Git LFS pointer and not the data; fetch them with git lfs pull",
+    b"<!DOCTYPE": "a web page and not the data; fetch the file itself",
+    b"<!doctype": "a web page and not the data; fetch the file itself",
+    b"<html": "a web page and not the data; fetch the file itself",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+}
+TAR = slice(257, 262)  # where an archive says "ustar"
 ABOUT = (
     "dataset_info.json",
     "dataset_infos.json",
@@ -42,17 +80,27 @@ ENCODINGS = (  # by mark; then by where the zeros of the first two characters li
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file holds by its name: json, parquet, arrow; None for something else."""
+    """What a file holds by its name: json, csv, text, parquet, arrow; None for something else."""
+    name = path.name.lower()
+    if name.endswith(TABLES):
+        return name.rpartition(".")[2]
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    return None if name.endswith(".tar") else KINDS.get(Path(name).suffix)
+
+
+def remedy_of(path: Path) -> str:
+    """What to do with a file that `kind_of` does not know."""
     name = path.name.lower()
     for ending in PACKED:
         name = name.removesuffix(ending)
-    if name.endswith(JSON):
-        return "json"
-    return next((ending[1:] for ending in TABLES if path.name.lower().endswith(ending)), None)
+    return next(
+        (remedy for endings, remedy in REMEDIES.items() if name.endswith(endings)), "convert it to one"
+    )
 
 
 def find_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
-    """List a folder's files of data in the order of their names, and what is skipped as hidden or a copy.
+    """List a folder's files of data in the order of their names, and what is skipped: hidden, a copy, an archive.
 
     Parameters
     ----------
@@ -72,15 +120,17 @@ def find_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
         folder = folder / split
     files, skipped = [], []
     for path in sorted(folder.rglob("*")):
-        if kind_of(path) is None or path.name in ABOUT or not path.is_file():
+        archive = path.name.lower().endswith(ARCHIVES) or ".tar." in path.name.lower()
+        if (kind_of(path) is None and not archive) or path.name in ABOUT or not path.is_file():
             continue
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in inside.parts)
-        if hidden or path.with_suffix("") in files or not _is_saved(path):
+        if archive or hidden or path.with_suffix("") in files or not _is_saved(path):
             skipped.append(str(inside))
         else:
             files.append(path)
-    return files, skipped
+    data = [path for path in files if kind_of(path) != "text"]  # a text beside data is about them
+    return data or files, skipped
 
 
 def _is_saved(path: Path) -> bool:
@@ -97,8 +147,8 @@ def _is_saved(path: Path) -> bool:
 
 
 def file_columns(path: Path) -> list[str]:
-    """Name the columns of a file: of a table all, of JSON those of its first 1,000 rows."""
-    if kind_of(path) != "json":
+    """Name the columns of a file: of a table all, else those of its first 1,000 rows."""
+    if kind_of(path) in ("parquet", "arrow"):
         with _table(path) as (names, _):
             return names
     found: dict[str, None] = {}
@@ -119,24 +169,29 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
     Yields
     ------
     number : int
-        Line of a JSONL file, else place in the file.
+        Line of a JSONL file or a plain text, else place in the file.
     record : dict or str
-        The row, or why it cannot be read.
+        The row, or why it cannot be read. Of a table's images, audio and video only whether there are some.
 
     Raises
     ------
     InputError
         Not a readable file.
     """
-    if kind_of(path) != "json":
+    kind = kind_of(path)
+    if kind in ("parquet", "arrow"):
         yield from _table_rows(path, columns)
         return
     number = 0
     try:
         with _open(path) as stream:
-            for number, record in json_rows(stream, str(path)):
+            if kind == "csv":
+                rows = csv_rows(stream, ".tsv" in path.name.lower())
+            else:
+                rows = text_rows(stream) if kind == "text" else json_rows(stream, str(path))
+            for number, record in rows:
                 yield number, record
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: unreadable from row {number} on ({_reason(error)}); fetch it again, or save it as UTF-8"
         ) from None
@@ -144,21 +199,30 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a JSON file, unpacked, in UTF-8."""
+    """The bytes of a file, unpacked, in UTF-8."""
     with path.open("rb") as packed:
-        magic = packed.read(4)
-    stream: Any
-    if magic[:2] == b"\x1f\x8b":
-        stream = gzip.GzipFile(path)
-    elif magic == b"\x28\xb5\x2f\xfd":
-        stream = io.BufferedReader(_Zstd(path))
-    else:
-        stream = path.open("rb")
+        magic = packed.read(6)
+    openers: dict[bytes, Callable[[Path], Any]] = {
+        b"\x1f\x8b": gzip.GzipFile,
+        b"\x28\xb5\x2f\xfd": lambda path: io.BufferedReader(_Zstd(path)),
+        b"BZh": bz2.BZ2File,
+        b"\xfd7zXZ\x00": lzma.LZMAFile,
+    }
+    opener = next(
+        (opener for mark, opener in openers.items() if magic.startswith(mark)), lambda path: path.open("rb")
+    )
+    stream: Any = opener(path)
     with stream:
-        begin = stream.read(4)
+        begin = stream.read(512)
         stream.seek(0)
+        marks = (
+            FOREIGN if kind_of(path) not in ("parquet", "arrow") else FOREIGN.keys() - {b"PAR1", b"ARROW1"}
+        )
+        foreign = next((FOREIGN[mark] for mark in marks if begin.startswith(mark)), None)
+        if foreign or begin[TAR] == b"ustar":
+            raise InputError(f"{path} is {foreign or 'a tar archive; unpack it'}")
         encoding = next((name for mark, name in ENCODINGS if begin.startswith(mark)), None)
-        zeros = bytes(byte != 0 for byte in begin)
+        zeros = bytes(byte != 0 for byte in begin[:4])
         encoding = encoding or {b"\1\0\1\0": "utf-16-le", b"\0\1\0\1": "utf-16-be"}.get(zeros)
         yield stream if encoding is None else cast(BinaryIO, io.BufferedReader(_Utf8(stream, encoding)))
 
@@ -235,6 +299,9 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
         else:
             table, names = _arrow(path)
     except (pa.ArrowException, OSError) as error:
+        if path.is_file():
+            with _open(path):  # tells what else it is
+                pass
         raise InputError(
             f"{path}: not a readable {'Parquet' if kind == 'parquet' else 'Arrow'} file, perhaps truncated "
             f"({_reason(error)}); fetch it again"
@@ -274,7 +341,7 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
         wanted = names if columns is None else [name for name in columns if name in names]
         try:
             for batch in batches(wanted):
-                for record in _records(batch) if wanted else [{}] * batch.num_rows:
+                for record in table_records(batch) if wanted else [{}] * batch.num_rows:
                     yield number, record
                     number += 1
         except (pa.ArrowException, OSError) as error:
@@ -283,7 +350,11 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
             ) from None
 
 
-def _records(batch: Any) -> Iterator[Record | str]:
+def table_records(batch: Any) -> Iterator[Record | str]:
+    """Make records of a batch or table of Arrow's; a row whose strings are not UTF-8 is the reason."""
+    for place, name in enumerate(batch.schema.names):
+        if name.lower() in MEDIA:
+            batch = batch.set_column(place, name, _filled(batch.column(place)))
     try:
         yield from map(bare, batch.to_pylist())
     except UnicodeDecodeError:
@@ -292,6 +363,18 @@ def _records(batch: Any) -> Iterator[Record | str]:
                 yield bare(batch.slice(row, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield f"not UTF-8 ({error.reason})"
+
+
+def _filled(column: Any) -> Any:
+    """True where a column of images and the like holds some, null elsewhere; names of files stay."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    filled = pc.greater(pc.list_value_length(column), 0) if lists else pc.is_valid(column)
+    return pc.if_else(filled, True, None)
 
 
 def bare(value: Any) -> Any:

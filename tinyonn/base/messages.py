@@ -6,21 +6,36 @@ A message has a `role` (system, user, assistant, tool or another that the templa
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from typing import Any
 
 Message = dict[str, Any]
 
 ROLES = {
     "user": "human user prompter",
-    "assistant": "assistant gpt model bot chatbot chatgpt ai",
+    "assistant": "assistant gpt model bot chatbot chatgpt ai bing bard claude gemini",
     "system": "system developer",
     "tool": "tool function observation function_response tool_response tool_result ipython",
     "call": "function_call tool_call tool_calls",  # of the assistant
 }
 ROLE = {name: role for role, names in ROLES.items() for name in names.split()}
-ROLE_KEYS = ("role", "from", "speaker")
-CONTENT_KEYS = ("content", "value", "text")
+ROLE_KEYS = ("role", "from", "speaker", "sender")
+CONTENT_KEYS = ("content", "value", "text", "parts")
+PAIRS = {  # a turn and its answer in one object
+    "user": "human user input question prompt query instruction",
+    "assistant": "assistant gpt bot output answer response completion",
+    "system": "system",
+}
+PAIR = {name: role for role, names in PAIRS.items() for name in names.split()}
+THOUGHTS = ("reasoning", "thinking", "thought")  # other names of reasoning_content
+# A conversation as one string, as in Anthropic's hh-rlhf and Glaive's function calling.
+TURNS = re.compile(r"(?:^\s*|\n\n\s*)(Human|Assistant|SYSTEM|USER|ASSISTANT|FUNCTION RESPONSE): ?")
+END = re.compile(r"\s*<\|endoftext\|>\s*$")
+# Where LLaVA and LLaMA-Factory put an image: first or last in what a user says. HTML has an end to its <audio>.
+PLACES = re.compile("<(?:image|video|audio)>")
+PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>(?!.*</\1>)|.*\s<(image|video|audio)>\s*$", re.DOTALL)
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 THOUGHT_PARTS = ("thinking", "reasoning")
 
@@ -40,13 +55,20 @@ class Fault(Exception):
 
 
 def read_messages(value: Any) -> list[Message]:
-    """Read a conversation: a list of messages, that list as a JSON string, one message, or a dict of lists.
+    """Read a conversation.
+
+    A list of messages, that list as a JSON string, one message, a dict of lists; a list of strings, which the user
+    begins and the assistant answers in turn; or one string of turns that begin with the speaker (`told_turns`).
 
     Raises
     ------
     Fault
         Not messages, or messages with something else than text.
     """
+    if isinstance(value, str) and (told := told_turns(value)):
+        return told
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if isinstance(value, dict):
         lists = [part for part in value.values() if isinstance(part, list)]
         columns = len(lists) == len(value) > 1
@@ -55,14 +77,35 @@ def read_messages(value: Any) -> list[Message]:
             if columns
             else [value]
         )
-    messages = []
-    for message in as_list(value, "messages"):
-        by_role = (
-            isinstance(message, dict) and message.keys() <= ROLE.keys()
-        )  # {"human": ..., "assistant": ...}
-        turns = [{"role": role, "content": said} for role, said in message.items()] if by_role else [message]
-        messages += [read_message(turn) for turn in turns]
-    return messages
+    turns = as_list(value, "messages")
+    if len(turns) > 1 and all(isinstance(turn, str) for turn in turns):
+        turns = [
+            {"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)
+        ]
+    return [read_message(message) for turn in turns for message in _paired(turn)]
+
+
+def _paired(turn: Any) -> list[Any]:
+    """The messages of a turn that holds a question and its answer, else the turn."""
+    if not isinstance(turn, dict):
+        return [turn]
+    told = {key: said for key, said in turn.items() if said is not None}
+    if told and (told.keys() <= ROLE.keys() or told.keys() <= PAIR.keys()):
+        return [{"role": PAIR.get(key, key), "content": said} for key, said in told.items()]
+    return [turn]
+
+
+def told_turns(text: str) -> list[Message]:
+    """Read a conversation that is one string: ``Human: ...`` and ``Assistant: ...`` after empty lines.
+
+    A string is one where it begins with a speaker and has two turns or more; [] if it is none.
+    """
+    parts = TURNS.split(text)
+    if len(parts) < 5 or parts[0].strip():
+        return []
+    roles = {"FUNCTION RESPONSE": "tool"}
+    said = zip(parts[1::2], parts[2::2], strict=True)
+    return [read_message({"role": roles.get(who, who), "content": END.sub("", what)}) for who, what in said]
 
 
 def read_message(message: Any) -> Message:
@@ -75,6 +118,8 @@ def read_message(message: Any) -> Message:
     """
     if not isinstance(message, dict):
         raise Fault("a message without a 'role'")
+    if len(message) == 2 and (plain := _plain(message)) is not None:
+        return plain
     given = {key: value for key, value in message.items() if value is not None}
     role_key = next((key for key in ROLE_KEYS if isinstance(given.get(key), str)), None)
     if role_key is None:
@@ -91,15 +136,37 @@ def read_message(message: Any) -> Message:
         if not calls and "reasoning_content" not in given:
             raise Fault(f"a {role} message without a text as 'content'")
         content = ""
+    if isinstance(content, list):
+        if (result := _result(content)) is not None:
+            role, content = "tool", result
+        else:
+            content, used = _without_calls(content)
+            calls = calls + _calls(used)
     text, thought = _content(content, role)
+    if role == "user" and PLACES.search(text) and PLACEHOLDER.match(text):
+        raise Fault("a user message with the place of an image, audio or video: only text is read")
+    thought = thought or next((given[key] for key in THOUGHTS if isinstance(given.get(key), str)), "")
     found = {"role": role, "content": text, **given}
     if thought:
-        found["reasoning_content"] = thought
+        found.setdefault("reasoning_content", thought)
     if calls:
         found["tool_calls"] = calls
     if fault := unicode_fault(text) or (_deep_fault(found) if len(found) > 2 else None):
         raise Fault(fault)
     return found
+
+
+def _plain(message: Message) -> Message | None:
+    """A message of a role and a string, which most are, in short."""
+    said, content = message.get("role"), message.get("content")
+    role = ROLE.get(said) if type(said) is str else None
+    if role is None or role == "call" or type(content) is not str:
+        return None
+    if (role == "user" and PLACES.search(content)) or not (
+        content.isascii() or unicode_fault(content) is None
+    ):
+        return None
+    return {"role": role, "content": content}
 
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
@@ -134,7 +201,7 @@ def as_list(value: Any, what: str) -> list[Any]:
         Something else.
     """
     if isinstance(value, str):
-        parsed = _parsed(value) if value.strip() else []
+        parsed = (_parsed(value) or _literal(value)) if value.strip() else []
         value = [parsed] if isinstance(parsed, dict) else parsed if isinstance(parsed, list) else value
     if value is None:
         return []
@@ -199,6 +266,38 @@ def _part(part: Any) -> tuple[str, Any]:
     )
 
 
+def _kinds(content: list[Any]) -> list[Any]:
+    return [part.get("type") if isinstance(part, dict) else None for part in content]
+
+
+def _result(content: list[Any]) -> str | None:
+    """What tools gave, where a message holds nothing but Anthropic's parts of that."""
+    if set(map(str, _kinds(content))) != {"tool_result"}:
+        return None
+    return "\n".join(_content(part.get("content") or "", "tool")[0] for part in content)
+
+
+def _without_calls(content: list[Any]) -> tuple[Any, list[Any]]:
+    """Contents without Anthropic's parts that call tools, and these calls."""
+    kinds = _kinds(content)
+    if "tool_use" not in kinds:
+        return content, []
+    pairs = list(zip(content, kinds, strict=True))
+    used = [part for part, kind in pairs if kind == "tool_use"]
+    calls = [{"name": part.get("name"), "arguments": part.get("input") or {}} for part in used]
+    return [part for part, kind in pairs if kind != "tool_use"], calls
+
+
+def read_calls(value: Any) -> list[Message]:
+    """Calls of tools that stand in the place of an answer, as objects or as JSON; [] if it is something else."""
+    parsed = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+    told = [parsed] if isinstance(parsed, dict) else parsed
+    if not isinstance(told, list) or not told:
+        return []
+    whole = all(isinstance(call, dict) and call.keys() == {"name", "arguments"} for call in told)
+    return _calls(told) if whole else []
+
+
 def _told_calls(content: Any) -> tuple[Any, list[Message]]:
     """The calls that a function_call's content tells; the content itself if it tells none."""
     value = _parsed(content) if isinstance(content, str) else content
@@ -233,6 +332,16 @@ def _calls(value: Any) -> list[Message]:
         function = {"name": name, "arguments": {} if arguments is None else arguments}
         calls.append({"type": "function", **call, "function": function})
     return calls
+
+
+def _literal(text: str) -> Any:
+    """What a string says as Python writes it, which is how lists get into CSV files; None if it is nothing."""
+    if not text.lstrip().startswith("[{'"):
+        return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
 
 
 def _parsed(text: str) -> Any:

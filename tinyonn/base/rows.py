@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.files import KNOWN, bare, file_columns, file_rows, find_files, kind_of
-from tinyonn.base.forms import FORMS, Reading, known_forms, recognise
+from tinyonn.base.files import (
+    BATCH,
+    KNOWN,
+    file_columns,
+    file_rows,
+    find_files,
+    kind_of,
+    remedy_of,
+    table_records,
+)
+from tinyonn.base.forms import FORMS, Reading, known_forms, misfit, recognise
 from tinyonn.base.messages import Fault, Message, read_tools
 from tinyonn.base.source import BASE, sha256
 from tinyonn.config import SourceConfig
@@ -116,17 +125,19 @@ class Source:
         """One line about what was read."""
         texts = any(reading.form == "text" for reading in self._all_readings())
         what = "rows" if texts and self.chats else "texts" if texts else "conversations"
+        if any(kind_of(path) == "text" for path in self.files):
+            what += " (a line each)"
         line = f"{self.form}; {rows:,} {what}" + (f", {aside:,} set aside" if aside else "")
         if self.skipped:
             some = ", ".join(self.skipped[:NAMED]) + (", ..." if len(self.skipped) > NAMED else "")
-            line += f"; {len(self.skipped)} hidden files or copies skipped: {some}"
+            line += f"; {len(self.skipped)} files skipped (hidden, copies, archives): {some}"
         return line
 
     def fingerprint(self) -> str:
         """Hash of what is read: the columns, and the files' bytes in order or the data set's fingerprint."""
         digest = hashlib.sha256(repr(self.columns).encode())
-        plain = [reading for reading in self._all_readings() if reading.form not in ("messages", "text")]
-        if plain or self.tools:
+        more = [r for r in self._all_readings() if r.form not in ("messages", "text") or len(r.columns) > 1]
+        if more or self.tools:
             digest.update(self.form.encode())
         for path in self.files:
             digest.update(sha256(path).encode())
@@ -146,8 +157,10 @@ class Source:
         if self.dataset is not None:
             readings = self.readings[None]
             names = [name for name in self._names(readings) if name in self.dataset.column_names]
-            for number, record in enumerate(self.dataset.select_columns(names)):
-                yield self._row(number, bare(record), readings)
+            tables = self.dataset.select_columns(names).with_format("arrow").iter(BATCH)
+            records = (record for table in tables for record in table_records(table))
+            for number, record in enumerate(records):
+                yield self._row(number, record, readings)
 
     def _all_readings(self) -> list[Reading]:
         return list(dict.fromkeys(reading for readings in self.readings.values() for reading in readings))
@@ -201,7 +214,7 @@ def _files(config: SourceConfig) -> tuple[list[Path], list[str]]:
         return [path], []
     if path.exists():
         raise InputError(
-            f"data.path = {config.path!r} is neither .jsonl nor .parquet nor another of {KNOWN}; convert it to one"
+            f"data.path = {config.path!r} is neither .jsonl nor .parquet nor another of {KNOWN}; {remedy_of(path)}"
         )
     return [], []
 
@@ -255,6 +268,8 @@ def _readings(
             f"data.format = {config.format!r} needs columns that {config.path} has not; its columns are {names}; "
             f"the forms are {known_forms()}"
         )
+    if why := next((told for columns in existing.values() if (told := misfit(columns))), None):
+        raise InputError(f"{config.path}: {why}")
     raise InputError(
         f"{config.path} has neither a 'text' nor a 'messages' column but {names}, and they make none of the other "
         f"forms ({known_forms()}); name one in data.text or data.messages, or rename columns"

@@ -10,18 +10,31 @@ A turn's place follows from renderings that differ in nothing but the turn, comp
    place: what stands around that word stands around the answer, and the end-of-turn token is what followed the word
    when it was the last turn.
 
-Each step must agree with the whole rendering to the letter; a turn that none places is not labelled. Templates with
-``{% generation %}`` marks say themselves what is the assistant's: the marks are rendered into the text and read there.
+Each step must agree with the whole rendering to the letter; a turn that none places is not labelled. Blanks and line
+ends behind the special token that ends a turn are the template's. Templates with ``{% generation %}`` marks say
+themselves what is the assistant's: the marks are rendered into the text and read there.
+
+What a template leaves out without a word is found in the same way: a word in the place of a system message, of a
+tool's name or of what a tool said does not come back in the rendering.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
-from tinyonn.base.turns import fold_system, mapped, merge_turns, strings
+from tinyonn.base.turns import (
+    fold_system,
+    is_weightless,
+    mapped,
+    merge_turns,
+    strings,
+    write_calls,
+    write_tools,
+)
 
 if TYPE_CHECKING:
     from tinyonn.base.rows import Message
@@ -30,8 +43,16 @@ Span = tuple[int, int]
 
 FOLDED = "the chat template refuses system messages; they are folded into the user's turns"
 MERGED = "the chat template wants roles to alternate; successive turns of one role are merged"
+UNSHOWN = "the chat template leaves out system messages; they are folded into the user's turns"
+CALLS_WRITTEN = "the chat template leaves out calls of tools; they are written into the turns as <tool_call>"
+TOOLS_WRITTEN = "the chat template leaves out the tools' schemas; they are written into the system message"
+WEIGHTLESS = "answers of weight 0 are not labelled"
 REWRITTEN = "the chat template renders earlier answers differently; they are labelled as the whole shows them"
 MARKS = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+class LeftOut(Exception):
+    """What of a conversation its template does not show."""
 
 
 class Chat:
@@ -43,20 +64,22 @@ class Chat:
     tokenizer : transformers.PreTrainedTokenizerBase
     tools : sequence, optional
         Schemas of functions, handed to the template.
-    special : re.Pattern, optional
-        Matches the tokenizer's special tokens.
+    special : sequence of str, optional
+        The tokenizer's special tokens.
 
     Attributes
     ----------
     text : str
         The whole rendering.
     messages : list of Message
-        As rendered: system messages folded and turns merged where the template insists.
+        As rendered: system messages folded, turns merged and tools written out where the template insists.
     notes : list of str
         What was done to the conversation so that the template takes it.
 
     Raises
     ------
+    LeftOut
+        The template does not show a message, and there is no other way to tell it.
     Exception
         The template refuses the messages; whatever it raises, jinja2's TemplateError first of all.
     """
@@ -66,12 +89,13 @@ class Chat:
         messages: Sequence[Message],
         tokenizer: Any,
         tools: Sequence[Any] | None = None,
-        special: re.Pattern[str] | None = None,
+        special: Sequence[str] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._tools = list(tools) if tools else None
-        self._special = special
+        self._special = tuple(special)
         self.messages, self.text, self.notes = self._accepted(list(messages))
+        self._show_all()
 
     def answers(self, reach: int | None = None) -> tuple[list[Span], int]:
         """Find the assistant's turns.
@@ -88,17 +112,26 @@ class Chat:
         int
             How many turns could not be placed.
         """
+        weightless = [is_weightless(message) for message in self.messages if message["role"] == "assistant"]
+        if any(weightless):
+            self.notes.append(WEIGHTLESS)
         marked = self._marked()
-        return (marked, 0) if marked is not None else self._turns(len(self.text) if reach is None else reach)
+        if marked is None or (any(weightless) and len(marked) != len(weightless)):
+            return self._turns(len(self.text) if reach is None else reach)
+        if any(weightless):
+            marked = [span for span, out in zip(marked, weightless, strict=True) if not out]
+        return marked, 0
 
-    def inserted(self) -> set[int]:
-        """Find the first characters of special tokens in `text` that the messages spell out.
+    @cached_property
+    def inserted(self) -> set[int] | None:
+        """First characters of special tokens in `text` that the messages spell out.
 
-        Empty also where they cannot be told from the template's own.
+        None where they are there and cannot be told from the template's own.
         """
-        pattern = self._special
-        if pattern is None or not any(pattern.search(text) for text in strings([self.messages, self._tools])):
+        told = list(strings([self.messages, self._tools]))
+        if not any(word in text for text in told for word in self._special):
             return set()
+        pattern = special_pattern(self._special)
         wedge = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in self.text)
 
         def split(match: re.Match[str]) -> str:
@@ -108,10 +141,10 @@ class Chat:
         try:
             text = self._render(messages, tools=tools)
         except Exception:  # whatever a template raises
-            return set()
+            return None
         pieces = text.split(wedge)
         if "".join(pieces) != self.text:
-            return set()
+            return None
         places: set[int] = set()
         end = 0
         for piece in pieces[:-1]:
@@ -132,6 +165,69 @@ class Chat:
                     refusal = refusal or error
         assert refusal is not None
         raise refusal
+
+    def _show_all(self) -> None:
+        """Tell in another way what the template leaves out."""
+        for _ in range(3):
+            shown = self._unshown()
+            if not shown:
+                return
+            systems, calls, tools, others = shown
+            messages, notes = self.messages, list(self.notes)
+            if calls:
+                messages, others = write_calls(messages), {role for role in others if role != "tool"}
+                notes.append(CALLS_WRITTEN)
+            if tools and self._tools:
+                messages, self._tools = write_tools(messages, self._tools), None
+                notes.append(TOOLS_WRITTEN)
+            elif systems:
+                messages = fold_system(messages, systems)
+                notes.append(UNSHOWN)
+            if others:
+                raise LeftOut(f"messages of role {min(others)!r}")
+            self.messages, self.text, more = self._accepted(messages)
+            self.notes = [*notes, *(note for note in more if note not in notes)]
+        if self._unshown():
+            raise LeftOut("system messages or tools")
+
+    def _unshown(self) -> tuple[set[int], bool, bool, set[str]] | None:
+        """Find what is not rendered: places of system messages, calls, tools, other roles; None if all is.
+
+        One rendering tells, with words in the place of contents and of the names of tools.
+        """
+        words: dict[str, tuple[str, Any]] = {}
+        fresh = (word for word in self._words())
+        messages, tools = [], self._tools
+        for place, message in enumerate(self.messages):
+            changed = dict(message)
+            if message["role"] not in ("user", "assistant") and str(message["content"]).strip():
+                changed["content"] = next(fresh)
+                words[changed["content"]] = (message["role"], place)
+            if calls := message.get("tool_calls"):
+                names = [next(fresh) for _ in calls]
+                words |= dict.fromkeys(names, ("calls", place))
+                changed["tool_calls"] = [_named(call, name) for call, name in zip(calls, names, strict=True)]
+            messages.append(changed)
+        if tools is not None and all(isinstance(tool.get("function"), dict) for tool in tools):
+            names = [next(fresh) for _ in tools]
+            words |= {name: ("tools", place) for place, name in enumerate(names)}
+            tools = [_named(tool, name) for tool, name in zip(tools, names, strict=True)]
+        if not words:
+            return None
+        try:
+            text = self._render(messages, tools=tools)
+        except Exception:  # a template may read what a tool said, or look a name up
+            return None
+        lost = {kind: {place for word, (what, place) in words.items() if what == kind and word not in text}
+                for kind in {what for what, _ in words.values()}}  # fmt: skip
+        for kind in ("calls", "tools"):
+            count = len({word for word, (what, _) in words.items() if what == kind and word in text})
+            if lost.get(kind) and count:
+                raise LeftOut(f"some {'calls of tools' if kind == 'calls' else 'tools'}")
+        if not any(lost.values()):
+            return None
+        others = {kind for kind, places in lost.items() if places} - {"system", "calls", "tools"}
+        return lost.get("system", set()), bool(lost.get("calls")), bool(lost.get("tools")), others
 
     def _render(self, messages: list[Message], prompt: bool = False, **options: Any) -> str:
         options = {"tools": self._tools, **options}
@@ -182,7 +278,7 @@ class Chat:
         lost = end = 0
         rewritten = False
         for turn, message in enumerate(self.messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or is_weightless(message):
                 continue
             start = self._start(turn)
             if start is not None and start >= reach:
@@ -196,11 +292,23 @@ class Chat:
             if span is None or not end <= span[0] <= span[1]:
                 lost += 1
                 continue
-            spans.append(span)
+            spans.append((span[0], self._trimmed(span)))
             end = span[1]
         if rewritten:
             self.notes.append(REWRITTEN)
         return spans, lost
+
+    def _trimmed(self, span: Span) -> int:
+        """Where a turn ends without the blanks behind its end-of-turn token."""
+        start, end = span
+        for word in self._special:  # what an ending has in common with another may end within a token
+            place = self.text.find(word, max(start, end - len(word) + 1), end + len(word) - 1)
+            end = place if 0 <= place < end else end
+        stop = start + len(self.text[start:end].rstrip())
+        if stop == end or not self._special or not self.text.endswith(self._special, start, stop):
+            return end
+        token = max((word for word in self._special if self.text.endswith(word, start, stop)), key=len)
+        return end if stop - len(token) in (self.inserted or ()) else stop
 
     def _start(self, turn: int) -> int | None:
         before = self.messages[:turn]
@@ -244,11 +352,23 @@ class Chat:
         return None
 
     def _absent(self, skip: int = 0) -> str:
-        """Make a word that occurs neither in the text nor in what the template leaves out of it."""
+        return next(islice(self._words(), skip, None))
+
+    def _words(self) -> Iterator[str]:
+        """Make words that occur neither in the text nor in what the template leaves out of it."""
         known = [self.text, *strings([self.messages, self._tools])]
         words = (f"qz{number}zq" for number in count())
-        free = (word for word in words if not any(word in text for text in known))
-        return next(islice(free, skip, None))
+        return (word for word in words if not any(word in text for text in known))
+
+
+def special_pattern(words: Iterable[str]) -> re.Pattern[str]:
+    """Match any of the words, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+
+def _named(tool: dict[str, Any], name: str) -> dict[str, Any]:
+    """A tool's schema or a call of it with another name."""
+    return {**tool, "function": {**tool["function"], "name": name}}
 
 
 def _common(text: str, other: str) -> str:

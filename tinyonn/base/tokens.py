@@ -4,7 +4,8 @@ A text is labelled whole. Of messages only the assistant's turns are: contents, 
 template shows, and the end-of-turn token; `tinyonn.base.spans` finds them. A token is labelled that lies in a turn.
 
 Special tokens that the messages spell out (``<|im_start|>`` typed by a user) are encoded as plain text wherever the
-tokenizer gives the same tokens for the parts between the template's own special tokens as for the whole.
+tokenizer gives the same tokens for the parts between the template's own special tokens as for the whole; elsewhere,
+and in plain texts, whose author may have written the markup that a template would, they are special, and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.base.spans import Chat, Span
+from tinyonn.base.spans import Chat, LeftOut, Span, special_pattern
 from tinyonn.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ UNLABELLED = -100
 BATCH = 64
 CHARACTERS = 16  # of a token, to begin with: only so much of a text is encoded, and more if that falls short
 MARGIN = 64  # tokens before a cut that may depend on what was cut off
+TYPED = "special tokens that the text spells out are read as such"
 REWRITES = "the chat template renders earlier turns differently"
 
 
@@ -103,12 +105,18 @@ def _encode_texts(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[
     limit = (max_tokens + MARGIN) * CHARACTERS
     texts = [str(row.text) for row in rows]
     encoded = tokenizer([text[:limit] for text in texts], verbose=False)["input_ids"]
+    special = _special(tokenizer)
+    pattern = special_pattern(special) if special else None
     for text, ids in zip(texts, encoded, strict=True):
         size = limit
         while size < len(text) and len(ids) <= max_tokens + MARGIN:
             size *= 2
             ids = tokenizer(text[:size], verbose=False)["input_ids"]
-        yield _Labelled(ids, list(ids))
+        begin = tokenizer.bos_token
+        if begin and text.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]  # the text brings its own
+        typed = pattern is not None and pattern.search(text, 0, size) is not None
+        yield _Labelled(ids, list(ids), notes=(TYPED,) * typed)
 
 
 def _encode_chats(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[_Labelled]:
@@ -127,7 +135,9 @@ def _encode_chats(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[
     special = _special(tokenizer)
     for row in rows:
         try:
-            chat = Chat(row.messages or (), tokenizer, getattr(row, "tools", None), special)
+            chat = Chat(row.messages or (), tokenizer, row.tools, special)
+        except LeftOut as left:
+            yield _Labelled(fault=f"the chat template leaves out {left}")
         except Exception as error:  # whatever a template raises, jinja2's TemplateError first of all
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             yield _Labelled(fault=f"the chat template refuses the messages ({reason})")
@@ -143,8 +153,8 @@ class _Tokens:
     places: list[Span]
 
 
-def _labelled(chat: Chat, tokenizer: Any, special: re.Pattern[str] | None, max_tokens: int) -> _Labelled:
-    inserted = chat.inserted()
+def _labelled(chat: Chat, tokenizer: Any, special: list[str], max_tokens: int) -> _Labelled:
+    inserted = chat.inserted
     size = (max_tokens + MARGIN) * CHARACTERS
     while True:
         text = chat.text[:size]
@@ -152,13 +162,15 @@ def _labelled(chat: Chat, tokenizer: Any, special: re.Pattern[str] | None, max_t
         if len(text) == len(chat.text) or len(tokens.ids) > max_tokens + MARGIN:
             break
         size *= 2
-    if special is not None and inserted:
-        tokens = _as_text(text, tokenizer, special, inserted, tokens)
+    typed = inserted is None
+    if inserted:
+        plain = _as_text(text, tokenizer, special_pattern(special), inserted, tokens)
+        typed, tokens = plain is None, plain or tokens
     reach = max((last for _, last in tokens.places[:max_tokens]), default=0)
     spans, lost = chat.answers(reach)
     if lost and not spans:
         return _Labelled(fault=REWRITES)
-    notes = [*chat.notes]
+    notes = [*chat.notes, *[TYPED] * typed]
     if lost:
         notes.append(f"{REWRITES}; what cannot be placed is not labelled")
     ids = tokens.ids[: max_tokens + 1]
@@ -187,16 +199,16 @@ def _tokens(text: str, tokenizer: Any, **options: Any) -> _Tokens:
     return _Tokens(found["input_ids"], found["offset_mapping"])
 
 
-def _special(tokenizer: Any) -> re.Pattern[str] | None:
-    words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    longest = sorted(filter(None, words), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest))) if longest else None
+def _special(tokenizer: Any) -> list[str]:
+    return [
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
+    ]
 
 
 def _as_text(
     text: str, tokenizer: Any, special: re.Pattern[str], inserted: set[int], whole: _Tokens
-) -> _Tokens:
-    """Encode the special tokens that messages spell out as text; as `whole` where that changes other tokens."""
+) -> _Tokens | None:
+    """Encode the special tokens that messages spell out as text; None where that changes other tokens."""
     parts: list[tuple[int, str, bool]] = []
     end = 0
     for match in special.finditer(text):
@@ -215,4 +227,4 @@ def _as_text(
         return _Tokens(ids, places)
 
     plain = joined(True)
-    return plain if joined(False).ids == whole.ids else whole
+    return plain if joined(False).ids == whole.ids else None

@@ -276,15 +276,15 @@ class ExpertLinear(nn.Module):
         current = {pattern.key for pattern in active.patterns}
         self._kept.pop(key, None)
         limit = KEPT_DENSE * self.out_features * self.in_features * self.values.itemsize
-        for old in [other for other in self._kept if other not in current]:
+        for old, other in [item for item in list(self._kept.items()) if item[0] not in current]:
             full = len(self._kept) >= max(KEPT_PATTERNS, len(current)) or self._bytes() + kept.bytes > limit
-            if full or (kept.is_dense and self._kept[old].is_dense):
-                del self._kept[old]
+            if full or (kept.is_dense and other.is_dense):
+                self._kept.pop(old, None)  # another thread may have been quicker
         if not self._kept or self._bytes() + kept.bytes <= limit:
             self._kept[key] = kept
 
     def _bytes(self) -> int:
-        return sum(kept.bytes for kept in self._kept.values())
+        return sum(kept.bytes for kept in list(self._kept.values()))
 
     def extra_repr(self) -> str:
         """Sizes."""

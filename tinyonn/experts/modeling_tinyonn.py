@@ -25,10 +25,11 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, TinyONNConfig
 from .expert_tinyonn import TinyONNExpert
-from .gates_tinyonn import Routing, Switch, read_gates
+from .gates_tinyonn import Call, Switch, read_gates
 from .linear_tinyonn import ExpertLinear, swap
 from .router_options_tinyonn import RouterOptions
 from .router_tinyonn import PromptRouter
+from .routing_tinyonn import Routing, follow_result, routing_of
 from .shards_tinyonn import ASSEMBLY, check_shards, stamp
 
 Gates = torch.Tensor | Sequence[Any]
@@ -80,7 +81,6 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         self.generation_config = self.base.generation_config
         self.router: nn.Module | None = None
         self._gates: torch.Tensor | None = None
-        self._routing = Routing()
         if target.type != "meta":
             self.base.to_empty(device=target)
             for layer in self.sparse_layers.values():
@@ -224,7 +224,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         ValueError
             Gates that do not fit, or more tokens than the model's context or the cache.
         """
-        active = self._prepare(
+        active, routing = self._prepare(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -235,7 +235,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             value_gates,
         )
         with self.switch.use(active):
-            return self.base(
+            result = self.base(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -246,6 +246,9 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
+        if routing is not None and past_key_values is None:
+            follow_result(result, routing)
+        return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare(
@@ -265,30 +268,46 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, tokens = given.shape[:2]
         self._check_length(past, tokens, attention_mask, position_ids, cache)
-        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
+        chosen = self._given() if gates is None else read_gates(gates, self.config.experts)
+        routing = None
         if chosen is None and self.router is not None:
-            chosen = self._routed(input_ids, attention_mask, past)
+            routing = routing_of(cache)
+            chosen = self._routed(input_ids, attention_mask, past, routing)
         if chosen is None:
             chosen = self.switch.rule(given.device)
+        chosen = chosen.to(given.device)
         if value_gates is None:
-            return self.switch.sorted(chosen.to(given.device), batch, tokens)
+            return self.switch.sorted(chosen, batch, tokens), routing
         taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach()
-        return self.switch.sorted(chosen.to(given.device), batch, tokens, taught.to(given.device))
+        return self.switch.sorted(chosen, batch, tokens, taught.to(given.device)), routing
 
-    def _routed(self, input_ids: torch.Tensor | None, attention_mask: Any, past: int) -> torch.Tensor:
+    def _given(self) -> torch.Tensor | None:
+        """Gates of this call of `generate`, or of the model."""
+        call = self.switch.call
+        return self._gates if call is None or call.gates is None else call.gates
+
+    def _routed(
+        self, input_ids: torch.Tensor | None, attention_mask: Any, past: int, routing: Routing
+    ) -> torch.Tensor:
+        """Gates of a pass by hand: the first tokens in a cache are the prompt."""
         if input_ids is None:
             raise ValueError("the router reads input_ids but inputs_embeds are given; pass gates= too")
-        ids = self._routing.along(input_ids, past)
-        return self._route(ids, attention_mask, past == 0, input_ids.shape[1])
+        ids = routing.along(input_ids, past)
+        if past == 0 or past < routing.prompt:
+            routing.prompt = ids.shape[1]
+        return self._route(routing, ids, attention_mask, past, input_ids.shape[1])
 
-    def _route(self, ids: torch.Tensor, attention_mask: Any, first: bool, tokens: int) -> torch.Tensor:
+    def _route(
+        self, routing: Routing, ids: torch.Tensor, attention_mask: Any, past: int, tokens: int
+    ) -> torch.Tensor:
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        assert self.router is not None
         if self.config.gates_per == "token":
-            self._routing.ids = ids
-            assert self.router is not None
-            return read_gates(self.router(ids, mask)[:, -tokens:], self.config.experts)
-        every = self.config.reroute_every
-        return read_gates(self._routing.choose(self.router, ids, mask, first, every), self.config.experts)
+            routing.ids = ids[:, : past + tokens]
+            gates = self.router(ids, mask)[:, past : past + tokens]
+        else:
+            gates = routing.choose(self.router, ids, mask, past, tokens, self.config.reroute_every)
+        return read_gates(gates, self.config.experts)
 
     def _check_length(
         self, past: int, tokens: int, attention_mask: Any, position_ids: torch.Tensor | None, cache: Any
@@ -314,24 +333,51 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
 
     def generate(self, *args: Any, gates: Any = None, **kwargs: Any) -> Any:
         """As in ``transformers``; `gates` as in `forward`, one row for each prompt."""
-        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
-        if chosen is None:
+        chosen = self._given() if gates is None else read_gates(gates, self.config.experts)
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        call = Call(None, None if prompt is None else prompt.shape[-1], Routing())
+        if chosen is not None and (chosen.dim() == 1 or len(chosen) == 1):
+            call.gates = chosen
+        elif chosen is not None:  # sampled and searched with: one row for each prompt becomes several
+            kwargs["gates"] = chosen
+        with self.switch.calling(call):
             return super().generate(*args, **kwargs)
-        if chosen.dim() == 1 or len(chosen) == 1:  # several sequences per prompt would repeat its rows
-            with self.gates(chosen):
-                return super().generate(*args, **kwargs)
-        return super().generate(*args, gates=chosen, **kwargs)
+
+    def _prefill(self, input_ids: torch.Tensor, settings: Any, kwargs: dict[str, Any], **options: Any) -> Any:
+        """As in ``transformers``; a router sees the whole of a prompt that is read in chunks."""
+        call, cache = self.switch.call, kwargs.get("past_key_values")
+        if self.router is None or call is None or cache is None or settings.prefill_chunk_size is None:
+            return super()._prefill(input_ids, settings, kwargs, **options)
+        mask = kwargs.get("attention_mask")
+        past = int(cache.get_seq_length())
+        new = mask is not None and mask.shape[1] == past + input_ids.shape[1]
+        call.prompt = (routing_of(cache).along(input_ids, past) if new else input_ids), mask
+        try:
+            return super()._prefill(input_ids, settings, kwargs, **options)
+        finally:
+            call.prompt = None
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """As in ``transformers``, with the router's gates, which depend on the whole sequence."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if self.router is None or inputs.get("gates") is not None or self._gates is not None:
+        if self.router is None or inputs.get("gates") is not None or self._given() is not None:
             return inputs
-        cache = kwargs.get("past_key_values")
-        first = kwargs.get("is_first_iteration") or (cache is not None and int(cache.get_seq_length()) == 0)
-        if inputs.get("input_ids") is not None:
-            tokens = inputs["input_ids"].shape[1]
-            inputs["gates"] = self._route(input_ids, kwargs.get("attention_mask"), bool(first), tokens)
+        if inputs.get("input_ids") is None:
+            return inputs
+        tokens, cache, call = inputs["input_ids"].shape[1], kwargs.get("past_key_values"), self.switch.call
+        past = 0 if cache is None else int(cache.get_seq_length())
+        routing = call.routing if cache is None and call is not None else routing_of(cache)
+        ids, mask = input_ids, kwargs.get("attention_mask")
+        if call is not None and call.prompt is not None:
+            ids, mask = call.prompt
+        elif ids.shape[1] < past + tokens:  # what the cache began with was not given again
+            ids = routing.along(ids[:, -tokens:], past)
+        if kwargs.get("is_first_iteration") or (cache is not None and past == 0) or not routing.prompt:
+            candidates = 0  # of assisted decoding: behind the prompt
+            if call is not None and call.tokens is not None and call.prompt is None:
+                candidates = max(0, input_ids.shape[1] - call.tokens)
+            routing.prompt = ids.shape[1] - candidates
+        inputs["gates"] = self._route(routing, ids, mask, past, tokens)
         return inputs
 
     def _set_gradient_checkpointing(

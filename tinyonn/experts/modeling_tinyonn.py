@@ -35,6 +35,13 @@ from .shards_tinyonn import ASSEMBLY, check_shards, stamp
 Gates = torch.Tensor | Sequence[Any]
 
 
+def _sparse(module: Any) -> ExpertLinear:
+    """A sparse layer, also where an adapter's layer has been put around it."""
+    while not isinstance(module, ExpertLinear):
+        module = module.base_layer
+    return module
+
+
 class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The base architecture with sparse layers in the place of its linear ones.
 
@@ -92,7 +99,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     @property
     def sparse_layers(self) -> dict[str, ExpertLinear]:
         """The sparse layers by their names in the base."""
-        return {name: self.base.get_submodule(name) for name in self.config.sparse_layers}
+        return {name: _sparse(self.base.get_submodule(name)) for name in self.config.sparse_layers}
 
     def expert(self, number: int) -> TinyONNExpert:
         """One expert, or the core, which has the number k.
@@ -272,7 +279,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         routing = None
         if chosen is None and self.router is not None:
             routing = routing_of(cache)
-            chosen = self._routed(input_ids, attention_mask, past, routing)
+            chosen = self._routed(input_ids, inputs_embeds, attention_mask, past, routing)
         if chosen is None:
             chosen = self.switch.rule(given.device)
         chosen = chosen.to(given.device)
@@ -287,15 +294,22 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         return self._gates if call is None or call.gates is None else call.gates
 
     def _routed(
-        self, input_ids: torch.Tensor | None, attention_mask: Any, past: int, routing: Routing
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+        past: int,
+        routing: Routing,
     ) -> torch.Tensor:
         """Gates of a pass by hand: the first tokens in a cache are the prompt."""
-        if input_ids is None:
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        if given.is_floating_point() and not isinstance(self.router, PromptRouter):
             raise ValueError("the router reads input_ids but inputs_embeds are given; pass gates= too")
-        ids = routing.along(input_ids, past)
+        ids = routing.along(given, past, self.get_input_embeddings())
         if past == 0 or past < routing.prompt:
             routing.prompt = ids.shape[1]
-        return self._route(routing, ids, attention_mask, past, input_ids.shape[1])
+        return self._route(routing, ids, attention_mask, past, given.shape[1])
 
     def _route(
         self, routing: Routing, ids: torch.Tensor, attention_mask: Any, past: int, tokens: int
@@ -351,7 +365,8 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         mask = kwargs.get("attention_mask")
         past = int(cache.get_seq_length())
         new = mask is not None and mask.shape[1] == past + input_ids.shape[1]
-        call.prompt = (routing_of(cache).along(input_ids, past) if new else input_ids), mask
+        whole = routing_of(cache).along(input_ids, past, self.get_input_embeddings()) if new else input_ids
+        call.prompt = whole, mask
         try:
             return super()._prefill(input_ids, settings, kwargs, **options)
         finally:
@@ -370,14 +385,15 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         ids, mask = input_ids, kwargs.get("attention_mask")
         if call is not None and call.prompt is not None:
             ids, mask = call.prompt
-        elif ids.shape[1] < past + tokens:  # what the cache began with was not given again
-            ids = routing.along(ids[:, -tokens:], past)
+        elif not routing.shown(ids, past, tokens):  # what the cache began with was not given again
+            ids = routing.along(ids[:, -tokens:], past, self.get_input_embeddings())
         if kwargs.get("is_first_iteration") or (cache is not None and past == 0) or not routing.prompt:
             candidates = 0  # of assisted decoding: behind the prompt
             if call is not None and call.tokens is not None and call.prompt is None:
                 candidates = max(0, input_ids.shape[1] - call.tokens)
             routing.prompt = ids.shape[1] - candidates
-        inputs["gates"] = self._route(routing, ids, mask, past, tokens)
+        chunk = call is not None and call.prompt is not None
+        inputs["gates"] = self._route(routing, ids, mask, past if chunk else ids.shape[1] - tokens, tokens)
         return inputs
 
     def _set_gradient_checkpointing(

@@ -22,8 +22,8 @@ class Routing:
 
     Attributes
     ----------
-    ids : int64 [batch, tokens], optional
-        Tokens in the cache, as far as they were seen.
+    ids : int64 [batch, tokens] or float [batch, tokens, hidden], optional
+        Tokens in the cache, as far as they were seen; their embeddings if these were given.
     prompt : int
         Tokens that the first choice reads.
     """
@@ -33,8 +33,15 @@ class Routing:
         self.prompt = 0
         self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by tokens read: they, their gates
 
-    def along(self, ids: torch.Tensor, past: int) -> torch.Tensor:
-        """All tokens of the sequence when `ids` follow `past` tokens of a cache, int64 [batch, past + tokens].
+    def along(self, ids: torch.Tensor, past: int, embed: Any = None) -> torch.Tensor:
+        """All tokens of the sequence when `ids` follow `past` tokens of a cache, [batch, past + tokens].
+
+        Parameters
+        ----------
+        ids : int64 [batch, tokens] or float [batch, tokens, hidden]
+        past : int
+        embed : callable, optional
+            From tokens to embeddings, for a sequence that has both.
 
         Raises
         ------
@@ -43,13 +50,24 @@ class Routing:
         """
         if past == 0:
             return ids
-        if self.ids is None or self.ids.shape != (ids.shape[0], past):
+        if self.ids is None or self.ids.shape[:2] != (ids.shape[0], past):
             seen = "none" if self.ids is None else list(self.ids.shape)
             raise ValueError(
                 f"the router has to see the {past} tokens in the cache but saw {seen}; "
                 "pass gates=, or run the prompt with this model first"
             )
-        return torch.cat([self.ids.to(ids.device), ids], 1)
+        parts = [self.ids.to(ids.device), ids]
+        if len({part.is_floating_point() for part in parts}) == 2:
+            parts = [part if part.is_floating_point() else embed(part).detach() for part in parts]
+        return torch.cat(parts, 1)
+
+    def shown(self, ids: torch.Tensor, past: int, tokens: int) -> bool:
+        """Whether `ids`, of which the last are run now, are the whole sequence.
+
+        A cache may hold more than that: what an adapter has put before the first token.
+        """
+        seen = 0 if self.ids is None else self.ids.shape[1]
+        return ids.shape[1] - tokens in (past, seen)
 
     def choose(
         self,
@@ -101,9 +119,9 @@ class Routing:
 
     # What is done to the cache
 
-    def crop(self, length: int) -> None:
-        """Keep the first tokens."""
-        self.ids = None if self.ids is None else self.ids[:, :length]
+    def crop(self, removed: int) -> None:
+        """Drop so many of the last tokens."""
+        self.ids = None if self.ids is None else self.ids[:, : self.ids.shape[1] - removed]
 
     def select(self, rows: torch.Tensor) -> None:
         """Take these rows instead, in this order."""
@@ -138,8 +156,9 @@ class _Followed:
         getattr(self, ATTRIBUTE).repeat(repeats)
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
+        before = int(self.get_seq_length())
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        getattr(self, ATTRIBUTE).crop(int(self.get_seq_length()))
+        getattr(self, ATTRIBUTE).crop(before - int(self.get_seq_length()))
 
     def reset(self: Any) -> None:
         super().reset()  # type: ignore[misc]

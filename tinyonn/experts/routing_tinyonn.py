@@ -26,11 +26,14 @@ class Routing:
         Tokens in the cache, as far as they were seen; their embeddings if these were given.
     prompt : int
         Tokens that the first choice reads.
+    gates : tensor, optional
+        Of the latest tokens.
     """
 
     def __init__(self) -> None:
         self.ids: torch.Tensor | None = None
         self.prompt = 0
+        self.gates: torch.Tensor | None = None
         self._chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by tokens read: they, their gates
 
     def along(self, ids: torch.Tensor, past: int, embed: Any = None) -> torch.Tensor:
@@ -137,7 +140,7 @@ class Routing:
 
     def clear(self) -> None:
         """Nothing was read."""
-        self.ids, self.prompt, self._chosen = None, 0, {}
+        self.ids, self.prompt, self.gates, self._chosen = None, 0, None, {}
 
 
 class _Followed:
@@ -187,12 +190,13 @@ def follow(cache: Any, routing: Routing) -> Routing:
     return routing
 
 
-def routing_of(cache: Any) -> Routing:
-    """The `Routing` of a cache, new if it has none; without a cache, a new one."""
+def routing_of(cache: Any, new: Routing | None = None) -> Routing:
+    """The `Routing` of a cache; if it has none, or without a cache, a new one."""
     routing = getattr(cache, ATTRIBUTE, None)
     if isinstance(routing, Routing):
         return routing
-    return Routing() if cache is None else follow(cache, Routing())
+    routing = Routing() if new is None else new
+    return routing if cache is None else follow(cache, routing)
 
 
 def follow_result(result: Any, routing: Routing) -> None:

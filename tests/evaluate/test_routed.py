@@ -72,7 +72,7 @@ def test_all_experts_of_a_whole_model_have_the_dense_loss_on_the_same_tokens(
 
 def test_a_model_without_a_router_takes_experts_by_their_prior(tmp_path: Path, samples: list[Sample]) -> None:
     _, model = make_models(
-        tmp_path / "model", router=False, expert_prior=[0.1, 0.9, 0.2, 0.0, 0.8, 0.3], top_k=3
+        tmp_path / "model", router=False, expert_prior=[0.1, 0.9, 0.2, 0.0, 0.8, 0.3], experts_top_k=3
     )
     batches = held_out_batches(samples, 64, PROMPT)
     gates = torch.tensor([0.0, 1, 0, 0, 1, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
@@ -124,6 +125,26 @@ def test_the_hub_folder_loads_and_its_card_has_the_figures(
     card = (tmp_path / "hub" / "README.md").read_text("utf-8")
     assert "| kept | 1.500 | 2.750 |" in card
     assert torch.equal(logits(open_assembled(tmp_path / "hub")), logits(open_assembled(folder / "sparse")))
+
+
+def test_a_chat_model_stops_at_the_end_of_its_turn(assembled: tuple[Path, Config], tmp_path: Path) -> None:
+    """Written by assembly and, for a folder of before, by its exports."""
+    folder, _ = assembled
+    end = AutoTokenizer.from_pretrained(folder / "sparse").convert_tokens_to_ids("<|im_end|>")
+
+    def eos(folder: Path) -> Any:
+        return GenerationConfig.from_pretrained(folder).eos_token_id
+
+    assert eos(folder / "model") == 256
+    assert eos(folder / "sparse") == [256, end]
+    former = tmp_path / "former"
+    shutil.copytree(folder / "sparse", former)
+    path = former / "generation_config.json"
+    for number in range(2):
+        path.write_text(json.dumps({"eos_token_id": 256}), "utf-8") if number == 0 else path.unlink()
+        for format in ("hub", "dense"):
+            export_model(former, tmp_path / f"{format} {number}", format)
+            assert eos(tmp_path / f"{format} {number}") == [256, end]
 
 
 def test_a_trained_model_is_exported_as_what_it_became(

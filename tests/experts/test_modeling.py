@@ -180,7 +180,7 @@ def test_gates_per_token_mix(pair: tuple[Any, TinyONNForCausalLM]) -> None:
 
 def test_rule_chooses_by_prior(folder_of: Folder) -> None:
     prior = [0.1, 0.9, 0.4, 0.9]
-    base, model = assembled(folder_of("qwen2"), kept=0.6, expert_prior=prior, top_k=2)
+    base, model = assembled(folder_of("qwen2"), kept=0.6, expert_prior=prior, experts_top_k=2)
     assert model.config.chosen_experts == [1, 3]
     with torch.no_grad():
         wanted = gated(base, model, torch.tensor([0.0, 1, 0, 1]))(tokens()).logits
@@ -529,7 +529,7 @@ def test_missing_tensor(pair: tuple[Any, TinyONNForCausalLM], tmp_path: Path) ->
         ({"experts": 255}, "experts = 255"),
         ({"expert_prior": [1.0]}, "expert_prior has 1 values but 4 experts need 4"),
         ({"expert_sizes": [1, 2, 3, 4, 5]}, "add up to 15"),
-        ({"top_k": 5}, "top_k = 5"),
+        ({"experts_top_k": 5}, "experts_top_k = 5"),
         ({"reroute_every": 0}, "reroute_every = 0"),
         ({"gates_per": "layer"}, "gates_per = 'layer'"),
         ({"forward_path": "fast"}, "forward_path = 'fast'"),

@@ -161,7 +161,7 @@ def test_a_routed_model_learns(tmp_path: Path, train: Callable[..., Trainer]) ->
 
 
 def test_a_sparse_model_without_a_router_learns(tmp_path: Path, corpus: Corpus) -> None:
-    base, student = make_models(tmp_path / "model", router=False, top_k=3)
+    base, student = make_models(tmp_path / "model", router=False, experts_top_k=3)
     before = {name: p.clone() for name, p in student.named_parameters()}
     options = changed(**{**LONG, "routing": {"ks": ()}, "stages": {"min_k": None}})
     Trainer(student, corpus, options, tmp_path / "t", Live(base)).run()

@@ -8,6 +8,7 @@ not a model. Shards of the same assembly that are there already are kept, so a k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.base.load import load_shape
+from tinyonn.base.load import load_shape, load_tokenizer
 from tinyonn.base.source import read_model_config
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
@@ -26,6 +27,7 @@ from tinyonn.engine import THREADS, EngineOptions, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
+from tinyonn.experts.ending import with_turn_ends
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
 from tinyonn.experts.report import AssembleReport
@@ -55,8 +57,8 @@ FORMAT = 1  # of the assembled folder
 NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
 MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
-    "without a router the top_k experts through which most of the recorded output energy went (expert_prior: mean over "
-    "layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if top_k is null"
+    "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: mean over "
+    "layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if it is null"
 )
 TOKENIZER = (
     "tokenizer*",
@@ -292,7 +294,7 @@ class _Assembly:
             for path in self.base.folder.glob(pattern):
                 shutil.copyfile(path, self.folder / path.name)
         shell = self._shell(selection, layers, report)
-        write_card(self.folder, shell.config.assembly, self.base.folder, self.config.top_k)
+        write_card(self.folder, shell.config.to_dict(), self.base.folder)
         side = self.folder / "config.part"
         shutil.rmtree(side, ignore_errors=True)
         shell.save_shell(side)
@@ -318,7 +320,7 @@ class _Assembly:
             },
             expert_sizes=selection.group_sizes,
             expert_prior=[float(value) for value in prior[:-1]],
-            top_k=self.config.top_k,
+            experts_top_k=self.config.top_k,
             reroute_every=self.config.reroute_every,
             gate_rule=GATE_RULE,
             assembly=self._provenance(selection, report),
@@ -329,6 +331,9 @@ class _Assembly:
         model = model.to(self.base.dtype)
         if (self.base.folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.base.folder)
+        with contextlib.suppress(InputError):  # no tokenizer
+            settings, tokenizer = model.generation_config, load_tokenizer(self.model)
+            settings.eos_token_id = with_turn_ends(settings.eos_token_id, tokenizer)
         return model
 
     def _provenance(self, selection: Selection, report: AssembleReport) -> dict[str, Any]:

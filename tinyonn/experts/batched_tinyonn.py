@@ -214,7 +214,8 @@ def _flat(X: torch.Tensor) -> torch.Tensor:
 
 
 def _like(Y_BTO: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
-    return Y_BTO.view(*X.shape[:-1], Y_BTO.shape[-1])
+    # A view of what is made within would forbid callers to add to it in place, as some adapters do.
+    return torch.ops.aten._unsafe_view(Y_BTO, [*X.shape[:-1], Y_BTO.shape[-1]])  # type: ignore[no-any-return]
 
 
 def _chunks(X_BTI: torch.Tensor, matrix: ExpertMatrix) -> Iterator[tuple[slice, torch.Tensor]]:

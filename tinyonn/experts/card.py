@@ -22,23 +22,21 @@ The code in this folder needs Torch and transformers alone; with Numba it has fa
 `import tinyonn.experts` makes `trust_remote_code` unnecessary."""
 
 
-def write_card(
-    folder: Path, assembly: dict[str, Any], base: Path, top_k: int | None, figures: Any = None
-) -> None:
+def write_card(folder: Path, config: dict[str, Any], base: Path, figures: Any = None) -> None:
     """Write ``README.md``.
 
     Parameters
     ----------
     folder : Path
-    assembly : dict
-        Of the model's configuration.
+    config : dict
+        The model's ``config.json``.
     base : Path
         Folder of the base model, whose card says its licence.
-    top_k : int or None
     figures : dict, optional
         Held-out loss in nats by line, from `tinyonn evaluate`: ``{"line": {"slice": loss, ..., "mean": loss}}``; of a
         trained model on the tokens after the prompt, from ``tinyonn evaluate --trained``.
     """
+    assembly = config["assembly"]
     front, licence = _front(base, assembly)
     (folder / "README.md").write_text(
         "\n".join(
@@ -49,7 +47,7 @@ def write_card(
                 "",
                 f"# {_name(assembly)} as sparse experts",
                 "",
-                *_kept(assembly, top_k),
+                *_kept(assembly, _chosen(config)),
                 "",
                 "## Use",
                 "",
@@ -132,6 +130,13 @@ def _training(assembly: dict[str, Any]) -> str:
         learned.append("embeddings and head")
     taught = f", and the router {options['warm_start']:,} before" if options.get("warm_start") else ""
     return f"Trained after the cut: {', '.join(learned) or 'the router'}, {steps:,} steps{taught}."
+
+
+def _chosen(config: dict[str, Any]) -> int | None:
+    """Experts on per prompt, None is all; earlier folders say ``top_k``."""
+    if config.get("router"):
+        return config["router"]["top_k"]  # type: ignore[no-any-return]
+    return config.get("experts_top_k", config.get("top_k"))
 
 
 def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:

@@ -10,10 +10,20 @@ from transformers import AutoConfig, PretrainedConfig
 from .router_options_tinyonn import RouterOptions
 
 MAX_EXPERTS = 254
+# Of the base, said again where programs look that read a plain ``config.json``.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 PATHS = ("auto", "dense", "sparse")
 GATES_PER = ("prompt", "token")
 GATE_RULE = (
-    "without a router the top_k experts of the largest expert_prior are on with gate 1, all if top_k is null"
+    "without a router the experts_top_k experts of the largest expert_prior are on with gate 1, all if it is null"
 )
 ROUTER_RULE = "the router chooses experts from the prompt; router says how many, and which are always on"
 
@@ -35,8 +45,9 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         Weights of each expert and, last, of the core: k + 1.
     expert_prior : list of float
         Orders the experts until a router is trained: k. Empty counts as all the same.
-    top_k : int, optional
-        Experts on per prompt; None is all.
+    experts_top_k : int, optional
+        Experts on per prompt where no router chooses; None is all. Folders that say ``top_k``, which is a sampler's
+        word, are read too.
     reroute_every : int, optional
         A router chooses again after so many generated tokens; None is never.
     gate_rule : str
@@ -68,7 +79,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         sparse_layers: dict[str, dict[str, int]] | None = None,
         expert_sizes: list[int] | None = None,
         expert_prior: list[float] | None = None,
-        top_k: int | None = None,
+        experts_top_k: int | None = None,
         reroute_every: int | None = None,
         gate_rule: str = GATE_RULE,
         gates_per: str = "prompt",
@@ -86,7 +97,8 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         self.sparse_layers = sparse_layers or {}
         self.expert_sizes = expert_sizes or [0] * (experts + 1)
         self.expert_prior = expert_prior or [0.0] * experts
-        self.top_k = top_k
+        former = kwargs.pop("top_k", None)
+        self.experts_top_k = former if experts_top_k is None else experts_top_k
         self.reroute_every = reroute_every
         self.router = None if router is None else RouterOptions.read(router).tree()
         self.gate_rule = ROUTER_RULE if router and gate_rule.startswith("without a router") else gate_rule
@@ -95,7 +107,8 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         self.assembly = assembly or {}
         self._check()
         # The base's own setting says whether its embeddings are tied; the model around it ties nothing.
-        kwargs.pop("tie_word_embeddings", None)
+        for name in ("tie_word_embeddings", *SIZES):
+            kwargs.pop(name, None)
         super().__init__(tie_word_embeddings=getattr(base_config, "tie_word_embeddings", False), **kwargs)
 
     def _check(self) -> None:
@@ -110,8 +123,10 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
                 raise ValueError(f"{name} has {len(values)} values but {k} experts need {wanted}")
         if not all(math.isfinite(value) for value in self.expert_prior):
             raise ValueError("expert_prior has a value that is not finite; give each expert a number")
-        if self.top_k is not None and not 0 <= self.top_k <= k:
-            raise ValueError(f"top_k = {self.top_k}; from 0 to {k} experts can be on, null is all")
+        if self.experts_top_k is not None and not 0 <= self.experts_top_k <= k:
+            raise ValueError(
+                f"experts_top_k = {self.experts_top_k}; from 0 to {k} experts can be on, null is all"
+            )
         if self.reroute_every is not None and self.reroute_every < 1:
             raise ValueError(
                 f"reroute_every = {self.reroute_every}; give at least 1 token, or null for never"
@@ -142,14 +157,16 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
     @property
     def chosen_experts(self) -> list[int]:
         """Numbers of the experts that the stated rule switches on, ascending."""
-        if self.top_k is None:
+        if self.experts_top_k is None:
             return list(range(self.experts))
         by_prior = sorted(range(self.experts), key=lambda expert: (-self.expert_prior[expert], expert))
-        return sorted(by_prior[: self.top_k])
+        return sorted(by_prior[: self.experts_top_k])
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the base's nested; without the folder that the base came from."""
+        """All fields, the base's nested and its sizes beside them; without the folder that the base came from."""
         tree: dict[str, Any] = super().to_dict()
+        base = self.base_config
+        tree |= {name: found for name in SIZES if (found := getattr(base, name, None)) is not None}
         if isinstance(tree.get("base_config"), dict):
             tree["base_config"].pop("_name_or_path", None)
         return tree

@@ -25,6 +25,7 @@ from tinyonn.base.checkpoint import tensor_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
+from tinyonn.experts.ending import stop_at_turns
 from tinyonn.sizes import format_size
 
 if TYPE_CHECKING:
@@ -187,12 +188,13 @@ def export_model(
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
     if format == "hub":
         _copy(source, folder)
-        top_k = (assembled.config.get("router") or assembled.config)["top_k"]
-        write_card(folder, assembled.config["assembly"], base or source, top_k, figures)
+        write_card(folder, assembled.config, base or source, figures)
         weights = sum(assembled.config["expert_sizes"])
     else:
         write = {"dense": _write_dense, "npz": _write_npz, "parquet": _write_parquet}[format]
         weights = write(assembled, folder, flags)
+    if format in ("hub", "dense"):
+        stop_at_turns(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return ExportReport(
         str(source),

@@ -9,6 +9,7 @@ Shape suffixes: R rows (samples, or tokens of all samples), E experts, G groups 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,8 +179,40 @@ def _pattern(gates_G: torch.Tensor, learned: bool) -> Pattern:
     return Pattern(gates_G, None if learned else gates_G.detach().cpu().numpy().tobytes())
 
 
+@dataclass
+class Call:
+    """A call of ``generate``.
+
+    Attributes
+    ----------
+    gates : float32 [experts] or [1, experts], optional
+        For all that it runs.
+    tokens : int, optional
+        Of the prompt.
+    routing : Any
+        The router's choices where there is no cache.
+    prompt : (ids, mask), optional
+        The whole prompt while it is read chunk by chunk.
+    """
+
+    gates: torch.Tensor | None
+    tokens: int | None
+    routing: Any
+    prompt: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+
+class _Thread(threading.local):
+    """What a thread is at with a model; a copy of the model is at nothing."""
+
+    active: Active | None = None
+    call: Call | None = None
+
+    def __reduce__(self) -> Any:
+        return _Thread, ()
+
+
 class Switch:
-    """What all sparse layers of a model share: the gates of the pass that is run now, and the forced path.
+    """What all sparse layers of a model share: the forced path and, thread by thread, the gates of the pass that runs.
 
     Parameters
     ----------
@@ -190,12 +223,12 @@ class Switch:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.path: str = config.forward_path
-        self._active: Active | None = None
+        self._thread = _Thread()
         self._latest: tuple[Any, Active] | None = None
 
     def active(self, device: torch.device) -> Active:
         """The gates of this pass; those of the rule outside a pass."""
-        return self._active or self.sorted(self.rule(device), 1, 1)
+        return self._thread.active or self.sorted(self.rule(device), 1, 1)
 
     def rule(self, device: torch.device) -> torch.Tensor:
         """Gates of the stated rule, float32 [experts]."""
@@ -209,8 +242,9 @@ class Switch:
         """`activate`, not repeated while the gates stay the same, as they do from token to token."""
         if gates.requires_grad or gates.dim() == 3 or value_gates is not None:
             return activate(gates, batch, tokens, value_gates)
-        if self._latest is not None:
-            known, active = self._latest
+        latest = self._latest
+        if latest is not None:
+            known, active = latest
             if known.shape == gates.shape and known.device == gates.device and torch.equal(known, gates):
                 _check_fit(gates, batch, tokens)
                 return active
@@ -221,74 +255,27 @@ class Switch:
     @contextlib.contextmanager
     def use(self, active: Active | None) -> Iterator[None]:
         """Gates of what runs inside."""
-        before, self._active = self._active, active
+        before, self._thread.active = self._thread.active, active
         try:
             yield
         finally:
-            self._active = before
+            self._thread.active = before
 
     @property
     def now(self) -> Active | None:
         """Gates of the pass that runs, None outside."""
-        return self._active
+        return self._thread.active
 
+    @contextlib.contextmanager
+    def calling(self, call: Call) -> Iterator[None]:
+        """The call of ``generate`` that runs inside."""
+        before, self._thread.call = self._thread.call, call
+        try:
+            yield
+        finally:
+            self._thread.call = before
 
-class Routing:
-    """A router's choices along a sequence: on the prompt, and again every so many tokens.
-
-    The gates are a function of the tokens up to the latest choice, so that a beam that takes another's place gets
-    the gates that belong to its own tokens.
-    """
-
-    def __init__(self) -> None:
-        self.ids: torch.Tensor | None = None
-        self._prompt = 0
-        self._chosen: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def along(self, ids: torch.Tensor, past: int) -> torch.Tensor:
-        """All tokens of the sequence when `ids` follow `past` tokens of a cache, int64 [batch, past + tokens].
-
-        Raises
-        ------
-        ValueError
-            The cache holds tokens that were never seen here.
-        """
-        if past == 0:
-            return ids
-        if self.ids is None or self.ids.shape != (ids.shape[0], past):
-            seen = "none" if self.ids is None else list(self.ids.shape)
-            raise ValueError(
-                f"the router has to see the {past} tokens in the cache but saw {seen}; "
-                "pass gates=, or run the prompt with this model first"
-            )
-        return torch.cat([self.ids.to(ids.device), ids], 1)
-
-    def choose(
-        self, router: Any, ids: torch.Tensor, mask: torch.Tensor | None, first: bool, every: int | None
-    ) -> torch.Tensor:
-        """Gates per prompt [batch, experts] for a sequence as far as it goes.
-
-        Parameters
-        ----------
-        router : module
-            ``forward(input_ids, attention_mask) -> gates [batch, experts]``.
-        ids : int64 [batch, tokens]
-            The whole sequence.
-        mask : [batch, tokens], optional
-        first : bool
-            The sequence is the prompt.
-        every : int, optional
-            Generated tokens between two choices.
-        """
-        self.ids = ids.detach()
-        length = ids.shape[1]
-        if first:
-            self._prompt, self._chosen = length, None
-        seen = length if every is None else self._prompt + (length - self._prompt) // every * every
-        seen = self._prompt if every is None else seen
-        prefix = ids[:, :seen]
-        if self._chosen is not None and torch.equal(self._chosen[0], prefix):
-            return self._chosen[1]
-        gates: torch.Tensor = router(prefix, None if mask is None or mask.dim() != 2 else mask[:, :seen])
-        self._chosen = None if gates.requires_grad else (prefix, gates)
-        return gates
+    @property
+    def call(self) -> Call | None:
+        """The call of ``generate`` that runs, None outside."""
+        return self._thread.call

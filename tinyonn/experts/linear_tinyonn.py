@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from .dense_tinyonn import DenseWeight
 from .gates_tinyonn import Active, Pattern, Switch
 from .matrix_tinyonn import on_gpu
 from .sparse_tinyonn import (
@@ -58,11 +59,16 @@ class Kept(NamedTuple):
         return isinstance(self.form, torch.Tensor)
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(nn.Linear):
     """Takes the place of ``nn.Linear`` or of ``Conv1D``, whose weight is transposed.
+
+    Other programs, such as peft, find a linear layer in it: with ``in_features``, ``out_features``, a bias and, to be
+    read, a weight.
 
     Attributes
     ----------
+    weight : DenseWeight [out, in]
+        Of all groups with gate 1.
     values : Parameter [entries]
     columns : uint16 [entries], int32 where there are more than 65,536 inputs
     row_pointer : int32 [groups * out + 1]
@@ -72,6 +78,7 @@ class ExpertLinear(nn.Module):
     values: nn.Parameter
     columns: torch.Tensor
     row_pointer: torch.Tensor
+    _is_hf_initialized = True  # transformers draws no random weight
 
     def __init__(
         self,
@@ -84,14 +91,14 @@ class ExpertLinear(nn.Module):
         transposed: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # there is no dense weight to make
         self.out_features, self.in_features, self.groups = out_features, in_features, groups
         self.switch, self.transposed = switch, transposed
         self.values = nn.Parameter(torch.empty(entries, dtype=dtype))
         number = torch.uint16 if in_features <= 65536 else torch.int32
         self.register_buffer("columns", torch.empty(entries, dtype=number))
         self.register_buffer("row_pointer", torch.empty(groups * out_features + 1, dtype=torch.int32))
-        self.bias = bias
+        self.bias = bias  # type: ignore[assignment]
         self._kept: dict[bytes, Kept] = {}
         self._stamp: tuple[Any, ...] = ()
 
@@ -108,6 +115,15 @@ class ExpertLinear(nn.Module):
         rows = torch.searchsorted(row_starts, places, right=True) - 1
         self.columns = (places - row_starts[rows]).to(self.columns.dtype)
         self.row_pointer = functional.pad(row_starts, ((self.groups - 1) * out, 0)).int()
+
+    @property
+    def weight(self) -> DenseWeight:  # type: ignore[override]
+        """The dense weight, to be read; within a pass only if all groups are on for all of it."""
+        return DenseWeight(self.matrix, self._all_on)
+
+    def _all_on(self) -> bool:
+        active = self.switch.now
+        return active is None or bool((active.gates_RG == 1).all())
 
     @property
     def matrix(self) -> ExpertMatrix:
@@ -276,15 +292,15 @@ class ExpertLinear(nn.Module):
         current = {pattern.key for pattern in active.patterns}
         self._kept.pop(key, None)
         limit = KEPT_DENSE * self.out_features * self.in_features * self.values.itemsize
-        for old in [other for other in self._kept if other not in current]:
+        for old, other in [item for item in list(self._kept.items()) if item[0] not in current]:
             full = len(self._kept) >= max(KEPT_PATTERNS, len(current)) or self._bytes() + kept.bytes > limit
-            if full or (kept.is_dense and self._kept[old].is_dense):
-                del self._kept[old]
+            if full or (kept.is_dense and other.is_dense):
+                self._kept.pop(old, None)  # another thread may have been quicker
         if not self._kept or self._bytes() + kept.bytes <= limit:
             self._kept[key] = kept
 
     def _bytes(self) -> int:
-        return sum(kept.bytes for kept in self._kept.values())
+        return sum(kept.bytes for kept in list(self._kept.values()))
 
     def extra_repr(self) -> str:
         """Sizes."""

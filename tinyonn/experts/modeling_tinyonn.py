@@ -20,21 +20,30 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, TinyONNConfig
 from .expert_tinyonn import TinyONNExpert
-from .gates_tinyonn import Routing, Switch, read_gates
+from .gates_tinyonn import Switch, read_gates
+from .generation_tinyonn import TinyONNGenerationMixin
 from .linear_tinyonn import ExpertLinear, swap
 from .router_options_tinyonn import RouterOptions
 from .router_tinyonn import PromptRouter
+from .routing_tinyonn import Routing, follow_result, routing_of
 from .shards_tinyonn import ASSEMBLY, check_shards, stamp
 
 Gates = torch.Tensor | Sequence[Any]
 
 
-class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+def _sparse(module: Any) -> ExpertLinear:
+    """A sparse layer, also where an adapter's layer has been put around it."""
+    while not isinstance(module, ExpertLinear):
+        module = module.base_layer
+    return module
+
+
+class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: ignore[misc]
     """The base architecture with sparse layers in the place of its linear ones.
 
     Attributes
@@ -80,7 +89,6 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         self.generation_config = self.base.generation_config
         self.router: nn.Module | None = None
         self._gates: torch.Tensor | None = None
-        self._routing = Routing()
         if target.type != "meta":
             self.base.to_empty(device=target)
             for layer in self.sparse_layers.values():
@@ -92,7 +100,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
     @property
     def sparse_layers(self) -> dict[str, ExpertLinear]:
         """The sparse layers by their names in the base."""
-        return {name: self.base.get_submodule(name) for name in self.config.sparse_layers}
+        return {name: _sparse(self.base.get_submodule(name)) for name in self.config.sparse_layers}
 
     def expert(self, number: int) -> TinyONNExpert:
         """One expert, or the core, which has the number k.
@@ -224,7 +232,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         ValueError
             Gates that do not fit, or more tokens than the model's context or the cache.
         """
-        active = self._prepare(
+        active, routing = self._prepare(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -235,7 +243,7 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
             value_gates,
         )
         with self.switch.use(active):
-            return self.base(
+            result = self.base(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -246,6 +254,9 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
+        if routing is not None and past_key_values is None:
+            follow_result(result, routing)
+        return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepare(
@@ -265,30 +276,38 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, tokens = given.shape[:2]
         self._check_length(past, tokens, attention_mask, position_ids, cache)
-        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
+        chosen = self._given() if gates is None else read_gates(gates, self.config.experts)
+        if gates is not None and inputs_embeds is not None and gates is routing_of(cache).gates:
+            chosen = None  # an adapter has put tokens of its own before those that they are for
+        routing = None
         if chosen is None and self.router is not None:
-            chosen = self._routed(input_ids, attention_mask, past)
+            routing = routing_of(cache)
+            chosen = self._routed(input_ids, inputs_embeds, attention_mask, past, routing)
         if chosen is None:
             chosen = self.switch.rule(given.device)
+        chosen = chosen.to(given.device)
         if value_gates is None:
-            return self.switch.sorted(chosen.to(given.device), batch, tokens)
+            return self.switch.sorted(chosen, batch, tokens), routing
         taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach()
-        return self.switch.sorted(chosen.to(given.device), batch, tokens, taught.to(given.device))
+        return self.switch.sorted(chosen, batch, tokens, taught.to(given.device)), routing
 
-    def _routed(self, input_ids: torch.Tensor | None, attention_mask: Any, past: int) -> torch.Tensor:
-        if input_ids is None:
+    def _routed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: Any,
+        past: int,
+        routing: Routing,
+    ) -> torch.Tensor:
+        """Gates of a pass by hand: the first tokens in a cache are the prompt."""
+        given = input_ids if input_ids is not None else inputs_embeds
+        assert given is not None
+        if given.is_floating_point() and not isinstance(self.router, PromptRouter):
             raise ValueError("the router reads input_ids but inputs_embeds are given; pass gates= too")
-        ids = self._routing.along(input_ids, past)
-        return self._route(ids, attention_mask, past == 0, input_ids.shape[1])
-
-    def _route(self, ids: torch.Tensor, attention_mask: Any, first: bool, tokens: int) -> torch.Tensor:
-        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
-        if self.config.gates_per == "token":
-            self._routing.ids = ids
-            assert self.router is not None
-            return read_gates(self.router(ids, mask)[:, -tokens:], self.config.experts)
-        every = self.config.reroute_every
-        return read_gates(self._routing.choose(self.router, ids, mask, first, every), self.config.experts)
+        ids = routing.along(given, past, self.get_input_embeddings())
+        if past == 0 or past < routing.prompt:
+            routing.prompt = ids.shape[1]
+        return self._route(routing, ids, attention_mask, past, given.shape[1])
 
     def _check_length(
         self, past: int, tokens: int, attention_mask: Any, position_ids: torch.Tensor | None, cache: Any
@@ -311,28 +330,6 @@ class TinyONNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc
                     f"{past + tokens} tokens do not fit a cache of {room} (max_cache_len); "
                     "make a larger cache, or give fewer tokens"
                 )
-
-    def generate(self, *args: Any, gates: Any = None, **kwargs: Any) -> Any:
-        """As in ``transformers``; `gates` as in `forward`, one row for each prompt."""
-        chosen = self._gates if gates is None else read_gates(gates, self.config.experts)
-        if chosen is None:
-            return super().generate(*args, **kwargs)
-        if chosen.dim() == 1 or len(chosen) == 1:  # several sequences per prompt would repeat its rows
-            with self.gates(chosen):
-                return super().generate(*args, **kwargs)
-        return super().generate(*args, gates=chosen, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As in ``transformers``, with the router's gates, which depend on the whole sequence."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if self.router is None or inputs.get("gates") is not None or self._gates is not None:
-            return inputs
-        cache = kwargs.get("past_key_values")
-        first = kwargs.get("is_first_iteration") or (cache is not None and int(cache.get_seq_length()) == 0)
-        if inputs.get("input_ids") is not None:
-            tokens = inputs["input_ids"].shape[1]
-            inputs["gates"] = self._route(input_ids, kwargs.get("attention_mask"), bool(first), tokens)
-        return inputs
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

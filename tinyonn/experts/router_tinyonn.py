@@ -175,7 +175,7 @@ class PromptRouter(nn.Module):
         return product(logits.main_BN, logits.sub_BE, self.options.branch_of())
 
     def _real(self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-        real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT != 0
+        real_BT = ids_BT.new_ones(ids_BT.shape[:2]) if mask_BT is None else mask_BT != 0
         return real_BT.to(self.bias.device, torch.float32)
 
     def _read(self, ids_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
@@ -192,8 +192,9 @@ class PromptRouter(nn.Module):
 
     def _embedded(self, ids_BT: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            X_BTH = self._base[0].get_input_embeddings()(ids_BT).detach().to(self.bias.device).float()
-            X_BTH = _normalised(X_BTH, TINY)
+            given = ids_BT.is_floating_point()
+            X_BTH = ids_BT if given else self._base[0].get_input_embeddings()(ids_BT)
+            X_BTH = _normalised(X_BTH.detach().to(self.bias.device).float(), TINY)
         return functional.linear(X_BTH, self.embed.weight.float())
 
     def _state(self, mean_W: torch.Tensor) -> torch.Tensor:
@@ -262,7 +263,10 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Gates of each prompt, float32 [B, E], or of each of its tokens, [B, T, E]; without gradients."""
+        """Gates of each prompt, float32 [B, E], or of each of its tokens, [B, T, E]; without gradients.
+
+        `input_ids` may be embeddings instead, float [B, T, H].
+        """
         if not self.per_token:
             return self.choose(self.logits(input_ids, attention_mask)).gates_BE
         state_BTW = self.states(input_ids, attention_mask)

@@ -89,8 +89,7 @@ def _write_card(spec: Spec) -> None:
     """Beside a model that was assembled from a run."""
     tree = json.loads((Path(spec.output) / "config.json").read_text("utf-8"))
     if "report" in tree.get("assembly", {}):
-        base, top_k = model_folder(spec.model, weights=False), (tree.get("router") or tree)["top_k"]
-        write_card(Path(spec.output), tree["assembly"], base, top_k)
+        write_card(Path(spec.output), tree, model_folder(spec.model, weights=False))
 
 
 def _train(trainer: Trainer, report: Report) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
+from tinyonn import screen
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.config import Config
     from tinyonn.engine import EngineOptions
+    from tinyonn.screen import Sheet
 
 INTERRUPTED = 130
 
@@ -58,7 +58,7 @@ class Report(Protocol):
     def figures(self) -> dict[str, Any]:
         """The stage's own figures, as JSON values."""
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """The same for people."""
 
 
@@ -95,9 +95,7 @@ def run_stage(
                 setup_logging(local_folder(location) / "logs", stage)
             report = body(location, settings)
     except KeyboardInterrupt:
-        print(
-            "interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr
-        )
+        screen.complain("interrupted; what was committed stays, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     except TinyONNError as error:
         fail(error)
@@ -155,9 +153,7 @@ def size_of(memory: str | None) -> int | None:
 
 def show(report: Report) -> None:
     """Print a report for people."""
-    from rich.console import Console
-
-    Console().print(report.table())
+    screen.show(report.table())
 
 
 def say(message: str) -> None:
@@ -171,7 +167,7 @@ def fail(error: TinyONNError) -> NoReturn:
     logger = logging.getLogger("tinyonn")
     if logger.handlers:
         logger.debug("failed", exc_info=True)
-    print(f"tinyonn: {line}", file=sys.stderr)
+    screen.complain(f"tinyonn: {line}")
     raise typer.Exit(error.exit_code) from None
 
 

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +34,10 @@ from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.places import local_folder, store_location
 from tinyonn.score.stage import task_groups
+from tinyonn.screen import Sheet
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ class ClusterReport:
         """JSON values."""
         return {**asdict(self), "cells": [asdict(cell) for cell in self.cells]}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
         return cell_table(self)
 

@@ -25,11 +25,10 @@ from tinyonn.base.weights import tensor_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.run import Run
 
 FORMATS = ("hub", "dense", "npz", "parquet")
@@ -55,21 +54,13 @@ class ExportReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        table = Table(title=f"exported {self.folder}", title_justify="left")
-        for heading in ("format", "experts", "weights of matrices", "files", "on disk"):
-            table.add_column(heading, justify="right")
-        table.add_row(
-            self.format,
-            str(len(self.experts)),
-            f"{self.weights:,}",
-            str(self.files),
-            format_size(self.bytes),
-        )
-        return table
+        sheet = Sheet(f"exported {whole(self.folder)}").text("format")
+        sheet.number("experts", "weights of matrices", "files", "on disk")
+        counts = (len(self.experts), self.weights, self.files)
+        sheet.add(self.format, *(f"{count:,}" for count in counts), format_size(self.bytes))
+        return sheet
 
 
 class Assembled:

@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
 
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.machine import peak_rss
 from tinyonn.record.worker import WorkerUse
-from tinyonn.sizes import format_size
+from tinyonn.screen import Sheet, pairs, whole
+from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
 
@@ -171,20 +171,17 @@ class RecordReport:
         """All figures, as JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """The same for people."""
-        table = Table(title=f"recorded {self.run}", show_header=False)
         rows = {
-            "samples": f"{self.samples} ({self.samples_recorded} in this call)",
-            "set aside": str(self.set_aside),
-            "cut to data.max_tokens": str(self.truncated),
+            "samples": f"{self.samples:,} ({self.samples_recorded:,} in this call)",
+            "set aside": f"{self.set_aside:,}",
+            "cut to data.max_tokens": f"{self.truncated:,}",
             "weights": f"{self.weights:,}",
-            "live segments": str(self.live_segments),
+            "live segments": f"{self.live_segments:,}",
             "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
             "writing / recording": f"{self.commit_share:.1%}",
             "peak memory": f"{format_size(self.peak_rss_bytes)} of RAM, {format_size(self.peak_vram_bytes)} of VRAM",
-            "time": f"{self.seconds:.1f} s",
+            "time": format_seconds(self.seconds),
         }
-        for name, text in rows.items():
-            table.add_row(name, text)
-        return table
+        return pairs(f"recorded {whole(self.run)}", rows)

@@ -21,6 +21,7 @@ from tinyonn.engine import THREADS, EngineOptions, computing
 from tinyonn.errors import InputError
 from tinyonn.places import local_folder, store_location
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_chunk
 from tinyonn.store.lock import RunLock
@@ -31,7 +32,6 @@ from tinyonn.store.repository import Store
 
 if TYPE_CHECKING:
     from icechunk import ForkSession
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,27 +62,19 @@ class ScoreReport:
         rate = self.weights / self.score_seconds if self.fresh and self.score_seconds > 0 else 0.0
         return {**asdict(self), "warnings": list(self.warnings), "weights_per_second": rate}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         what = f"{self.weights:,} weights in {self.tensors} tensors"
         done = (
             f"{what} in {format_seconds(self.score_seconds)}"
             if self.fresh
             else "nothing to do: scored already"
         )
-        table = Table(
-            title=f"scored {self.location}",
-            caption="\n".join([done, *(f"warning: {text}" for text in self.warnings)]),
-            title_justify="left",
-            caption_justify="left",
-        )
-        table.add_column("slice")
-        table.add_column("samples", justify="right")
+        notes = [done, *(f"warning: {text}" for text in self.warnings)]
+        sheet = Sheet(f"scored {whole(self.location)}", notes).text("slice").number("samples")
         for name, count in self.slices.items():
-            table.add_row(name, f"{count:,}")
-        return table
+            sheet.add(whole(name), f"{count:,}")
+        return sheet
 
 
 @dataclass(frozen=True)

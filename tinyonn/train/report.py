@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds, format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ENDS = 20  # steps at the beginning and at the end that losses are averaged over
 PARTS = ("kl", "ce", "hidden", "balance", "z", "specificity", "profile")
@@ -71,13 +69,11 @@ class TrainReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         speed = f"{self.tokens_per_second:,.0f} tokens/s with {self.workers} worker(s) on {self.device}"
         lines = [
-            f"{self.steps} steps, {self.tokens:,} tokens, {speed}",
+            f"{self.steps:,} steps, {self.tokens:,} tokens, {speed}",
             f"memory of a worker {format_size(self.peak_worker_bytes)}, planned {format_size(self.need_bytes)}",
         ]
         if self.active_weights is not None:
@@ -97,13 +93,10 @@ class TrainReport:
         if self.restarts:
             lines.append(f"workers were lost {self.restarts} time(s)")
         lines += [f"alarm: {alarm}" for alarm in self.alarms[-3:]]
-        table = Table(title=f"trained {self.model}", title_justify="left", caption_justify="left")
-        table.caption = "\n".join(lines)
-        for heading in ("loss", "first steps", "last steps"):
-            table.add_column(heading, justify="left" if heading == "loss" else "right")
+        sheet = Sheet(f"trained {whole(self.model)}", lines).text("loss").number("first steps", "last steps")
         for name, (first, last) in self.losses.items():
-            table.add_row(name, f"{first:.4f}", f"{last:.4f}")
-        return table
+            sheet.add(name, f"{first:.4f}", f"{last:.4f}")
+        return sheet
 
 
 def progress_line(line: Mapping[str, Any], steps: int) -> str:

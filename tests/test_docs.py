@@ -130,7 +130,9 @@ def test_plan_in_the_readme_is_what_plan_prints(place: Path, monkeypatch: pytest
     monkeypatch.setattr(screen, "width_of", lambda stream: PLAN_WIDTH)
     result = CliRunner().invoke(app, words(command.text)[1:])
     printed = [line.rstrip() for line in result.stdout.rstrip().splitlines()]
-    assert block.text.rstrip().splitlines() == printed, f"paste it anew, of a terminal of {PLAN_WIDTH} columns"
+    assert block.text.rstrip().splitlines() == printed, (
+        f"paste it anew, of a terminal of {PLAN_WIDTH} columns"
+    )
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)

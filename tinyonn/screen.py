@@ -11,9 +11,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from functools import cache
-from typing import IO, TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -142,7 +143,7 @@ def wrap(text: str, width: int | None) -> list[str]:
         return []
     lines = []
     for line in text.split("\n"):
-        if width is None or _cells(line) <= width:
+        if width is None or cells(line) <= width:
             lines.append(line)
         else:
             lines += _filled(UNIT.sub(HARD, line), width)
@@ -154,7 +155,7 @@ def _filled(line: str, width: int) -> Iterator[str]:
     words = line.split(" ")
     held = words[0]
     for word in words[1:]:
-        if _cells(held) + 1 + _cells(word) > width:
+        if cells(held) + 1 + cells(word) > width:
             yield held
             held = word
         else:
@@ -162,7 +163,7 @@ def _filled(line: str, width: int) -> Iterator[str]:
     yield held
 
 
-def _cells(text: str) -> int:
+def cells(text: str) -> int:
     """Columns of a terminal that a text takes: two for wide characters."""
     if text.isascii():
         return len(text)
@@ -173,11 +174,11 @@ def _cells(text: str) -> int:
 
 def _word(text: str) -> int:
     """Cells of the longest word."""
-    return max((_cells(word) for word in UNIT.sub(HARD, text).split()), default=0)
+    return max((cells(word) for word in UNIT.sub(HARD, text).split()), default=0)
 
 
 def _line(text: str) -> int:
-    return max(_cells(line) for line in text.split("\n"))
+    return max(cells(line) for line in text.split("\n"))
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def _drawn(sheet: Sheet, width: int, frames: bool) -> RenderResult:
 
 def _padded(column: Column, text: str, width: int) -> list[str]:
     """Lines of a cell, as wide as its column."""
-    blanks = [(line, " " * (width - _cells(line))) for line in wrap(text, width) or [""]]
+    blanks = [(line, " " * (width - cells(line))) for line in wrap(text, width) or [""]]
     return [space + line if column.number else line + space for line, space in blanks]
 
 
@@ -325,7 +326,73 @@ def _listed(sheet: Sheet, width: int | None) -> Iterator[str]:
                 yield from (f"  {line}" for line in wrap(text, None if width is None else width - GAP))
 
 
-def watched(stream: IO[str]) -> bool:
+_own: dict[str, TextIO] = {}  # streams of ours while those of the process are the libraries'
+
+
+def stdout() -> TextIO:
+    """Where reports go."""
+    return _own.get("stdout", sys.stdout)
+
+
+def stderr() -> TextIO:
+    """Where progress and errors go."""
+    return _own.get("stderr", sys.stderr)
+
+
+@contextmanager
+def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
+    """Keep stdout and stderr for what this package shows; all else that is written there goes into a file.
+
+    That is what libraries, native code and child processes print. Where the streams are not those of the process (in
+    tests, in notebooks), they stay as they are.
+
+    Parameters
+    ----------
+    chatter : Path or None
+        Is appended to; None throws it away.
+    as_json : bool
+        Reports go to stderr, so that stdout has the JSON line alone.
+    """
+    if not (_is_of_process(sys.stdout, 1) and _is_of_process(sys.stderr, 2)):
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield
+        return
+    _flush()
+    saved = os.dup(1), os.dup(2)
+    for name, number in (("stdout", saved[1 if as_json else 0]), ("stderr", saved[1])):
+        like: TextIO = getattr(sys, "stderr" if as_json else name)
+        _own[name] = os.fdopen(os.dup(number), "w", 1, like.encoding, "backslashreplace")
+    target = os.open(chatter or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for number in (1, 2):
+        os.dup2(target, number)
+    os.close(target)
+    try:
+        yield
+    finally:
+        _flush()
+        for number, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        for stream in _own.values():
+            with suppress(OSError):
+                stream.close()
+        _own.clear()
+
+
+def _is_of_process(stream: TextIO, number: int) -> bool:
+    try:
+        return stream.fileno() == number
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr, *_own.values()):
+        with suppress(OSError, ValueError):
+            stream.flush()
+
+
+def watched(stream: TextIO) -> bool:
     """Whether a person watches a stream on a terminal that can move its cursor and show colours."""
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     try:
@@ -334,7 +401,7 @@ def watched(stream: IO[str]) -> bool:
         return False
 
 
-def width_of(stream: IO[str]) -> int | None:
+def width_of(stream: TextIO) -> int | None:
     """Columns of the terminal behind a stream, None without one; ``COLUMNS`` decides if it is set."""
     try:
         if not stream.isatty():
@@ -345,25 +412,19 @@ def width_of(stream: IO[str]) -> int | None:
         return None
 
 
-@cache
-def error_console() -> Console:
-    """Of stderr as it is at each moment: bars and lines of progress must know of each other."""
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
-
-
 def show(sheet: Sheet) -> None:
     """Print a sheet on stdout."""
-    width = width_of(sys.stdout)
-    if watched(sys.stdout):
+    stream = stdout()
+    width = width_of(stream)
+    if watched(stream):
         from rich.console import Console
 
-        Console(width=width).print(sheet, crop=False)
+        Console(file=stream, width=width).print(sheet, crop=False)
     else:
-        print(sheet.plain(width), flush=True)
+        print(sheet.plain(width), file=stream, flush=True)
 
 
 def complain(text: str) -> None:
     """Print a line on stderr, at a terminal broken at blanks."""
-    print("\n".join(wrap(text, width_of(sys.stderr))), file=sys.stderr, flush=True)
+    stream = stderr()
+    print("\n".join(wrap(text, width_of(stream))), file=stream, flush=True)

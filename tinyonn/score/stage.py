@@ -17,9 +17,11 @@ import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import ScoreConfig
-from tinyonn.engine import THREADS, EngineOptions, computing
+from tinyonn.engine import THREADS, Call, EngineOptions, Watch, computing
 from tinyonn.errors import InputError
+from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
+from tinyonn.progress import Bar
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
 from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
@@ -198,7 +200,11 @@ def _score(
     forks = store.begin_stage("score", len(tasks))
     try:
         reader = store.reader()
-        with computing(options, workers) as compute:
+        total = sum(parameter.size for parameter in manifest.parameters)
+        with (
+            Bar("scoring", [Phase("", total, parallel=workers)], "weights") as bar,
+            computing(options, workers, Watch(bar, _weights)) as compute,
+        ):
             done = compute(
                 [(score_tensors, (reader, fork, task)) for fork, task in zip(forks, tasks, strict=True)]
             )
@@ -213,6 +219,12 @@ def _score(
     store.clean()
     LOG.debug("scored %s: %d tasks, %d workers", store.location, len(tasks), workers)
     return workers
+
+
+def _weights(call: Call) -> float:
+    """Of a call of `score_tensors`."""
+    task: ScoreTask = call[1][2]
+    return sum(parameter.size for parameter in task.parameters)
 
 
 def task_groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import isinf
 from statistics import median
 
 WINDOW = 10.0  # seconds that the rate looks back on at least
@@ -77,10 +78,12 @@ class Phase:
     ----------
     name : str
     total : float
-        Work of this start.
+        Work of this start; infinite where it is not known.
     expected : float or None
         Work per second before there are observations.
     parallel : int
+    before : float
+        Work of earlier starts, which says nothing of the speed.
     observations : list of (float, float)
     """
 
@@ -88,6 +91,7 @@ class Phase:
     total: float
     expected: float | None = None
     parallel: int = 1
+    before: float = 0.0
     observations: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -109,7 +113,9 @@ class Phase:
             del self.observations[self.parallel + 1 : -1 : 2]
 
     def left(self, seconds: float) -> float | None:
-        """Seconds to its end; None if its speed is not known yet."""
+        """Seconds to its end; None if its speed or its end is not known yet."""
+        if isinf(self.total):
+            return None
         undone = max(0.0, self.total - self.done)
         if undone == 0:
             return 0.0

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -124,10 +125,17 @@ class Bar:
             self.pace.enter(phase, self._clock())
             self._counted, self.note = 0.0, ""
 
-    def add(self, work: float = 1.0) -> None:
-        """So much more is done."""
+    def add(self, work: float = 1.0, counted: float | None = None) -> None:
+        """So much more is done, and for people so many more."""
         with _lock:
-            self.update(self.pace.phase.done + work, self._counted + work)
+            self.update(self.pace.phase.done + work, self._counted + (work if counted is None else counted))
+
+    def skip(self, work: float, counted: float = 1.0) -> None:
+        """So much turned out to have been done by an earlier start."""
+        with _lock:
+            self.pace.phase.total -= work
+            self._before += counted
+            self._counted += counted
 
     def update(self, done: float, counted: float | None = None, note: str | None = None) -> None:
         """Say where the work stands.
@@ -170,11 +178,12 @@ class Bar:
     @property
     def _total(self) -> float:
         """What is counted up to, in this phase."""
-        return self.pace.phase.total if self._count is None else self._count
+        phase = self.pace.phase
+        return phase.total + phase.before if self._count is None else self._count
 
     def _amount(self) -> str:
-        total, counted = self._total, self._counted
-        if not total:
+        total, counted = self._total, self._counted + self.pace.phase.before
+        if not isfinite(total) or not total:
             return f"{counted:,.0f} {self.unit}" if counted else ""
         if self.unit == "B":
             return f"{format_size(counted)} of {format_size(total)}"
@@ -201,7 +210,7 @@ class Bar:
     def _left(self) -> str:
         """To the end; to that of the phase while the speed of a later one is not known."""
         now, phase = self._clock(), self.pace.phase
-        if not any(phase.total for phase in self.pace.phases):
+        if not any(one.total for one in self.pace.phases):
             return f"{_rounded(now - self._started)} so far"
         left = self.pace.left(now)
         if left is None:
@@ -216,7 +225,8 @@ class Bar:
         if len(self.pace.phases) > 1:
             left, spent = self.pace.left(now), now - self._started
             return None if left is None else spent / max(spent + left, 1e-9)
-        return min(1.0, self._counted / self._total) if self._total else None
+        done = self._counted + self.pace.phase.before
+        return min(1.0, done / self._total) if self._total else None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.text import Text
@@ -252,11 +262,13 @@ def _drawn(share: float, width: int) -> Text:
 
 
 def counted(items: Iterable[T], what: str, total: float, unit: str) -> Iterator[T]:
-    """Go through items under a bar that counts them."""
+    """Go through items under a bar that counts them; their number may be 0, which is not known."""
+    step = max(1, int(total) // 1000)
     with Bar(what, total, unit) as bar:
-        for item in items:
+        for number, item in enumerate(items, 1):
             yield item
-            bar.add()
+            if number % step == 0:
+                bar.update(number)
 
 
 class _Shown:
@@ -286,6 +298,27 @@ def _refresh() -> None:
     elif not _bars and _live is not None:
         live, _live = _live, None
         live.stop()
+
+
+def hub_bar(bar: Bar) -> type:
+    """A class in place of the hub's own bars, which counts bytes on ours."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    class HubBar(tqdm):  # type: ignore[misc]
+        """Of one download; those of files are of no use beside those of bytes."""
+
+        def display(self, *_: object, **__: object) -> None:
+            """Show nothing of its own."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Take what has come."""
+            shown = super().update(n)
+            if self.unit == "B":
+                bar.pace.phase.total = max(float(self.total or 0), bar.pace.phase.total)
+                bar.update(max(float(self.n), bar.pace.phase.done))
+            return bool(shown)
+
+    return HubBar
 
 
 def print_line(text: str) -> None:

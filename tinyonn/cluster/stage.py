@@ -46,6 +46,7 @@ LOG = logging.getLogger(__name__)
 
 # Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
 ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
+FEW_ITERATIONS = 5  # before which their number cannot be told
 MOVED = 1e-7  # share of the weights that moves, below which it counts as none
 WAVES = 8  # in which the counting is done, so that what does not fit is found early
 
@@ -190,8 +191,8 @@ class _Settling:
         before = self._moved[done // 2]
         slope = (before - self._moved[-1]) / max(1, done - 1 - done // 2)
         more = (self._moved[-1] - self._end) / slope if slope > 0 else self._most
-        phase = self._bar.pace.phase
-        phase.total = min(self._most, done + math.ceil(max(0.0, more)))
+        if done >= FEW_ITERATIONS:
+            self._bar.pace.phase.total = min(self._most, done + math.ceil(max(0.0, more)))
         self._bar.update(done, note=f"{moved:.2%} moved")
 
 
@@ -229,7 +230,7 @@ class _Job:
             )
         )
         with (
-            Bar("clustering", [counting, Phase("settling", 0.0), labelling]) as bar,
+            Bar("clustering", [counting, Phase("settling", math.inf), labelling]) as bar,
             computing(self.options, self.workers, Watch(bar, _weights)) as compute,
         ):
             started = time.monotonic()

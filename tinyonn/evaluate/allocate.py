@@ -41,6 +41,7 @@ from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.run import open_run
 from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
@@ -158,15 +159,17 @@ def allocate_run(
         measuring = 0 if kept.curves else passes_of_measuring(groups)
         most = measuring + len(wanted) * most_passes_of_search(groups, 3, options.rounds)
         tell(f"{len(groups)} groups of tensors: at most {most} passes over {len(samples)} samples")
-        if not kept.curves:
-            kept.put_curves(measure(trials, groups, SHARES))
-        for budget in wanted:
-            by_score = _global_shares(source, options.selection, budget)
-            by_loss = predicted(kept.curves, trials.sizes, budget)
-            between = {name: (by_score[name] * by_loss[name]) ** 0.5 for name in by_score}
-            found = search(trials, groups, [by_score, by_loss, between], budget, options.rounds)
-            kept.put(budget, options.rounds, found)
-            tell(f"{budget:.1%}: {found.start:.4f} → {found.loss:.4f} nats, {found.passes} passes")
+        with Bar("searching", most, "passes") as bar:
+            if not kept.curves:
+                kept.put_curves(measure(trials, groups, SHARES, bar.add))
+            for budget in wanted:
+                by_score = _global_shares(source, options.selection, budget)
+                by_loss = predicted(kept.curves, trials.sizes, budget)
+                between = {name: (by_score[name] * by_loss[name]) ** 0.5 for name in by_score}
+                starts = [by_score, by_loss, between]
+                found = search(trials, groups, starts, budget, options.rounds, bar.add)
+                kept.put(budget, options.rounds, found)
+                tell(f"{budget:.1%}: {found.start:.4f} → {found.loss:.4f} nats, {found.passes} passes")
         passes = trials.passes
     return AllocateReport(
         location,

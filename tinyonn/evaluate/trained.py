@@ -22,6 +22,7 @@ from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.train.data import Batch, held_out_batches
@@ -157,15 +158,21 @@ def evaluate_trained(
         lines.append(TrainedLine(name, experts, weights, evaluate_routed(one, batches, k)))
         tell(f"{name}, {weights / all_weights:.1%} of the weights active: {lines[-1].losses.mean:.4f} nats")
 
-    dense = DenseWeights(config.model)
-    linear = sum(parameter.size for parameter in dense.parameters)
-    measure(DENSE, dense.model, None, linear)
-    del dense
     trained = open_assembled(folder)
-    if (run / "experts" / "config.json").is_file():
-        measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
-    for k in _numbers(trained):
-        measure(TRAINED, trained, k, linear)
+    numbers = _numbers(trained)
+    assembled = (run / "experts" / "config.json").is_file()
+    with Bar("evaluating", 1 + assembled + len(numbers), "lines") as bar:
+        dense = DenseWeights(config.model)
+        linear = sum(parameter.size for parameter in dense.parameters)
+        measure(DENSE, dense.model, None, linear)
+        bar.add()
+        del dense
+        if assembled:
+            measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
+            bar.add()
+        for k in numbers:
+            measure(TRAINED, trained, k, linear)
+            bar.add()
     report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
     _remember(run / "evaluate" / CARD, str(trained.config.assembly.get("id")), report.figures()["lines"])
     return report

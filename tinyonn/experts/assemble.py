@@ -22,10 +22,11 @@ from tinyonn.base.load import load_shape
 from tinyonn.base.source import read_model_config
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
-from tinyonn.engine import THREADS, EngineOptions, computing
+from tinyonn.engine import THREADS, EngineOptions, Watch, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
+from tinyonn.experts.effort import call_effort, effort_of
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
 from tinyonn.experts.report import AssembleReport
@@ -44,6 +45,7 @@ from tinyonn.experts.shards import (
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.experts.totals import totals
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 from tinyonn.store.lock import RunLock
 
@@ -154,6 +156,11 @@ class _Assembly:
         self._take_folder()
         for name in ("config.json", "model.safetensors.index.json"):
             (self.folder / name).unlink(missing_ok=True)
+        weights = sum(parameter.size for parameter in self.run.parameters)
+        with Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar:
+            return self._make()
+
+    def _make(self) -> AssembleReport:
         started = time.monotonic()
         selection = self._selection()
         selected = time.monotonic()
@@ -208,7 +215,7 @@ class _Assembly:
 
     def _computing(self, need: int, what: str) -> Any:
         self.workers = self.options.fitting_workers(need, what)
-        return computing(self.options, self.workers)
+        return computing(self.options, self.workers, Watch(self.bar, call_effort))
 
     def _quantized(self) -> frozenset[str]:
         """Weights that the dense model holds in NF4."""

@@ -99,25 +99,21 @@ class TrainReport:
         return sheet
 
 
-def progress_line(line: Mapping[str, Any], steps: int) -> str:
-    """A step of the monitor, for people.
+def step_facts(line: Mapping[str, Any]) -> str:
+    """Losses and speed of a step of the monitor, for people.
 
     Parameters
     ----------
     line : mapping
         Of ``monitor.jsonl``.
-    steps : int
-        In all.
     """
     values = line["values"]
     shown = [f"{name} {values[name]:.3f}" for name in ("loss", "kl", "ce") if values.get(name) is not None]
     if values.get("active_experts") is not None:
         shown.append(f"{values['active_experts']:.0f} experts on")
-    if line["seconds"] > 0:
-        left = (steps - line["step"]) * line["tokens"] / max(values.get("tokens_per_second") or 0, 1e-9)
-        shown += [f"{values['tokens_per_second']:,.0f} tokens/s"] if values.get("tokens_per_second") else []
-        shown += [f"{format_seconds(left)} left"] if left < 1e8 else []
-    return f"step {line['step']} of {steps}: {', '.join(shown)}"
+    if values.get("tokens_per_second"):
+        shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(shown)
 
 
 def ends(lines: Sequence[Mapping[str, Any]], count: int = ENDS) -> dict[str, list[float]]:

@@ -27,6 +27,7 @@ from tests.documents import (
     words,
 )
 from tests.record.runs import config_of, serial_run, write_rows
+from tinyonn import screen
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, EvaluateConfig, known_keys, parse_config
@@ -125,10 +126,13 @@ def test_plan_in_the_readme_is_what_plan_prints(place: Path, monkeypatch: pytest
     (command,) = (c for c in commands() if c.page == "README.md" and c.text.startswith("tinyonn plan qwen"))
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", str(PLAN_WIDTH))
+    monkeypatch.setattr(screen, "watched", lambda stream: True)
+    monkeypatch.setattr(screen, "width_of", lambda stream: PLAN_WIDTH)
     result = CliRunner().invoke(app, words(command.text)[1:])
     printed = [line.rstrip() for line in result.stdout.rstrip().splitlines()]
-    assert block.text.rstrip().splitlines() == printed, f"paste it anew, printed with COLUMNS={PLAN_WIDTH}"
+    assert block.text.rstrip().splitlines() == printed, (
+        f"paste it anew, of a terminal of {PLAN_WIDTH} columns"
+    )
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)

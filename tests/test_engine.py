@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import urllib.request
 
 import pytest
 
-from tinyonn.engine import PROCESS_BYTES, EngineOptions, computing
+from tinyonn.engine import PROCESS_BYTES, EngineOptions, Watch, computing
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import usable_cpus
+from tinyonn.progress import Bar
 from tinyonn.sizes import GiB, MiB
 
 
@@ -17,21 +19,26 @@ def square(number: int) -> int:
 
 
 @pytest.mark.parametrize("kind", ["threads", "distributed"])
-def test_results_come_in_the_order_of_the_calls(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
-    options = EngineOptions(kind, 2, progress=True)  # type: ignore[arg-type]
-    with computing(options, 2) as compute:
+def test_results_come_in_the_order_of_the_calls_and_each_is_counted(kind: str) -> None:
+    options = EngineOptions(kind, 2)  # type: ignore[arg-type]
+    with (
+        Bar("squaring", sum(range(20))) as bar,
+        computing(options, 2, Watch(bar, lambda call: call[1][0])) as compute,
+    ):
         assert compute([(square, (i,)) for i in range(20)]) == [i * i for i in range(20)]
-    assert "Completed" in "".join(capfd.readouterr())  # the progress bar
+    assert bar.share == 1
+    assert bar.line().startswith("squaring: 190/190")
 
 
 def test_the_dask_dashboard_answers(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TINYONN_DASHBOARD", "127.0.0.1:0")
     pages = []
-    with computing(EngineOptions("distributed", 1, progress=True), 1) as compute:
+    caplog.set_level(logging.INFO, "tinyonn")
+    with computing(EngineOptions("distributed", 1), 1) as compute:
         compute([(square, (2,))])
-        link = capfd.readouterr().err.split("dashboard: ")[1].split()[0]
+        link = caplog.text.split("dashboard: ")[1].split()[0]
         pages.append(urllib.request.urlopen(link, timeout=20).read().decode())
     assert "Dask" in pages[0]
 

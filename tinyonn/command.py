@@ -6,8 +6,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
+from tinyonn import screen
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.config import Config
     from tinyonn.engine import EngineOptions
+    from tinyonn.screen import Sheet
 
 INTERRUPTED = 130
 
@@ -58,7 +56,7 @@ class Report(Protocol):
     def figures(self) -> dict[str, Any]:
         """The stage's own figures, as JSON values."""
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """The same for people."""
 
 
@@ -84,20 +82,14 @@ def run_stage(
     """
     started = time.monotonic()
     try:
-        with _stdout_to_stderr(as_json):
-            from tinyonn.config import load_config
+        from tinyonn.config import load_config
 
-            settings = load_config(config)
-            location = run_location(run, settings.storage.root)
-            if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
-                from tinyonn.logs import setup_logging
-
-                setup_logging(local_folder(location) / "logs", stage)
+        settings = load_config(config)
+        location = run_location(run, settings.storage.root)
+        with _console(stage, location, as_json, log):
             report = body(location, settings)
     except KeyboardInterrupt:
-        print(
-            "interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr
-        )
+        screen.complain("interrupted; what was committed stays, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
     except TinyONNError as error:
         fail(error)
@@ -143,7 +135,7 @@ def engine_options(kind: str, workers: int | None, memory: str | None, address: 
 
     if kind not in KINDS:
         raise InputError(f"--engine {kind!r} is unknown; choose {', '.join(KINDS)}")
-    return EngineOptions(kind, workers, size_of(memory), address, progress=sys.stderr.isatty())
+    return EngineOptions(kind, workers, size_of(memory), address)
 
 
 def size_of(memory: str | None) -> int | None:
@@ -155,9 +147,7 @@ def size_of(memory: str | None) -> int | None:
 
 def show(report: Report) -> None:
     """Print a report for people."""
-    from rich.console import Console
-
-    Console().print(report.table())
+    screen.show(report.table())
 
 
 def say(message: str) -> None:
@@ -171,7 +161,7 @@ def fail(error: TinyONNError) -> NoReturn:
     logger = logging.getLogger("tinyonn")
     if logger.handlers:
         logger.debug("failed", exc_info=True)
-    print(f"tinyonn: {line}", file=sys.stderr)
+    screen.complain(f"tinyonn: {line}")
     raise typer.Exit(error.exit_code) from None
 
 
@@ -185,17 +175,16 @@ def given(**options: str | None) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _stdout_to_stderr(active: bool) -> Iterator[None]:
-    """Keep standard output for the JSON line, also from libraries, child processes and daemons."""
-    if not active:
+def _console(stage: str, location: str, as_json: bool, log: bool) -> Iterator[None]:
+    """The console for this stage alone, its log and its progress."""
+    chatter = None
+    if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
+        from tinyonn.logs import chatter_file, setup_logging
+
+        folder = local_folder(location) / "logs"
+        setup_logging(folder, stage)
+        chatter = chatter_file(folder, stage)
+    from tinyonn.progress import shown_progress
+
+    with screen.kept_for_us(chatter, as_json), shown_progress():
         yield
-        return
-    sys.stdout.flush()
-    saved = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(saved, 1)
-        os.close(saved)

@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
+from tinyonn.screen import Sheet, Style, whole
 from tinyonn.sizes import GiB, format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 State = Literal["ok", "warn", "fail"]
 PYTHONS = ((3, 11), (3, 14))  # from, before
@@ -66,20 +64,14 @@ class DoctorReport:
         """JSON values."""
         return {"healthy": not self.failed, "findings": [asdict(finding) for finding in self.findings]}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-        table = Table()
-        for column in ("what", "", "found", "remedy"):
-            table.add_column(column, overflow="fold")
+        colours: dict[str, Style] = {"ok": "green", "warn": "yellow", "fail": "red"}
+        sheet = Sheet().text("what", "", "found", "remedy")
         for item in self.findings:
-            colour = colours[item.state]
-            table.add_row(
-                item.what, f"[{colour}]{item.state}[/{colour}]", _plain(item.found), _plain(item.remedy)
-            )
-        return table
+            styles: tuple[Style, ...] = ("", colours[item.state], "", "")
+            sheet.add(whole(item.what), item.state, item.found, item.remedy, style=styles)
+        return sheet
 
 
 def examine(folder: Path) -> DoctorReport:
@@ -273,9 +265,3 @@ def look_at_ray() -> Finding:
     if address and not (token or stored):
         return Finding("Ray", "warn", found, "give every machine the head's token, see docs/cluster.md")
     return Finding("Ray", "ok", found)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

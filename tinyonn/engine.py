@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,10 @@ from dask import compute, delayed  # type: ignore[attr-defined]
 
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.progress import Bar
 from tinyonn.sizes import MiB, format_size
+
+LOG = logging.getLogger(__name__)
 
 Kind = Literal["threads", "distributed", "ray"]
 KINDS: tuple[Kind, ...] = ("threads", "distributed", "ray")
@@ -45,15 +48,12 @@ class EngineOptions:
         Bytes that the whole may use; None: what is free.
     address : str or None
         Of a Dask scheduler or of a Ray cluster; None starts a local one.
-    progress : bool
-        Show a bar on stderr.
     """
 
     kind: Kind = "threads"
     workers: int | None = None
     memory: int | None = None
     address: str | None = None
-    progress: bool = False
 
     def fitting_workers(self, task_bytes: int, what: str) -> int:
         """How many tasks may run at a time.
@@ -87,9 +87,24 @@ class EngineOptions:
 THREADS = EngineOptions()
 
 
+@dataclass(frozen=True)
+class Watch:
+    """A bar, and what each call that has ended adds to it."""
+
+    bar: Bar
+    cost: Callable[[Call], float]
+
+
 @contextmanager
-def computing(options: EngineOptions, workers: int) -> Iterator[Compute]:
+def computing(options: EngineOptions, workers: int, watch: Watch | None = None) -> Iterator[Compute]:
     """A function that carries out calls with the chosen engine.
+
+    Parameters
+    ----------
+    options : EngineOptions
+    workers : int
+    watch : Watch, optional
+        Is told of each call that ends; on Ray only of those that end together.
 
     Raises
     ------
@@ -100,13 +115,13 @@ def computing(options: EngineOptions, workers: int) -> Iterator[Compute]:
     if options.kind not in KINDS:
         raise InputError(f"--engine {options.kind!r} is unknown; choose {', '.join(KINDS)}")
     if options.kind == "distributed":
-        with _distributed(options, workers) as compute:
+        with _distributed(options, workers, watch) as compute:
             yield compute
     elif options.kind == "ray":
-        with _ray(options, workers) as compute:
+        with _ray(options, workers, watch) as compute:
             yield compute
     else:
-        yield lambda calls: _compute(calls, options.progress, scheduler="threads", num_workers=workers)
+        yield lambda calls: _compute(calls, watch, scheduler="threads", num_workers=workers)
 
 
 def keep_freed_memory() -> None:
@@ -118,18 +133,25 @@ def keep_freed_memory() -> None:
     handle.mallopt(M_TRIM_THRESHOLD, 256 * MiB)
 
 
-def _compute(calls: Sequence[Call], progress: bool, **how: Any) -> list[Any]:
-    from dask.diagnostics.progress import ProgressBar
+def _compute(calls: Sequence[Call], watch: Watch | None, **how: Any) -> list[Any]:
+    from dask.callbacks import Callback
 
     tasks = [delayed(function, pure=False)(*arguments) for function, arguments in calls]
-    with ProgressBar(out=sys.stderr) if progress else nullcontext():  # type: ignore[no-untyped-call]
+    costs = (
+        {} if watch is None else dict(zip((task.key for task in tasks), map(watch.cost, calls), strict=True))
+    )
+
+    def ended(key: Any, *_: Any) -> None:
+        if watch is not None and key in costs:
+            watch.bar.add(costs[key])
+
+    with Callback(posttask=ended):  # type: ignore[no-untyped-call]
         return list(compute(*tasks, **how))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _distributed(options: EngineOptions, workers: int) -> Iterator[Compute]:
-    from distributed import Client, LocalCluster
-    from distributed import progress as show_progress
+def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> Iterator[Compute]:
+    from distributed import Client, LocalCluster, as_completed
 
     try:
         cluster = (
@@ -151,12 +173,14 @@ def _distributed(options: EngineOptions, workers: int) -> Iterator[Compute]:
 
     def run(calls: Sequence[Call]) -> list[Any]:
         futures = [client.submit(function, *arguments, pure=False) for function, arguments in calls]
-        if options.progress:
-            print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
-            show_progress(futures, notebook=False)  # type: ignore[no-untyped-call]
+        if watch is not None:
+            costs = dict(zip(futures, map(watch.cost, calls), strict=True))
+            for future in as_completed(futures):  # type: ignore[no-untyped-call]
+                watch.bar.add(costs[future])
         return list(client.gather(futures))  # type: ignore[no-untyped-call]
 
     try:
+        LOG.info("dashboard: %s", client.dashboard_link)
         yield run
     finally:
         client.close()  # type: ignore[no-untyped-call]
@@ -165,10 +189,10 @@ def _distributed(options: EngineOptions, workers: int) -> Iterator[Compute]:
 
 
 @contextmanager
-def _ray(options: EngineOptions, workers: int) -> Iterator[Compute]:
+def _ray(options: EngineOptions, workers: int, watch: Watch | None) -> Iterator[Compute]:
     from tinyonn.record.cluster import cluster_address, connected
 
     with connected(cluster_address(options.address), workers):
         from ray.util.dask import ray_dask_get
 
-        yield lambda calls: _compute(calls, False, scheduler=ray_dask_get)
+        yield lambda calls: _compute(calls, watch, scheduler=ray_dask_get)

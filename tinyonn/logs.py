@@ -1,31 +1,32 @@
-"""Logs: everything into a rotating file of the run, the short of it onto the console (stderr)."""
+"""Logs: everything into a rotating file of the run, the short of it onto the console (stderr).
+
+What libraries print goes into a file beside it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TextIO
 
 from tinyonn.errors import InputError
+from tinyonn.progress import print_line
 
 FILE_BYTES = 5_000_000
 FILES = 4
 FORMAT = "%(asctime)s %(levelname)-7s %(process)d %(name)s: %(message)s"
 
 
-class _Console(logging.StreamHandler[TextIO]):
-    """Writes to whatever ``sys.stderr`` is at the moment, so that a live progress bar stays in one piece."""
+class _Console(logging.Handler):
+    """Prints messages above the live line, or as plain lines."""
 
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, value: TextIO) -> None:
-        """``StreamHandler`` sets it once; what counts is looked up at each message."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        try:
+            print_line(self.format(record))
+        except Exception:  # as every handler: what cannot be told must not end the work
+            self.handleError(record)
 
 
 def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
@@ -73,6 +74,15 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(message)s"))
         ours.addHandler(handler)
+    return path
+
+
+def chatter_file(folder: str | Path, name: str) -> Path:
+    """The file beside ``<name>.log`` for what libraries print; begun anew when it is large."""
+    path = Path(folder) / f"{name}.libraries.log"
+    with contextlib.suppress(OSError):
+        if path.stat().st_size > FILE_BYTES:
+            path.unlink()
     return path
 
 

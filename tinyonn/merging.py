@@ -7,17 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.places import local_folder, store_location
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Segment
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 
@@ -37,23 +35,16 @@ class MergeReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         rest = "" if self.complete else "; the run is not recorded to its end"
-        table = Table(
-            title=f"merged {self.location}",
-            caption=f"{self.merges} merges in {format_seconds(self.merge_seconds)}{rest}",
-            title_justify="left",
-            caption_justify="left",
+        note = f"{self.merges:,} merges in {format_seconds(self.merge_seconds)}{rest}"
+        sheet = (
+            Sheet(f"merged {whole(self.location)}", [note]).text("slice").number("segments before", "after")
         )
-        table.add_column("slice")
-        table.add_column("segments before", justify="right")
-        table.add_column("after", justify="right")
         for name, count in self.before.items():
-            table.add_row(name, str(count), str(self.after[name]))
-        return table
+            sheet.add(whole(name), f"{count:,}", f"{self.after[name]:,}")
+        return sheet
 
 
 def merge_run(location: str) -> MergeReport:

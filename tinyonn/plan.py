@@ -28,11 +28,10 @@ from tinyonn.memory import (
     disk_tier,
     host_needs,
 )
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds, format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.config import RecordConfig
 
 __all__ = [
@@ -112,33 +111,27 @@ class RecordPlan:
             "tiers": tiers,
         }
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        title = f"{self.model.name}: {format_count(self.weights)} weights in {self.tensors} tensors"
-        data = (
-            f"{self.data.samples:,} samples of {self.data.mean_tokens:,.0f} tokens (cut at "
-            f"{self.data.max_tokens:,}) in {self.data.slices} slices: "
-            f"{self.segments} segments of {self.segment_size}\n"
+        title = f"{whole(self.model.name)}: {format_count(self.weights)} weights in {self.tensors} tensors"
+        samples = (
+            f"{self.data.samples:,} samples of {self.data.mean_tokens:,.0f} tokens (cut at {self.data.max_tokens:,}) "
+            f"in {self.data.slices} slices: {self.segments:,} segments of {self.segment_size:,}"
+        )
+        workers = (
             f"{self.workers} worker(s) on {self.device}, {self.windows} window(s) of layers, "
             f"about {format_seconds(self.seconds)}"
         )
-        data = f"{self.model.origin}\n{data}" if self.model.origin else data
-        assumed = "".join(f"\nassumed: {what}" for what in self.data.assumed)
-        table = Table(title=title, caption=data + assumed, title_justify="left", caption_justify="left")
-        table.add_column("where")
-        table.add_column("what")
-        table.add_column("needs", justify="right")
-        table.add_column("has", justify="right")
+        read = [f"data: {form}" for form in self.data.forms]
+        origin = [self.model.origin] if self.model.origin else []
+        notes = [*origin, samples, *read, workers, *(f"assumed: {what}" for what in self.data.assumed)]
+        sheet = Sheet(title, notes).text("where", "what").number("needs", "has")
         for tier in (self.worker, *self.tiers):
             for need in tier.needs:
-                table.add_row("", need.what, format_size(need.bytes), "")
+                sheet.add("", need.what, format_size(need.bytes), "")
             limit = "" if tier.limit is None else format_size(tier.limit)
-            table.add_row(
-                tier.name, "together", format_size(tier.total), limit, style="bold", end_section=True
-            )
-        return table
+            sheet.add(tier.name, "together", format_size(tier.total), limit, style="bold", last=True)
+        return sheet
 
 
 def plan_record(

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.places import local_folder, store_location
 from tinyonn.run import Run, open_run
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_size
 from tinyonn.store.repository import Store
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 SHOWN = 20  # samples set aside that the table lists; --json lists all
 
@@ -79,27 +77,21 @@ class StatusReport:
         }
         return {**asdict(self), **own}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        table = Table(
-            title=f"{self.location}: {self.model}, {format_count(self.weights)} weights",
-            caption=self._caption(),
-            title_justify="left",
-            caption_justify="left",
-            show_footer=len(self.slices) > 1,
-        )
+        title = f"{whole(self.location)}: {self.model}, {whole(f'{format_count(self.weights)} weights')}"
         columns = ("committed", "total", "segments", "set_aside")
-        table.add_column("slice", "together")
-        for name in columns:
-            total = sum(getattr(part, name) for part in self.slices)
-            table.add_column(name.replace("_", " "), f"{total:,}", justify="right")
+        sheet = Sheet(title, self._notes()).text("slice")
+        sheet.number(*(name.replace("_", " ") for name in columns))
         for part in self.slices:
-            table.add_row(part.slice, *(f"{getattr(part, name):,}" for name in columns))
-        return table
+            sheet.add(whole(part.slice), *(f"{getattr(part, name):,}" for name in columns))
+        if len(self.slices) > 1:
+            sheet.section()
+            totals = (sum(getattr(part, name) for part in self.slices) for name in columns)
+            sheet.add("together", *(f"{total:,}" for total in totals), style="bold")
+        return sheet
 
-    def _caption(self) -> str:
+    def _notes(self) -> list[str]:
         stage = (
             "merged" if self.merged else "recorded, to be merged" if self.complete else "to be gone on with"
         )
@@ -114,7 +106,7 @@ class StatusReport:
             lines.append(f"set aside: sample {item['index']}{place}: {item['reason']}")
         if len(self.set_aside) > SHOWN:
             lines.append(f"... and {len(self.set_aside) - SHOWN} more; --json lists them all")
-        return "\n".join(lines)
+        return lines
 
 
 def read_status(location: str) -> StatusReport:

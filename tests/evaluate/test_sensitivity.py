@@ -109,7 +109,7 @@ def test_what_was_found_is_kept(recorded: tuple[Path, Config]) -> None:
     more = allocate_run(str(place), config, AllocateOptions((0.3, 0.5), 2, depths=1, rounds=1))
     assert more.found[0.3] == first.found[0.3] and more.passes <= 17  # curves are taken over
     assert more.figures()["found"]["0.5"]["loss"] == more.found[0.5].loss
-    assert more.table().row_count == 2
+    assert len(more.table().rows) == 2
     (place / "allocation.json").write_text('{"found": 3}')
     with pytest.raises(InputError, match="not a readable allocation"):
         allocate_run(str(place), config, options)

@@ -72,8 +72,8 @@ def test_lines_are_evaluated_once(
     found = evaluate_run(str(place), config, more, told.append)
     assert found.evaluated == len(told) == 2 and all(line.startswith("random at") for line in told)
     assert Path(found.plot or "").read_bytes()[:4] == b"\x89PNG"
-    assert found.table().row_count == 5
-    assert found.table().columns[1].header == "100.0%"
+    assert len(found.table().rows) == 5
+    assert found.table().columns[1].heading == "100.0%"
     other = replace(options, methods=("random",), oracle=None, selection=SelectOptions(seed=1))
     assert evaluate_run(str(place), config, other).evaluated == 2  # another draw
 

@@ -271,7 +271,7 @@ def test_totals_add_up() -> None:
         assert sum(part.kept for part in parts.values()) == 500
         assert sum(part.weights for part in parts.values()) == found.linear.weights
     assert list(found.kinds) == ["q_proj", "up_proj", "down_proj"] and list(found.layers) == ["0", "1"]
-    assert found.table().row_count == 2 + 3 + 2
+    assert len(found.table().rows) == 2 + 3 + 2
     assert json.loads(json.dumps(found.figures()))["linear"]["kept"] == 500
 
 
@@ -294,7 +294,7 @@ def test_empty_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
     selection = select(source, SelectOptions(budget=0.3))
     assert selection.empty_experts == [3]
     assert "1 of 5 experts are empty: 3;" in caplog.text
-    assert "experts are empty: 3" in str(totals(selection, source.parameters).table().caption)
+    assert "experts are empty: 3" in totals(selection, source.parameters).table().notes[-1]
 
 
 @pytest.mark.parametrize(

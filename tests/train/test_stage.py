@@ -92,7 +92,7 @@ def test_the_report_says_what_happened(trained: tuple[Path, TrainReport, list[st
     assert report.need_bytes > 0 and report.peak_worker_bytes > 0  # of all that this process ever held
     assert [Path(path).name for path in report.pictures] == ["load.png"]
     json.dumps(report.figures())
-    assert report.table().row_count == len(report.losses)
+    assert len(report.table().rows) == len(report.losses)
 
 
 def test_the_trained_model_is_measured_beside_the_dense_one(
@@ -114,7 +114,7 @@ def test_the_trained_model_is_measured_beside_the_dense_one(
     assert shares[0] == 1 and shares[1] == shares[2] == pytest.approx(0.6, abs=0.001)
     assert shares[2:] == sorted(shares[2:], reverse=True)
     lines = report.figures()["lines"]
-    assert lines[0]["ratio"] == 1 and report.table().row_count == len(lines)
+    assert lines[0]["ratio"] == 1 and len(report.table().rows) == len(lines)
     dense = world.folder / "model"
     of_dense = evaluate_routed(
         AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16),

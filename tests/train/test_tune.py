@@ -51,7 +51,7 @@ def test_the_search_goes_on_where_it_stopped_and_leaves_no_trainings(copy: World
     assert sum(line.startswith("trial ") for line in told) == 4
     folder = copy.folder / "run" / "tune"
     assert sorted(path.name for path in folder.iterdir()) == ["lock", "study.json", "train.log"]
-    assert more.table().row_count == 2
+    assert len(more.table().rows) == 2
     with pytest.raises(InputError, match=r"was begun with batch = 4, now it is 2"):
         tune_train(copy.run, copy.config, copy.options(tmp_path, batch=2), TUNE)
 

@@ -44,6 +44,7 @@ from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
 from tinyonn.config import Config, ModelConfig
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.progress import counted
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
 
@@ -198,7 +199,8 @@ def _tokenise(
 
     with scratch.open("wb") as stream:
         writer = RowWriter(stream, {})
-        for number, encoded in enumerate(encode_rows(chosen(), tokenizer, limit)):
+        rows = counted(chosen(), "tokenising", int(wanted.sum()), "rows")
+        for number, encoded in enumerate(encode_rows(rows, tokenizer, limit)):
             _keep(found, encoded, places[number], survey, writer)
         writer.close()
     return found

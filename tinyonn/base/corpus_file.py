@@ -193,6 +193,11 @@ class Corpus:
         row = self._starts[slice] + position
         return Sample(self._index[row].as_py(), slice, self._input_ids[row].copy(), self._labels[row].copy())
 
+    def tokens_of(self, slice: str, first: int, last: int) -> int:
+        """Tokens of the samples at positions ``first <= position < last``."""
+        start = self._starts[slice]
+        return sum(self._input_ids[row].size for row in range(start + first, start + last))
+
     def range(self, slice: str, first: int, last: int) -> list[Sample]:
         """Read the samples at positions ``first <= position < last``."""
         return [self.sample(slice, position) for position in range(first, last)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinyonn.base.checkpoint import BIN, SAFETENSORS, named_files
 from tinyonn.errors import InputError
+from tinyonn.progress import Bar, hub_bar
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig
@@ -44,11 +45,9 @@ def fetch(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
 
     name = config.path
     try:
-        return Path(
-            snapshot_download(
-                name, revision=config.revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
-            )
-        )
+        with Bar("fetching the model", unit="B") as bar:
+            chosen = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+            return Path(snapshot_download(name, revision=config.revision, tqdm_class=hub_bar(bar), **chosen))
     except GatedRepoError:
         raise InputError(
             f"model {name!r} wants its licence accepted on the hub and a login (hf auth login)"

@@ -267,7 +267,13 @@ class KMeans:
             centres = centres + (found.sums - found.sizes[:, None] * centres) * share[:, None]
         return centres
 
-    def settle(self, centres: Float64, iterations: int, tolerance: float) -> Clustering:
+    def settle(
+        self,
+        centres: Float64,
+        iterations: int,
+        tolerance: float,
+        observe: Callable[[float], None] = lambda moved: None,
+    ) -> Clustering:
         """Full k-means (Lloyd) until the labels settle.
 
         Parameters
@@ -277,6 +283,8 @@ class KMeans:
             At most.
         tolerance : float
             Share of the weights that may still change cell in the last iteration; 0 asks for a fixed point.
+        observe : callable
+            Gets the share that changed cell in each iteration.
         """
         rows = self.rows
         found = self.assign(centres)
@@ -293,6 +301,7 @@ class KMeans:
             centres = target
             changed, size_change, sum_change = self._advance(centres, moved, labels, upper, lower)
             sizes, sums = sizes + size_change, sums + sum_change
+            observe(changed / rows.total)
             converged = changed <= tolerance * rows.total and bool(sizes.min() > 0)
         return Clustering(centres, self.assign(centres), done, converged)
 

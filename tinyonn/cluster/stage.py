@@ -8,10 +8,11 @@ a summary of the cells as attributes. A later call starts from the stored centre
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -29,22 +30,24 @@ from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_c
 from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
 from tinyonn.cluster.summary import Cell, cell_table, summarise
 from tinyonn.config import ClusterConfig
-from tinyonn.engine import PROCESS_BYTES, THREADS, Compute, EngineOptions, computing
+from tinyonn.engine import PROCESS_BYTES, THREADS, Call, Compute, EngineOptions, Watch, computing
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
+from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
+from tinyonn.screen import Sheet
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 
 # Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
 ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
+FEW_ITERATIONS = 5  # before which their number cannot be told
+MOVED = 1e-7  # share of the weights that moves, below which it counts as none
 WAVES = 8  # in which the counting is done, so that what does not fit is found early
 
 
@@ -73,7 +76,7 @@ class ClusterReport:
         """JSON values."""
         return {**asdict(self), "cells": [asdict(cell) for cell in self.cells]}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
         return cell_table(self)
 
@@ -158,6 +161,41 @@ def tensors_of(parameters: Sequence[Parameter], config: ClusterConfig) -> Tensor
     return Tensors(inside, trunk, grid)
 
 
+def _weights(call: Call) -> float:
+    """Of a call of `count_tensors` or `label_tensors`."""
+    function, arguments = call
+    counted: Sequence[Parameter] = (
+        arguments[1] if function is count_tensors else [parameter for parameter, _ in arguments[2]]
+    )
+    return sum(parameter.size for parameter in counted)
+
+
+class _Settling:
+    """Iterations on a bar: how many there will be, by the line that the logarithm of what still moves follows.
+
+    Parameters
+    ----------
+    bar : Bar
+    config : ClusterConfig
+    """
+
+    def __init__(self, bar: Bar, config: ClusterConfig) -> None:
+        self._bar, self._most = bar, config.iterations
+        self._end = math.log(max(config.tolerance, MOVED))
+        self._moved: list[float] = []
+
+    def __call__(self, moved: float) -> None:
+        """An iteration is done, in which such a share of the weights changed cell."""
+        self._moved.append(math.log(max(moved, MOVED)))
+        done = len(self._moved)
+        before = self._moved[done // 2]
+        slope = (before - self._moved[-1]) / max(1, done - 1 - done // 2)
+        more = (self._moved[-1] - self._end) / slope if slope > 0 else self._most
+        if done >= FEW_ITERATIONS:
+            self._bar.pace.phase.total = min(self._most, done + math.ceil(max(0.0, more)))
+        self._bar.update(done, note=f"{moved:.2%} moved")
+
+
 class _Job:
     """One clustering, from the counts to the commit."""
 
@@ -184,13 +222,26 @@ class _Job:
 
     def run(self) -> ClusterReport:
         """Count, cluster, label, commit."""
-        with computing(self.options, self.workers) as compute:
+        counting, labelling = (
+            Phase(name, sum(p.size for p in its), parallel=self.workers)
+            for name, its in (
+                ("counting", self.tensors.inside),
+                ("labelling", self.store.manifest.parameters),
+            )
+        )
+        with (
+            Bar("clustering", [counting, Phase("settling", math.inf), labelling]) as bar,
+            computing(self.options, self.workers, Watch(bar, _weights)) as compute,
+        ):
             started = time.monotonic()
             places = self._count(compute)
             rows = rows_of(self.tensors.inside, places, self.space)
             counted = time.monotonic()
-            clustering, cost, start = self._cluster(rows)
+            labelling.expected = counting.rate
+            bar.enter("settling")
+            clustering, cost, start = self._cluster(rows, _Settling(bar, self.config))
             clustered = time.monotonic()
+            bar.enter("labelling")
             cells = tuple(summarise(rows, clustering.last, self.space, self.tensors.inside, places))
             churn = self._label(compute, places, rows, clustering, cells, cost, start)
             labelled = time.monotonic()
@@ -236,7 +287,7 @@ class _Job:
                 )
         return places
 
-    def _cluster(self, rows: Rows) -> tuple[Clustering, float | None, str]:
+    def _cluster(self, rows: Rows, settling: _Settling) -> tuple[Clustering, float | None, str]:
         config = self.config
         kmeans = KMeans(rows, self.space, usable_cpus())
         old = None if self.stored is None else stored_centres(self.stored, self.space, config.cells)
@@ -245,7 +296,7 @@ class _Job:
         else:
             start = "k-means++"
             centres = kmeans.warm_up(kmeans.seed(config.cells, config.seed))
-        clustering = kmeans.settle(centres, config.iterations, config.tolerance)
+        clustering = kmeans.settle(centres, config.iterations, config.tolerance, settling)
         if old is not None:
             clustering = clustering.renumbered(match_numbers(clustering.centres, old, self.space))
         cost = None

@@ -13,11 +13,10 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import CODE_AXES, Space, kind_of
 from tinyonn.cluster.histogram import Place
 from tinyonn.cluster.kmeans import Assignment, Rows
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.cluster.stage import ClusterReport
 
 SHOWN = 20  # cells in the table, the largest
@@ -102,32 +101,22 @@ def _count_cells(keys: Any, counts: Any, offsets: Any, labels: Any, by_slice: An
             by_place[place, labels[row]] += counts[row]
 
 
-def cell_table(report: ClusterReport) -> Table:
+def cell_table(report: ClusterReport) -> Sheet:
     """The largest cells, and what the clustering took."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"{len(report.cells)} cells of {report.location}",
-        caption="\n".join(_notes(report)),
-        title_justify="left",
-        caption_justify="left",
-    )
-    for heading in ("cell", "weights", "share", "score", "act", "grad", "freq"):
-        table.add_column(heading, justify="right")
-    for heading in ("most of it", "", "layers"):
-        table.add_column(heading)
+    sheet = Sheet(f"{len(report.cells)} cells of {whole(report.location)}", list(_notes(report)))
+    sheet.number("cell", "weights", "share", "score", "act", "grad", "freq")
+    sheet.text("most of it", "layers")
     largest = sorted(report.cells, key=lambda cell: -cell.size)[:SHOWN]
     for cell in largest:
-        table.add_row(
+        sheet.add(
             str(cell.number),
             f"{cell.size:,}",
             f"{cell.size / report.weights:.2%}",
             *(f"{mean:.1f}" for mean in (cell.score, cell.act, cell.grad, cell.freq)),
-            _top(cell.slices),
-            _top(cell.kinds),
+            f"{_top(cell.slices)}, {_top(cell.kinds)}",
             _span(cell.layers),
         )
-    return table
+    return sheet
 
 
 def _notes(report: ClusterReport) -> Iterator[str]:

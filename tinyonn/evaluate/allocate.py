@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.base.corpus import Corpus, prepare_corpus
 from tinyonn.base.load import load_tokenizer
@@ -41,11 +41,10 @@ from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.run import open_run
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 
@@ -94,27 +93,24 @@ class AllocateReport:
         """JSON values."""
         return {**asdict(self), "found": {f"{b:g}": asdict(found) for b, found in self.found.items()}}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people: shares by kind, the loss before and after the search."""
-        from rich.table import Table
-
-        table = Table(title=f"allocation of {self.location}", title_justify="left", caption_justify="left")
         what = f"{self.passes:,} passes over {self.samples} recorded samples"
-        table.caption = f"dense {self.dense:.4f} nats; " + (
+        note = f"dense {self.dense:.4f} nats; " + (
             f"{what} in {format_seconds(self.allocate_seconds)}"
             if self.fresh
             else "nothing to do: searched already"
         )
         kinds = list(dict.fromkeys(n.split(".")[-2] for found in self.found.values() for n in found.shares))
-        for heading in ("budget", "start", "searched", *kinds):
-            table.add_column(heading, justify="right")
+        sheet = Sheet(f"allocation of {whole(self.location)}", [note])
+        sheet.number("budget", "start", "searched", *kinds)
         for budget, found in self.found.items():
             spans = []
             for kind in kinds:
                 its = [share for name, share in found.shares.items() if name.split(".")[-2] == kind]
                 spans.append(f"{min(its):.0%}–{max(its):.0%}")
-            table.add_row(f"{budget:.1%}", f"{found.start:.4f}", f"{found.loss:.4f}", *spans)
-        return table
+            sheet.add(f"{budget:.1%}", f"{found.start:.4f}", f"{found.loss:.4f}", *spans)
+        return sheet
 
 
 def allocate_run(
@@ -163,15 +159,17 @@ def allocate_run(
         measuring = 0 if kept.curves else passes_of_measuring(groups)
         most = measuring + len(wanted) * most_passes_of_search(groups, 3, options.rounds)
         tell(f"{len(groups)} groups of tensors: at most {most} passes over {len(samples)} samples")
-        if not kept.curves:
-            kept.put_curves(measure(trials, groups, SHARES))
-        for budget in wanted:
-            by_score = _global_shares(source, options.selection, budget)
-            by_loss = predicted(kept.curves, trials.sizes, budget)
-            between = {name: (by_score[name] * by_loss[name]) ** 0.5 for name in by_score}
-            found = search(trials, groups, [by_score, by_loss, between], budget, options.rounds)
-            kept.put(budget, options.rounds, found)
-            tell(f"{budget:.1%}: {found.start:.4f} → {found.loss:.4f} nats, {found.passes} passes")
+        with Bar("searching", most, "passes") as bar:
+            if not kept.curves:
+                kept.put_curves(measure(trials, groups, SHARES, bar.add))
+            for budget in wanted:
+                by_score = _global_shares(source, options.selection, budget)
+                by_loss = predicted(kept.curves, trials.sizes, budget)
+                between = {name: (by_score[name] * by_loss[name]) ** 0.5 for name in by_score}
+                starts = [by_score, by_loss, between]
+                found = search(trials, groups, starts, budget, options.rounds, bar.add)
+                kept.put(budget, options.rounds, found)
+                tell(f"{budget:.1%}: {found.start:.4f} → {found.loss:.4f} nats, {found.passes} passes")
         passes = trials.passes
     return AllocateReport(
         location,

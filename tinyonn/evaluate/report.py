@@ -6,14 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.errors import InputError
 from tinyonn.evaluate.results import Line
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CARDS = "cards.json"  # in the run's evaluate/: figures for model cards
 ORIGINAL, DENSE, ORACLE = "original", "dense", "oracle"
@@ -79,35 +77,32 @@ class EvaluateReport:
             "plot": self.plot,
         }
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people: a row per method, a column per kept share; mean loss in nats and perplexity."""
-        from rich.table import Table
-
-        whole = {line.method: line for line in self.lines if line.method in (ORIGINAL, DENSE)}
-        cut = [line for line in self.lines if line.method not in whole and line.mask_slice is None]
+        dense = {line.method: line for line in self.lines if line.method in (ORIGINAL, DENSE)}
+        cut = [line for line in self.lines if line.method not in dense and line.mask_slice is None]
         shares = sorted({line.share for line in cut}, reverse=True)
-        table = Table(title=f"evaluated {self.location}", title_justify="left", caption_justify="left")
-        table.caption = "\n".join(self._caption(whole))
-        table.add_column("kept of the linear weights")
-        for share in shares:
-            table.add_column(f"{share:.3g}" if share < 0.001 else f"{share:.1%}", justify="right")
+        sheet = Sheet(f"evaluated {whole(self.location)}", self._notes(dense)).text(
+            "kept of the linear weights"
+        )
+        sheet.number(*(f"{share:.3g}" if share < 0.001 else f"{share:.1%}" for share in shares))
         for method in dict.fromkeys(line.method for line in cut):
             found = {line.share: line for line in cut if line.method == method}
-            table.add_row(method, *(cell_of(found.get(share)) for share in shares))
+            sheet.add(whole(method), *(cell_of(found.get(share)) for share in shares))
         by_share = {oracle.share: oracle for oracle in self.oracles}
         if by_share:
             for what in ("own", "foreign"):
                 values = [getattr(by_share[s], what) if s in by_share else None for s in shares]
                 cells = ["" if value is None else f"{value:.4f}" for value in values]
-                table.add_row(f"mask of the {what} slice", *cells)
-        return table
+                sheet.add(f"mask of the {what} slice", *cells)
+        return sheet
 
-    def _caption(self, whole: dict[str, Line]) -> list[str]:
+    def _notes(self, dense: dict[str, Line]) -> list[str]:
         found = [
             f"{what}: {line.losses.mean:.4f} nats, perplexity {line.losses.perplexity:.2f}"
             for what, line in (
-                ("original", whole.get(ORIGINAL)),
-                ("dense, as recorded", whole.get(DENSE)),
+                ("original", dense.get(ORIGINAL)),
+                ("dense, as recorded", dense.get(DENSE)),
             )
             if line is not None
         ]
@@ -121,7 +116,7 @@ class EvaluateReport:
             if self.evaluated
             else "nothing to do: evaluated already"
         )
-        return [*found, what, *([f"picture: {self.plot}"] if self.plot else [])]
+        return [*found, what, *([f"picture: {whole(self.plot)}"] if self.plot else [])]
 
 
 def cell_of(line: Line | None) -> str:
@@ -129,7 +124,7 @@ def cell_of(line: Line | None) -> str:
     if line is None:
         return ""
     perplexity = line.losses.perplexity
-    return f"{line.losses.mean:.4f} ({perplexity:.2f})" if perplexity < 1e5 else f"{line.losses.mean:.4f}"
+    return f"{line.losses.mean:.4f} ({perplexity:,.2f})" if perplexity < 1e5 else f"{line.losses.mean:.4f}"
 
 
 def plot_lines(lines: Sequence[Line], path: Path) -> None:

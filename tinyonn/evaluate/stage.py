@@ -34,9 +34,11 @@ from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 
 LOG = logging.getLogger(__name__)
+UPDATE_EFFORT = 2.0  # of a line that updates weights, in those of one that only cuts
 BUDGETS = (0.5, 0.315, 0.25, 0.1)
 HELD_OUT = "heldout"  # split of the reference corpus
 
@@ -157,6 +159,11 @@ def samples_of(corpus: Corpus) -> list[Sample]:
     return [sample for name, count in corpus.slices.items() for sample in corpus.range(name, 0, count)]
 
 
+def effort_of(recipe: Recipe) -> float:
+    """Of a line, in those of one that only cuts."""
+    return UPDATE_EFFORT if recipe.needs_samples else 1.0
+
+
 class _Evaluation:
     """One call, line by line."""
 
@@ -221,6 +228,16 @@ class _Evaluation:
 
     def carry_out(self) -> EvaluateReport:
         """All lines, then the picture and the report."""
+        slices = len(self.run.slices) if self.options.oracle is not None and len(self.run.slices) > 1 else 0
+        count = 2 + len(self.recipes) + slices * len(self.options.budgets)
+        with Bar("evaluating", self._effort(count), "lines", count=count) as self.bar:
+            return self._evaluate()
+
+    def _effort(self, lines: int) -> float:
+        """Of so many lines, in those of one that only cuts."""
+        return lines + sum(effort_of(recipe) - 1 for recipe in self.recipes)
+
+    def _evaluate(self) -> EvaluateReport:
         started = time.monotonic()
         lines = [*self._whole(), *(self._line(recipe) for recipe in self.recipes)]
         oracles = []
@@ -281,7 +298,7 @@ class _Evaluation:
                 found = losses(self.dense.model, self.batches)
             return Line(recipe.method, _share(recipe.options.budget, kept, source), kept, found)
 
-        return self._kept(key, evaluate)
+        return self._kept(key, evaluate, effort_of(recipe))
 
     def _slices(self, score: str, budget: float) -> Iterator[Line]:
         """Masks of each slice, under the allocation of all slices."""
@@ -311,7 +328,7 @@ class _Evaluation:
             raise InputError(f"{self.location} is not scored yet; run `tinyonn score` first")
         return [scored, reader.stage("labels") if cells else None]
 
-    def _kept(self, key: list[Any], evaluate: Callable[[], Line]) -> Line:
+    def _kept(self, key: list[Any], evaluate: Callable[[], Line], effort: float = 1.0) -> Line:
         decided_by = [*key, self.common]
         line = self.results.get(decided_by)
         if line is None:
@@ -323,6 +340,9 @@ class _Evaluation:
             text = f"{what} at {line.share:.1%}: {line.losses.mean:.4f} nats"
             LOG.debug("%s in %.1f s", text, time.monotonic() - started)
             self.tell(text)
+            self.bar.add(effort, 1)
+        else:
+            self.bar.skip(effort)
         return line
 
 

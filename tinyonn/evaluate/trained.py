@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,11 +22,10 @@ from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.train.data import Batch, held_out_batches
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card
 DENSE, ASSEMBLED, TRAINED = "dense, as recorded", "assembled, untrained", "trained"
@@ -95,30 +94,28 @@ class TrainedReport:
             "evaluate_seconds": self.evaluate_seconds,
         }
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         dense = self.lines[0].losses.perplexity
-        table = Table(title=f"trained model of {self.location}", title_justify="left", caption_justify="left")
-        table.caption = (
-            "active: linear weights that work on a token, as a share of the dense model's; loss: nats per held-out "
-            f"token after the prompt, mean over {len(self.lines[0].losses.by_slice)} slices, {self.samples:,} samples; "
-            f"x dense: perplexity over the dense model's; {format_seconds(self.evaluate_seconds)}"
-        )
-        for name in ("model", "experts on", "active", "loss", "perplexity", "x dense"):
-            table.add_column(name, justify="left" if name == "model" else "right")
+        notes = [
+            "active: linear weights that work on a token, as a share of the dense model's",
+            f"loss: nats per held-out token after the prompt, mean over {len(self.lines[0].losses.by_slice)} slices",
+            "x dense: perplexity over the dense model's",
+            f"{self.samples:,} samples in {format_seconds(self.evaluate_seconds)}",
+        ]
+        sheet = Sheet(f"trained model of {whole(self.location)}", notes).text("model")
+        sheet.number("experts on", "active", "loss", "perplexity", "x dense")
         for line in self.lines:
             perplexity = line.losses.perplexity
-            table.add_row(
+            sheet.add(
                 line.model,
                 "" if line.experts is None else f"{line.experts:.0f}",
                 f"{line.weights / self.linear:.1%}",
                 f"{line.losses.mean:.4f}",
-                f"{perplexity:.2f}",
+                f"{perplexity:,.2f}",
                 f"{perplexity / dense:.3f}",
             )
-        return table
+        return sheet
 
 
 def evaluate_trained(
@@ -161,15 +158,21 @@ def evaluate_trained(
         lines.append(TrainedLine(name, experts, weights, evaluate_routed(one, batches, k)))
         tell(f"{name}, {weights / all_weights:.1%} of the weights active: {lines[-1].losses.mean:.4f} nats")
 
-    dense = DenseWeights(config.model)
-    linear = sum(parameter.size for parameter in dense.parameters)
-    measure(DENSE, dense.model, None, linear)
-    del dense
     trained = open_assembled(folder)
-    if (run / "experts" / "config.json").is_file():
-        measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
-    for k in _numbers(trained):
-        measure(TRAINED, trained, k, linear)
+    numbers = _numbers(trained)
+    assembled = (run / "experts" / "config.json").is_file()
+    with Bar("evaluating", 1 + assembled + len(numbers), "lines") as bar:
+        dense = DenseWeights(config.model)
+        linear = sum(parameter.size for parameter in dense.parameters)
+        measure(DENSE, dense.model, None, linear)
+        bar.add()
+        del dense
+        if assembled:
+            measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
+            bar.add()
+        for k in numbers:
+            measure(TRAINED, trained, k, linear)
+            bar.add()
     report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
     _remember(run / "evaluate" / CARD, str(trained.config.assembly.get("id")), report.figures()["lines"])
     return report

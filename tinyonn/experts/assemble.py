@@ -23,10 +23,11 @@ from tinyonn.base.load import load_shape, load_tokenizer
 from tinyonn.base.source import read_model_config
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
-from tinyonn.engine import THREADS, EngineOptions, computing
+from tinyonn.engine import THREADS, EngineOptions, Watch, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
+from tinyonn.experts.effort import call_effort, effort_of
 from tinyonn.experts.ending import with_turn_ends
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
@@ -46,6 +47,7 @@ from tinyonn.experts.shards import (
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.experts.totals import totals
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 from tinyonn.store.lock import RunLock
 
@@ -57,8 +59,8 @@ FORMAT = 1  # of the assembled folder
 NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
 MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
-    "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: mean over "
-    "layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if it is null"
+    "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
+    "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if it is null"
 )
 TOKENIZER = (
     "tokenizer*",
@@ -156,6 +158,11 @@ class _Assembly:
         self._take_folder()
         for name in ("config.json", "model.safetensors.index.json"):
             (self.folder / name).unlink(missing_ok=True)
+        weights = sum(parameter.size for parameter in self.run.parameters)
+        with Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar:
+            return self._make()
+
+    def _make(self) -> AssembleReport:
         started = time.monotonic()
         selection = self._selection()
         selected = time.monotonic()
@@ -210,7 +217,7 @@ class _Assembly:
 
     def _computing(self, need: int, what: str) -> Any:
         self.workers = self.options.fitting_workers(need, what)
-        return computing(self.options, self.workers)
+        return computing(self.options, self.workers, Watch(self.bar, call_effort))
 
     def _quantized(self) -> frozenset[str]:
         """Weights that the dense model holds in NF4."""

@@ -11,12 +11,13 @@ from torch.utils._pytree import tree_map
 from .matrix_tinyonn import ExpertMatrix, dense_of
 
 GATED = (
-    "an adapter asks for an expert layer's weight while some experts are off or samples have experts of their own: there "
-    "is no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
+    "an adapter asks for an expert layer's weight while some experts are off or samples have experts of their own: "
+    "there is no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
 )
 REFUSAL = (
-    "an expert's layer holds its weight compressed, and what is added to the weights that were left out would be lost or "
-    "fill them in: keep the adapter beside the model, or merge it into a dense checkpoint (`tinyonn export --format dense`)"
+    "an expert's layer holds its weight compressed, and what is added to the weights that were left out would be lost "
+    "or fill them in: keep the adapter beside the model, or merge it into a dense checkpoint "
+    "(`tinyonn export --format dense`)"
 )
 
 
@@ -68,7 +69,9 @@ class DenseWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = [
+            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
         named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
         if any(isinstance(named.get(name), DenseWeight) for name in written):
             raise ValueError(REFUSAL)

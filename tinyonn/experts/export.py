@@ -26,11 +26,10 @@ from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
 from tinyonn.experts.ending import stop_at_turns
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from tinyonn.run import Run
 
 FORMATS = ("hub", "dense", "npz", "parquet")
@@ -56,21 +55,13 @@ class ExportReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        table = Table(title=f"exported {self.folder}", title_justify="left")
-        for heading in ("format", "experts", "weights of matrices", "files", "on disk"):
-            table.add_column(heading, justify="right")
-        table.add_row(
-            self.format,
-            str(len(self.experts)),
-            f"{self.weights:,}",
-            str(self.files),
-            format_size(self.bytes),
-        )
-        return table
+        sheet = Sheet(f"exported {whole(self.folder)}").text("format")
+        sheet.number("experts", "weights of matrices", "files", "on disk")
+        counts = (len(self.experts), self.weights, self.files)
+        sheet.add(self.format, *(f"{count:,}" for count in counts), format_size(self.bytes))
+        return sheet
 
 
 class Assembled:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds, format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,8 @@ class AssembleReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         core, experts = self.sizes[-1], np.array(self.sizes[:-1])
         every, kept = self.linear + self.trunk, self.budget + self.trunk
         sizes = f"{experts.min():,} to {experts.max():,}, median {int(np.median(experts)):,}"
@@ -73,10 +69,9 @@ class AssembleReport:
             lines.append(
                 f"selected in {format_seconds(self.select_seconds)}, written in {format_seconds(self.write_seconds)}"
             )
-        table = Table(title=f"assembled {self.folder}", title_justify="left", caption_justify="left")
-        table.caption = "\n".join(lines)
-        for heading in ("kind", "weights", "kept", "share"):
-            table.add_column(heading, justify="left" if heading == "kind" else "right")
+        sheet = (
+            Sheet(f"assembled {whole(self.folder)}", lines).text("kind").number("weights", "kept", "share")
+        )
         for kind, (kept, every) in self.kinds.items():
-            table.add_row(kind, f"{every:,}", f"{kept:,}", f"{kept / every:.1%}")
-        return table
+            sheet.add(kind, f"{every:,}", f"{kept:,}", f"{kept / every:.1%}")
+        return sheet

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import kind_of
 from tinyonn.experts.options import Selection
+from tinyonn.screen import Sheet
 from tinyonn.sizes import format_count
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,19 @@ class Totals:
         """JSON values."""
         return {**asdict(self), "whole": asdict(self.whole)}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         title = (
             f"kept {format_count(self.linear.kept)} of {format_count(self.linear.weights)} weights outside the trunk; "
             f"with the trunk {format_count(self.whole.kept)} of {format_count(self.whole.weights)}"
         )
-        table = Table(title=title, caption=self._caption(), title_justify="left", caption_justify="left")
-        table.add_column("")
-        for name in ("weights", "kept", "share", "core"):
-            table.add_column(name, justify="right")
-        _section(table, [("outside the trunk", self.linear), ("with the trunk", self.whole)])
-        _section(table, self.kinds.items())
-        _section(table, [(f"layer {name}", kept) for name, kept in self.layers.items()])
-        return table
+        sheet = Sheet(title, self._notes()).text("").number("weights", "kept", "share", "core")
+        _section(sheet, [("outside the trunk", self.linear), ("with the trunk", self.whole)])
+        _section(sheet, self.kinds.items())
+        _section(sheet, [(f"layer {name}", kept) for name, kept in self.layers.items()])
+        return sheet
 
-    def _caption(self) -> str:
+    def _notes(self) -> list[str]:
         *experts, core = self.experts
         filled = sorted(size for size in experts if size)
         sizes = (
@@ -99,7 +92,7 @@ class Totals:
         lines = [f"{sizes}; core {core:,}"]
         if self.empty:
             lines.append(f"warning: {len(self.empty)} experts are empty: {', '.join(map(str, self.empty))}")
-        return "\n".join(lines)
+        return lines
 
 
 def totals(selection: Selection, parameters: Collection[Parameter]) -> Totals:
@@ -139,7 +132,7 @@ def _sum(parts: Iterable[Kept]) -> Kept:
     return Kept(*(sum(getattr(part, field) for part in found) for field in ("kept", "weights", "core")))
 
 
-def _section(table: Table, rows: Iterable[tuple[str, Kept]]) -> None:
+def _section(sheet: Sheet, rows: Iterable[tuple[str, Kept]]) -> None:
     for name, kept in rows:
-        table.add_row(name, f"{kept.weights:,}", f"{kept.kept:,}", f"{kept.share:.1%}", f"{kept.core:,}")
-    table.add_section()
+        sheet.add(name, f"{kept.weights:,}", f"{kept.kept:,}", f"{kept.share:.1%}", f"{kept.core:,}")
+    sheet.section()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,22 @@ LOG = logging.getLogger(__name__)
 SCALE = 10.0  # seconds between looks for machines that joined
 PATIENCE = 60.0  # seconds without a first worker after which the user is told what is waited for
 
+LOOK = 1.0  # seconds between looks at what the workers have done
+
 Done = Callable[[Part, PartProfile], None]
+Seen = Callable[[Mapping[Part, int]], None]  # samples done of the parts under way
 
 
-def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done) -> list[WorkerUse]:
+def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done, seen: Seen) -> list[WorkerUse]:
     """One part after another in this process; `done` takes each."""
     worker = ProfileWorker(job)
     worker.load()
     for part in parts:
-        done(part, worker.measure(corpus.range(part.slice, part.first, part.last), part.first))
+
+        def tick(count: int, part: Part = part) -> None:
+            seen({part: count})
+
+        done(part, worker.measure(corpus.range(part.slice, part.first, part.last), part.first, tick))
     return [worker.use()]
 
 
@@ -70,6 +77,8 @@ class Dealer:
         Workers that fit.
     done : callable
         Takes each part as it comes back.
+    seen : callable
+        Is told now and then what is done of the others.
     """
 
     def __init__(
@@ -80,8 +89,11 @@ class Dealer:
         workers: int | None,
         most: int,
         done: Done,
+        seen: Seen,
     ) -> None:
-        self.crew, self.corpus, self.done = crew, corpus, done
+        self.crew, self.corpus, self.done, self.seen = crew, corpus, done, seen
+        self._before: dict[int, int] = {}  # samples of a worker when it began its part
+        self._looked = 0.0
         self._wanted, self._most = workers, most
         self._queue = deque(parts)
         self._tasks: dict[Any, tuple[int, Part]] = {}  # by the reference of the call under way
@@ -121,9 +133,24 @@ class Dealer:
         samples = self.corpus.range(part.slice, part.first, part.last)
         reference = self.crew.workers[number].measure.remote(samples, part.first)
         self._tasks[reference] = number, part
+        self._before.pop(number, None)
+
+    def _look(self) -> None:
+        """Tell what is done of the parts under way."""
+        if time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        uses = self.crew.use(timeout=LOOK / 2)
+        counts = {}
+        for number, part in self._tasks.values():
+            if number in uses:
+                done = uses[number].samples
+                counts[part] = min(done - self._before.setdefault(number, done), part.last - part.first)
+        self.seen(counts)
 
     def _wait(self) -> None:
-        ready, _ = ray.wait([*self._tasks, *self._loading], num_returns=1, timeout=SCALE)
+        ready, _ = ray.wait([*self._tasks, *self._loading], num_returns=1, timeout=LOOK)
+        self._look()
         self._say_if_alone()
         for reference in ready:
             number: int

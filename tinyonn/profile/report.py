@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tinyonn.profile.reader import Profile
-from tinyonn.sizes import format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from tinyonn.screen import Sheet, pairs, whole
+from tinyonn.sizes import format_seconds, format_size
 
 
 @dataclass(frozen=True)
@@ -74,26 +72,21 @@ class ProfileReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
-        table = Table(title=f"profiled {self.location}", show_header=False)
         core = "" if self.core_share is None else f", {self.core_share:.1%} of it through the core"
         rows = {
             "groups": f"{self.experts} experts{' and the core' if self.groups > self.experts else ''} of {self.source} "
             f"{self.id[:12]}",
-            "samples": f"{self.samples} ({self.samples_measured} in this call), {self.set_aside} set aside",
-            "slices": ", ".join(f"{name} {count}" for name, count in self.slices.items()),
+            "samples": f"{self.samples:,} ({self.samples_measured:,} in this call), {self.set_aside:,} set aside",
+            "slices": ", ".join(whole(f"{name} {count:,}") for name, count in self.slices.items()),
             "loss": f"{self.loss:.4f} nats per token",
             "contribution": f"spread over {self.effective_experts:.1f} experts of a sample{core}",
-            "on disk": f"{self.folder}, {format_size(self.bytes)}",
+            "on disk": f"{whole(self.folder)}, {format_size(self.bytes)}",
             "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
-            "time": f"{self.seconds:.1f} s",
+            "time": format_seconds(self.seconds),
         }
-        for name, text in rows.items():
-            table.add_row(name, text)
-        return table
+        return pairs(f"profiled {whole(self.location)}", rows)
 
 
 def spread(profile: Profile) -> tuple[float | None, float]:

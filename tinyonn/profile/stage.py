@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,14 @@ from tinyonn.profile.reader import Profile, open_profile
 from tinyonn.profile.report import ProfileReport, spread
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job
+from tinyonn.progress import Bar
 from tinyonn.record.cluster import cluster_address, cluster_device, connected
 from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
 from tinyonn.store.lock import RunLock
 
 LOG = logging.getLogger(__name__)
-LINE_SECONDS = 15.0  # between lines of progress
+SAMPLE_TOKENS = 100  # that a sample costs like, beside its own: its weights' gradients and levels
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,8 @@ class _Profiling:
         self.run, self.location, self.config, self.options = run, location, config, options
         self.tell, self.check = tell, check
         self.folder = local_folder(location)
-        self.started = self.told = time.monotonic()
-        self.measured = self.before = 0
-        self.first = 0.0, 0  # moment and samples of the first part: what came before it was loading
+        self.started = time.monotonic()
+        self.measured = 0
         fingerprint = check_base(run, location, config.model)
         self.groups: WeightGroups = find_groups(run, self.folder / "experts", config.model, options.groups)
         self.corpus = _corpus(run, self.folder, config)
@@ -165,10 +165,20 @@ class _Profiling:
     def carry_out(self, address: str | None) -> ProfileReport:
         """Measure what is missing."""
         parts = self.dataset.missing()
-        self.total = self.dataset.manifest.samples
-        self.before = self.total - sum(part.last - part.first for part in parts)
-        uses = self._measure(parts, address) if parts else []
+        total = self.dataset.manifest.samples
+        self.before = total - sum(part.last - part.first for part in parts)
+        self.effort = 0.0
+        self.efforts = {part: self._effort(part) for part in parts}
+        work = sum(self.efforts.values())
+        with Bar("profiling", work, "samples", count=total, before=self.before) as self.bar:
+            uses = self._measure(parts, address) if parts else []
         return self._report(open_profile(self.dataset.folder), uses)
+
+    def _effort(self, part: Part) -> float:
+        """Tokens, and as much again for every sample as its weights' gradients take."""
+        return self.corpus.tokens_of(part.slice, part.first, part.last) + SAMPLE_TOKENS * (
+            part.last - part.first
+        )
 
     def _measure(self, parts: list[Part], address: str | None) -> list[WorkerUse]:
         on_ray = address is not None or ray.is_initialized()
@@ -179,7 +189,7 @@ class _Profiling:
             plan = self._plan(device, len(gpus()) if device == "cuda" else usable_cpus(), free_ram())
             count = min(plan.workers, len(parts))
             if count == 1:
-                return measure_here(self._job(device), self.corpus, parts, self._done)
+                return measure_here(self._job(device), self.corpus, parts, self._done, self._seen)
         cpus = max(usable_cpus(), threads * (wanted or 1))
         with connected(address, cpus):
             device = cluster_device(self.config)
@@ -188,7 +198,7 @@ class _Profiling:
             plan = self._plan(device, units, cluster_ram())
             job = self._job(device)
             crew = ProfileCrew(self.config, device, job=job)
-            return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done).run()
+            return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done, self._seen).run()
 
     @property
     def _wanted(self) -> int | None:
@@ -224,15 +234,14 @@ class _Profiling:
         self.dataset.write(part, found)
         self.measured += part.last - part.first
         LOG.debug("wrote %s/%d-%d: %d set aside", part.slice, part.first, part.last, len(found.set_aside))
-        now = time.monotonic()
-        if not self.first[1]:
-            self.first = now, self.measured
-        if now - self.told > LINE_SECONDS:
-            self.told = now
-            done = self.before + self.measured
-            rate = (self.measured - self.first[1]) / max(now - self.first[0], 1e-9)
-            left = f"{(self.total - done) / rate:.0f} s left" if rate > 0 else "no estimate yet"
-            self.tell(f"{done}/{self.total} samples profiled, {left}")
+        self.effort += self.efforts[part]
+        self._seen({})
+
+    def _seen(self, counts: Mapping[Part, int]) -> None:
+        """Show what is done, with samples of the parts under way."""
+        inside = [(part, count / (part.last - part.first)) for part, count in counts.items()]
+        effort = self.effort + sum(self.efforts[part] * share for part, share in inside)
+        self.bar.update(effort, self.before + self.measured + sum(counts.values()))
 
     def _report(self, profile: Profile, uses: list[WorkerUse]) -> ProfileReport:
         identity = profile.manifest.groups

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,9 @@ class ProfileWorker:
         device = torch.cuda.get_device_name(dense.device) if cuda else f"cpu x{job.threads}"
         return WorkerFacts(tuple(list_parameters(dense.model)), device, platform.node(), os.getpid())
 
-    def measure(self, samples: Sequence[Sample], first: int) -> PartProfile:
+    def measure(
+        self, samples: Sequence[Sample], first: int, tick: Callable[[int], None] = lambda done: None
+    ) -> PartProfile:
         """Measure a part.
 
         Parameters
@@ -91,6 +93,8 @@ class ProfileWorker:
             At consecutive positions of a slice's stored order.
         first : int
             Position of the first.
+        tick : callable
+            Gets the number of samples that are done, after each.
 
         Raises
         ------
@@ -115,6 +119,7 @@ class ProfileWorker:
                     "use a smaller data.max_tokens or model.checkpointing: true"
                 ) from None
             self._done += 1
+            tick(position + 1 - first)
         self._seconds += time.perf_counter() - started
         return PartProfile(tuple(found), aside)
 

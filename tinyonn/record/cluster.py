@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -20,8 +21,10 @@ from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.record.worker import Worker, WorkerFacts
 from tinyonn.store.manifest import Segment
 
+LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between
 CONNECT_SECONDS = 10.0
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 LOST = (RayActorError, ObjectLostError)  # a worker is gone, or its machine with the result
 
 
@@ -49,23 +52,40 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    target, options = address or "local", dict[str, Any]()
     if address is None:
-        options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 256 << 20}
-        # A token for this Ray alone, so that none is left in the user's home.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        _check_reachable(target)
-        ray.init(address=target, log_to_driver=False, logging_level="ERROR", **options)
-    except Exception as error:  # ConnectionError, RuntimeError or Ray's own, depending on what fails
-        raise InputError(
-            f"no Ray cluster answers at {target} ({_first_line(error)}); start one as in docs/cluster.md, "
-            "give every machine the same token, or leave the address out to use this machine alone"
-        ) from None
+        _start_local(cpus)
+    else:
+        try:
+            _check_reachable(address)
+            ray.init(address=address, **QUIET)
+        except Exception as error:  # ConnectionError, RuntimeError or Ray's own, depending on what fails
+            raise InputError(
+                f"no Ray cluster answers at {address} ({_first_line(error)}); start one as in docs/cluster.md, "
+                "give every machine the same token, or leave the address out to use this machine alone"
+            ) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(cpus: int) -> None:
+    """A Ray of this process alone; once more if it does not start, since another program may take its port."""
+    options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 256 << 20}
+    # A token for this Ray alone, so that none is left in the user's home.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    for last in (False, True):
+        try:
+            ray.init(address="local", **QUIET, **options)
+            return
+        except Exception as error:  # RuntimeError or Ray's own, depending on what fails
+            LOG.debug("the local Ray did not start", exc_info=True)
+            ray.shutdown()
+            if last:
+                raise InputError(
+                    f"the local Ray did not start ({_first_line(error)}); the run's logs say more; "
+                    "end left-over ray processes (`ray stop`), or run the command again"
+                ) from None
 
 
 def _check_reachable(address: str) -> None:
@@ -216,6 +236,8 @@ class Task:
     bad: dict[int, str] = field(default_factory=dict)
     writing: bool = False
     fork: Any = None
+    begun: int | None = None  # samples that its worker had recorded before this window, once that is known
+    seen: int = 0  # of this window's samples, as last looked at
     started: float = field(default_factory=time.monotonic)
 
 

@@ -34,6 +34,7 @@ from tinyonn.record.cluster import (
     connected,
     outcome,
 )
+from tinyonn.record.effort import Efforts
 from tinyonn.record.identity import check_same, corpus_of_run, identity_of
 from tinyonn.record.report import Progress, RecordReport
 from tinyonn.store.lock import RunLock
@@ -211,6 +212,17 @@ class _Recording:
         self.crew.call(number, "prepare", self.calibration, self.windows)
 
     def _loop(self) -> None:
+        manifest = self.store.manifest
+        self.efforts = Efforts(
+            self.corpus,
+            manifest.parameters,
+            self.crew.device,
+            len(self.windows),
+            self.config.model.checkpointing,
+            manifest.segment_size,
+        )
+        committed = self.progress.total - self._missing()
+        self.progress.begin(self.efforts.of_rest(self.store.segments()), committed)
         while self._missing():
             while self.idle and (segment := self._next()) is not None:
                 self._start(Task(segment, self.idle.pop(0)))
@@ -270,6 +282,7 @@ class _Recording:
             segment = task.segment
             samples = self.corpus.range(segment.slice, segment.first, segment.last)
             reference = worker.record.remote(samples, task.window, task.bad)
+            task.begun, task.seen = None, 0
         self.tasks[reference] = task
 
     def _drop(self, task: Task) -> None:
@@ -349,6 +362,7 @@ class _Recording:
         self.lock.check()
         if self.store.commit(task.fork, segment):
             self.committed += segment.samples
+            self.efforts.commit(task.segment)
             seconds = time.monotonic() - task.started
             LOG.debug("committed %s: %d samples, %d set aside, %.1f s by worker %d", segment.name, segment.samples,
                       len(segment.set_aside), seconds, task.worker)  # fmt: skip
@@ -357,7 +371,8 @@ class _Recording:
 
     def _show(self) -> None:
         uses = self.crew.use(timeout=0.5)
-        self.progress.update(self.store.segments(), uses)
+        effort, under_way = self.efforts.spent(self.tasks.values(), uses)
+        self.progress.update(self.store.segments(), uses, effort, under_way)
         rates = {f"samples_per_second/worker_{n}": rate for n, rate in self.progress.rates.items()}
         self.tracker.log(self.progress.done, {**rates, "live_segments": float(len(self.store.segments()))})
 

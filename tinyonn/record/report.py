@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
-
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.machine import peak_rss
+from tinyonn.progress import Bar
 from tinyonn.record.worker import WorkerUse
-from tinyonn.sizes import format_size
+from tinyonn.screen import Sheet, pairs, whole
+from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
-LINE_SECONDS = 15.0  # between lines where there is no terminal
 RATE_SECONDS = 3.0  # over which a worker's speed is measured
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere; on stderr.
+    """What is recorded so far, shown while it grows.
 
     Attributes
     ----------
@@ -46,31 +41,34 @@ class Progress:
         self.uses: dict[int, WorkerUse] = {}
         self._shown = shown
         self._last: dict[int, tuple[float, int]] = {}
-        self._line = 0.0
         self._bar: Bar | None = None
-        if shown and sys.stderr.isatty():
-            columns = (
-                TextColumn("recording"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} samples"),
-            )
-            times = (
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Bar(*columns, *times, console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total)
 
     def say(self, text: str) -> None:
         """One line."""
         if self._shown:
             LOG.info(text)
 
-    def update(self, segments: Sequence[Segment], uses: dict[int, WorkerUse]) -> None:
-        """Look at what is committed and at what the workers have done."""
+    def begin(self, effort: float, committed: int) -> None:
+        """Start to record: what that costs in all, in any unit, and samples that were committed before."""
+        self.done = committed
+        self._bar = Bar("recording", effort, "samples", self.total, committed, self._shown).__enter__()
+
+    def update(
+        self, segments: Sequence[Segment], uses: dict[int, WorkerUse], effort: float, under_way: int
+    ) -> None:
+        """Look at what is committed and at what the workers have done.
+
+        Parameters
+        ----------
+        segments : sequence of Segment
+            Committed.
+        uses : dict
+            Of the workers that answered.
+        effort : float
+            Spent since the beginning, of what `begin` was told.
+        under_way : int
+            Samples that are recorded and not committed yet.
+        """
         now = time.monotonic()
         for number, use in uses.items():
             before, count = self._last.setdefault(number, (now, use.samples))
@@ -83,20 +81,15 @@ class Progress:
         aside = sum(len(segment.set_aside) for segment in segments)
         committed = sum(segment.last - segment.first for segment in segments)
         self.done = min(self.total, max(self.done, committed))
-        each = " ".join(f"#{number} {rate:.1f}/s" for number, rate in sorted(self.rates.items()))
-        text = f"{len(segments)} live segments, {aside} set aside, {each}"
+        LOG.debug("workers: %s samples/s", {number: round(rate, 2) for number, rate in self.rates.items()})
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=text)
-        elif self._shown and now - self._line > LINE_SECONDS:
-            self._line = now
-            speed = sum(self.rates.values())
-            left = f"{(self.total - self.done) / speed:.0f} s left" if speed > 0 else "no estimate yet"
-            LOG.info("%d/%d samples committed, %s; %s", self.done, self.total, text, left)
+            note = f"{aside:,} set aside" if aside else ""
+            self._bar.update(effort, min(self.total, self.done + under_way), note)
 
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
 
 @dataclass(frozen=True)
@@ -171,20 +164,17 @@ class RecordReport:
         """All figures, as JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """The same for people."""
-        table = Table(title=f"recorded {self.run}", show_header=False)
         rows = {
-            "samples": f"{self.samples} ({self.samples_recorded} in this call)",
-            "set aside": str(self.set_aside),
-            "cut to data.max_tokens": str(self.truncated),
+            "samples": f"{self.samples:,} ({self.samples_recorded:,} in this call)",
+            "set aside": f"{self.set_aside:,}",
+            "cut to data.max_tokens": f"{self.truncated:,}",
             "weights": f"{self.weights:,}",
-            "live segments": str(self.live_segments),
+            "live segments": f"{self.live_segments:,}",
             "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
             "writing / recording": f"{self.commit_share:.1%}",
             "peak memory": f"{format_size(self.peak_rss_bytes)} of RAM, {format_size(self.peak_vram_bytes)} of VRAM",
-            "time": f"{self.seconds:.1f} s",
+            "time": format_seconds(self.seconds),
         }
-        for name, text in rows.items():
-            table.add_row(name, text)
-        return table
+        return pairs(f"recorded {whole(self.run)}", rows)

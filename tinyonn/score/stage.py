@@ -17,10 +17,13 @@ import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import ScoreConfig
-from tinyonn.engine import THREADS, EngineOptions, computing
+from tinyonn.engine import THREADS, Call, EngineOptions, Watch, computing
 from tinyonn.errors import InputError
+from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
+from tinyonn.progress import Bar
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_chunk
 from tinyonn.store.lock import RunLock
@@ -31,7 +34,6 @@ from tinyonn.store.repository import Store
 
 if TYPE_CHECKING:
     from icechunk import ForkSession
-    from rich.table import Table
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -62,27 +64,19 @@ class ScoreReport:
         rate = self.weights / self.score_seconds if self.fresh and self.score_seconds > 0 else 0.0
         return {**asdict(self), "warnings": list(self.warnings), "weights_per_second": rate}
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         what = f"{self.weights:,} weights in {self.tensors} tensors"
         done = (
             f"{what} in {format_seconds(self.score_seconds)}"
             if self.fresh
             else "nothing to do: scored already"
         )
-        table = Table(
-            title=f"scored {self.location}",
-            caption="\n".join([done, *(f"warning: {text}" for text in self.warnings)]),
-            title_justify="left",
-            caption_justify="left",
-        )
-        table.add_column("slice")
-        table.add_column("samples", justify="right")
+        notes = [done, *(f"warning: {text}" for text in self.warnings)]
+        sheet = Sheet(f"scored {whole(self.location)}", notes).text("slice").number("samples")
         for name, count in self.slices.items():
-            table.add_row(name, f"{count:,}")
-        return table
+            sheet.add(whole(name), f"{count:,}")
+        return sheet
 
 
 @dataclass(frozen=True)
@@ -206,7 +200,11 @@ def _score(
     forks = store.begin_stage("score", len(tasks))
     try:
         reader = store.reader()
-        with computing(options, workers) as compute:
+        total = sum(parameter.size for parameter in manifest.parameters)
+        with (
+            Bar("scoring", [Phase("", total, parallel=workers)], "weights") as bar,
+            computing(options, workers, Watch(bar, _weights)) as compute,
+        ):
             done = compute(
                 [(score_tensors, (reader, fork, task)) for fork, task in zip(forks, tasks, strict=True)]
             )
@@ -221,6 +219,12 @@ def _score(
     store.clean()
     LOG.debug("scored %s: %d tasks, %d workers", store.location, len(tasks), workers)
     return workers
+
+
+def _weights(call: Call) -> float:
+    """Of a call of `score_tensors`."""
+    task: ScoreTask = call[1][2]
+    return sum(parameter.size for parameter in task.parameters)
 
 
 def task_groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:

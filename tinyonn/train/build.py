@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,14 @@ from tinyonn.train.workers import Workers
 
 CACHE = "teacher"  # in the training's folder
 POLL = 2.0  # seconds between looks for a cache that another worker writes
-PATIENCE = 30.0  # seconds between lines about it
-
-Tell = Callable[[str], None]
 
 
-def build_trainer(spec: Spec, tell: Tell = lambda line: None) -> Trainer:
+def build_trainer(spec: Spec) -> Trainer:
     """Build all that a worker needs; resumes the newest checkpoint.
 
     Parameters
     ----------
     spec : Spec
-    tell : callable
-        Gets a line now and then while the teacher's outputs are cached.
 
     Raises
     ------
@@ -54,7 +48,7 @@ def build_trainer(spec: Spec, tell: Tell = lambda line: None) -> Trainer:
             corpus,
             spec.train,
             spec.folder,
-            build_teacher(spec, corpus, device, tell),
+            build_teacher(spec, corpus, device),
             build_targets(spec),
             spec.identity,
         )
@@ -88,9 +82,7 @@ def build_student(spec: Spec, device: torch.device) -> Any:
     return model
 
 
-def build_teacher(
-    spec: Spec, corpus: Corpus, device: torch.device, tell: Tell = lambda line: None
-) -> Teacher | None:
+def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher | None:
     """The teacher or what is cached of it; None if no loss needs it.
 
     Raises
@@ -112,17 +104,8 @@ def build_teacher(
         while not (target / "teacher.json").exists():
             time.sleep(POLL)
         return Cached(target)
-    last = time.monotonic()
-
-    def progress(done: int, parts: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > PATIENCE:
-            last = time.monotonic()
-            tell(f"caching the teacher: {done} of {parts} parts")
-
-    return cache_teacher(
-        Live(load_model(spec.teacher, device).model), corpus, folder, fingerprint, spec.teacher_k, progress
-    )
+    teacher = Live(load_model(spec.teacher, device).model)
+    return cache_teacher(teacher, corpus, folder, fingerprint, spec.teacher_k)
 
 
 def build_targets(spec: Spec) -> ProfileTargets | None:

@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyonn.train.report import progress_line
+from tinyonn.pace import Phase
+from tinyonn.progress import Bar
+from tinyonn.train.report import step_facts
 
-PACE = 10.0  # seconds between lines of progress
 POLL = 1.0  # seconds between looks at the file
 
 Tell = Callable[[str], None]
 
 
 class Progress:
-    """Tells where a training stands: at its first step, its last, and every few seconds between.
+    """Shows where a training stands, as a context manager: the warm start and the steps after it each at their speed.
 
     Parameters
     ----------
-    steps : int
+    warm_start, steps : int
         In all.
-    tell : callable
-    pace : float
-        Seconds.
+    resumed : int
+        Steps that were done before, those of the warm start counted.
+    expected : callable
+        Seconds of a step after the warm start as far as known before there was one.
     """
 
-    def __init__(self, steps: int, tell: Tell, pace: float = PACE) -> None:
-        self.steps, self._tell, self._pace = steps, tell, pace
-        self._last = float("-inf")
+    def __init__(
+        self, warm_start: int, steps: int, resumed: int, expected: Callable[[], float | None] = lambda: None
+    ) -> None:
+        self._warm, self._expected = warm_start, expected
+        before = min(resumed, warm_start), max(0, resumed - warm_start)
+        warm = Phase("warm start", warm_start - before[0], before=before[0])
+        main = Phase("steps", steps - before[1], before=before[1])
+        self._main, self._resumed = main, resumed
+        self._bar = Bar("training", [warm, main] if warm.total else [main], "steps")
+
+    def __enter__(self) -> Progress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """Take a line of the monitor."""
-        if time.monotonic() - self._last >= self._pace or line["step"] == self.steps:
-            self._last = time.monotonic()
-            self._tell(progress_line(line, self.steps))
+        step = line["step"]
+        if step <= self._warm:
+            if self._main.expected is None and (seconds := self._expected()):
+                self._main.expected = 1 / seconds
+            self._bar.update(step - min(self._resumed, self._warm), note=step_facts(line))
+            return
+        if self._bar.pace.phase is not self._main:
+            self._bar.enter(self._main.name)
+        self._bar.update(step - max(self._resumed, self._warm), note=step_facts(line))
 
 
 class Follower:

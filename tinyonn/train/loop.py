@@ -52,9 +52,11 @@ def train_loop(
     CapacityError
         No memory on the GPU, or no space for a checkpoint.
     """
-    trainer = build_trainer(spec, tell)
+    trainer = build_trainer(spec)
     if trainer.step:
         tell(f"going on from step {trainer.step} of {trainer.steps}")
+    # Where it is the router alone that learns at first, only a try can tell how long the rest will take.
+    seconds = trainer.rehearse() if 0 <= trainer.step < spec.train.warm_start else None
     if not trainer.workers.first:
         _train(trainer, report)
         trainer.workers.wait()  # the model is written
@@ -63,7 +65,8 @@ def train_loop(
     router = trainer.student.router
     shared = () if router is None else router.options.shared
     with (folder / STARTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": trainer.step, "workers": trainer.workers.world}) + "\n")
+        start = {"step": trainer.step, "workers": trainer.workers.world, "step_seconds": seconds}
+        file.write(json.dumps(start) + "\n")
     tracker = Tracker(spec.track, folder, f"{folder.absolute().parent.name}-{folder.name}")
     try:
         monitor = Monitor(folder, tracker, spec.window, tell, shared, trainer.step)

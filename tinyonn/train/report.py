@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds, format_size
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 ENDS = 20  # steps at the beginning and at the end that losses are averaged over
 PARTS = ("kl", "ce", "hidden", "balance", "z", "specificity", "profile")
@@ -71,13 +69,11 @@ class TrainReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         speed = f"{self.tokens_per_second:,.0f} tokens/s with {self.workers} worker(s) on {self.device}"
         lines = [
-            f"{self.steps} steps, {self.tokens:,} tokens, {speed}",
+            f"{self.steps:,} steps, {self.tokens:,} tokens, {speed}",
             f"memory of a worker {format_size(self.peak_worker_bytes)}, planned {format_size(self.need_bytes)}",
         ]
         if self.active_weights is not None:
@@ -97,34 +93,27 @@ class TrainReport:
         if self.restarts:
             lines.append(f"workers were lost {self.restarts} time(s)")
         lines += [f"alarm: {alarm}" for alarm in self.alarms[-3:]]
-        table = Table(title=f"trained {self.model}", title_justify="left", caption_justify="left")
-        table.caption = "\n".join(lines)
-        for heading in ("loss", "first steps", "last steps"):
-            table.add_column(heading, justify="left" if heading == "loss" else "right")
+        sheet = Sheet(f"trained {whole(self.model)}", lines).text("loss").number("first steps", "last steps")
         for name, (first, last) in self.losses.items():
-            table.add_row(name, f"{first:.4f}", f"{last:.4f}")
-        return table
+            sheet.add(name, f"{first:.4f}", f"{last:.4f}")
+        return sheet
 
 
-def progress_line(line: Mapping[str, Any], steps: int) -> str:
-    """A step of the monitor, for people.
+def step_facts(line: Mapping[str, Any]) -> str:
+    """Losses and speed of a step of the monitor, for people.
 
     Parameters
     ----------
     line : mapping
         Of ``monitor.jsonl``.
-    steps : int
-        In all.
     """
     values = line["values"]
     shown = [f"{name} {values[name]:.3f}" for name in ("loss", "kl", "ce") if values.get(name) is not None]
     if values.get("active_experts") is not None:
         shown.append(f"{values['active_experts']:.0f} experts on")
-    if line["seconds"] > 0:
-        left = (steps - line["step"]) * line["tokens"] / max(values.get("tokens_per_second") or 0, 1e-9)
-        shown += [f"{values['tokens_per_second']:,.0f} tokens/s"] if values.get("tokens_per_second") else []
-        shown += [f"{format_seconds(left)} left"] if left < 1e8 else []
-    return f"step {line['step']} of {steps}: {', '.join(shown)}"
+    if values.get("tokens_per_second"):
+        shown.append(f"{values['tokens_per_second']:,.0f} tokens/s")
+    return ", ".join(shown)
 
 
 def ends(lines: Sequence[Mapping[str, Any]], count: int = ENDS) -> dict[str, list[float]]:

@@ -85,14 +85,17 @@ def train_run(
                 f"training needs {format_size(tier.total)} of {tier.name} for {places.sharing} worker(s), "
                 f"{largest.what} {format_size(largest.bytes)} of each"
             )
-            progress = Progress(spec.train.warm_start + spec.train.steps, tell)
+            progress = Progress(
+                spec.train.warm_start, spec.train.steps, resumed, lambda: _step_seconds(folder)
+            )
             if places.address is None and places.workers == 1:
-                train_loop(spec, tell=tell, observe=progress)
+                with progress:
+                    train_loop(spec, tell=tell, observe=progress)
             else:
                 group = GroupOptions(places.workers, places.threads, places.device)
                 since = f", going on from step {resumed}" if resumed else ""
                 tell(f"starting {places.workers} worker(s) on {places.device}{since}")
-                with Follower(folder / FILE, progress, tell):
+                with progress, Follower(folder / FILE, progress, tell):
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
         report = replace(report, restarts=max(0, _starts(folder) - before - 1))
@@ -168,6 +171,14 @@ def _starts(folder: Path) -> int:
         return len((folder / STARTS).read_text("utf-8").splitlines())
     except OSError:
         return 0
+
+
+def _step_seconds(folder: Path) -> float | None:
+    """Of a step after the warm start, as the last start has tried."""
+    try:
+        return float(json.loads((folder / STARTS).read_text("utf-8").splitlines()[-1])["step_seconds"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _keep(path: Path, tree: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from tinyonn.base.corpus_file import Corpus, Sample
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.experts.shards import write_tensors
+from tinyonn.progress import Bar
 from tinyonn.train.data import Batch, collate
 from tinyonn.train.states import decoder_states
 
@@ -186,13 +187,17 @@ def cache_teacher(
     target.mkdir(parents=True, exist_ok=True)
     places = [(name, place) for name, count in corpus.slices.items() for place in range(count)]
     starts = range(0, len(places), PART)
-    for number, start in enumerate(starts):
-        path = target / f"part-{number:06d}.safetensors"
-        if not path.exists():
-            samples = [corpus.sample(*place) for place in places[start : start + PART]]
-            write_tensors(path, _part(teacher, samples, k), {"format": "pt"})
-        if tell is not None:
-            tell(number + 1, len(starts))
+    with Bar("caching the teacher", len(starts), "parts") as bar:
+        for number, start in enumerate(starts):
+            path = target / f"part-{number:06d}.safetensors"
+            if path.exists():
+                bar.skip(1)
+            else:
+                samples = [corpus.sample(*place) for place in places[start : start + PART]]
+                write_tensors(path, _part(teacher, samples, k), {"format": "pt"})
+                bar.add()
+            if tell is not None:
+                tell(number + 1, len(starts))
     about = {"parts": len(starts), "k": k, "vocabulary": teacher.vocabulary, "model": model}
     side = target / "teacher.part"
     side.write_text(json.dumps(about), "utf-8")

@@ -47,6 +47,7 @@ from tinyonn.train.training_state import put_back, take, trained
 from tinyonn.train.workers import Workers
 
 LOG = logging.getLogger(__name__)
+LONG_STEP = 20.0  # seconds, of which what was compiled is a small part
 
 
 class TrainingDivergedError(InputError):
@@ -163,6 +164,28 @@ class Trainer:
                     curve.sync()
                 self.save()
         return self.step
+
+    def rehearse(self) -> float:
+        """Seconds that a step after the warm start will take: the samples of the first are run, and nothing is learnt.
+
+        Run twice where the first time was short: it may have compiled something.
+        """
+        seconds = 0.0
+        stage, batch = self.stage_of(self.options.warm_start), self.order.step(0)
+        with torch.random.fork_rng():
+            for _ in range(2):
+                started = time.monotonic()
+                self._forget_gradients()
+                routed = self._route(batch, 0, None)
+                gates = self._value_gates(stage)
+                run_samples(self.student, self.teacher, batch, routed, self.options, self.workers, gates)
+                seconds = time.monotonic() - started
+                if (
+                    seconds > LONG_STEP and self.workers.world == 1
+                ):  # several wait for each other: as often in each
+                    break
+        self._forget_gradients()
+        return seconds
 
     def stage_of(self, step: int) -> int:
         """0 in the warm start, then 1 or 2."""

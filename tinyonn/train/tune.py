@@ -22,6 +22,7 @@ from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.places import local_folder
+from tinyonn.progress import Bar
 from tinyonn.store.lock import RunLock
 from tinyonn.train.build import build_trainer
 from tinyonn.train.dotted import option_of, with_options
@@ -148,6 +149,8 @@ def take_part(
     tell : callable
     """
     study = open_study(Path(folder) / JOURNAL, STUDY, _search(options), part)
+    finished = len([trial for trial in study.trials if trial.state.is_finished()])
+    bar = Bar("tuning", max(0, options.trials - finished), "trials", count=options.trials, before=finished)
 
     def objective(values: Mapping[str, float], number: int, report: Report) -> float:
         place = Path(folder) / "trials" / str(number)
@@ -159,9 +162,11 @@ def take_part(
             shutil.rmtree(place, ignore_errors=True)
         shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
         tell(f"trial {number}: {f'{loss:.4f} nats' if math.isfinite(loss) else 'given up'} ({shown})")
+        bar.add()
         return loss
 
-    search(study, options.ranges, objective, options.trials)
+    with bar:
+        search(study, options.ranges, objective, options.trials)
 
 
 class _GivenUp(Exception):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -38,18 +36,14 @@ class TuneReport:
         """JSON values."""
         return asdict(self)
 
-    def table(self) -> Table:
+    def table(self) -> Sheet:
         """For people."""
-        from rich.table import Table
-
         given = "" if self.first_loss is None else f", {self.first_loss:.4f} with the options as given"
-        table = Table(title=f"tuned {self.location}", title_justify="left", caption_justify="left")
-        table.caption = (
-            f"{self.loss:.4f} nats after {self.steps} steps{given}\n{self.finished} trials and {self.pruned} that were "
-            f"given up, in {format_seconds(self.tune_seconds)}"
-        )
-        table.add_column("option")
-        table.add_column("best", justify="right")
+        notes = [
+            f"{self.loss:.4f} nats after {self.steps:,} steps{given}",
+            f"{self.finished:,} trials and {self.pruned:,} that were given up, in {format_seconds(self.tune_seconds)}",
+        ]
+        sheet = Sheet(f"tuned {whole(self.location)}", notes).text("option").number("best")
         for name, value in self.best.items():
-            table.add_row(f"train.{name}", f"{value:.3g}")
-        return table
+            sheet.add(f"train.{name}", f"{value:.3g}")
+        return sheet

@@ -159,7 +159,9 @@ def dotted(tree: dict[str, Any]) -> list[str]:
 def test_options_named_in_prose_exist() -> None:
     named = {span.text.split(":")[0].strip() for span in code_spans()}
     options = {
-        text for text in named if re.fullmatch(rf"({SECTIONS})\.[a-z_]+", text) and not text.endswith(".yaml")
+        text
+        for text in named
+        if re.fullmatch(rf"({SECTIONS})\.[a-z_]+", text) and not text.endswith((".yaml", ".safetensors"))
     }
     assert options
     assert options <= set(known_keys())

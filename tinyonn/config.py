@@ -28,7 +28,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The dense model that is recorded."""
 
-    path: str = "reference"  # a hub name, a folder, or "reference" for the model that ships with the project
+    path: str = "reference"  # a hub name, a folder, a GGUF file, or "reference" for the model shipped
     revision: str | None = None
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -30,6 +30,7 @@ def write_gguf(
     name: str,
     kind: str = "F32",
     say: Callable[[gguf.GGUFWriter], None] | None = None,
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     drop: str = "",
     **changes: Any,
 ) -> Path:
@@ -45,6 +46,8 @@ def write_gguf(
         ``F32`` or the name of a quantized type: of matrices.
     say : callable, optional
         Writes more keys and tensors.
+    tokenizer : callable, optional
+        Writes it; by default `say_tokenizer`.
     drop : str
         A tensor that is left out.
     **changes
@@ -61,7 +64,7 @@ def write_gguf(
     architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     say_configuration(writer, config)
-    say_tokenizer(writer)
+    (tokenizer or say_tokenizer)(writer)
     if say is not None:
         say(writer)
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
@@ -102,7 +105,10 @@ def say_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.norm_epsilon)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_rope_dimension_count(head)
@@ -120,8 +126,25 @@ def say_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges(list(MERGES))
     writer.add_bos_token_id(TOKENS.index(SPECIAL[0]))
     writer.add_eos_token_id(TOKENS.index(SPECIAL[2]))
+    writer.add_pad_token_id(TOKENS.index(SPECIAL[0]))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def say_sentencepiece(writer: gguf.GGUFWriter) -> None:
+    """Of Llama 2's kind: scores for merges, bytes for what has no token."""
+    special = ["<unk>", "<s>", "</s>"]
+    letters = ["\u2581", "h", "e", "l", "o", "he", "ll", "hell", "hello", "\u2581hello", "\u2581h"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [-float(at) for at in range(len(letters))])
+    writer.add_token_types([*kinds, *[gguf.TokenType.NORMAL] * len(letters)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
 
 
 def changed(place: str, values: Values, config: Any, back: bool = False) -> Values:

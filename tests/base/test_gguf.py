@@ -14,16 +14,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.base.gguf_models import TOKENS, write_gguf
+from tests.base.architectures import ARCHITECTURES, COMMON
+from tests.base.gguf_models import TOKENS, say_sentencepiece, write_gguf
 from tinyonn.base import gguf_folder
 from tinyonn.base.gguf_file import LLAMA3, GGUFFile, llama3_factors
 from tinyonn.base.gguf_folder import cache_folder
 from tinyonn.base.load import load_model, load_shape, load_tokenizer
 from tinyonn.base.parameters import list_parameters
-from tinyonn.base.source import describe_origin, fingerprint_model, model_folder, resolve_model
+from tinyonn.base.source import fingerprint_model, model_folder, resolve_model
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.planning import describe_model
 
 IDS = torch.arange(40, 56)[None]
 CHAT = [{"role": "user", "content": "hello, né 中"}, {"role": "assistant", "content": "x\n"}]
@@ -56,6 +58,13 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 LONG: dict[str, Any] = {
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0} | LLAMA3,
 }
+GEMMA = COMMON | {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+FAR = {"rope_parameters": {"rope_type": "default", "rope_theta": 999999.4}}
 MODELS = [
     ("llama", {}, "F32"), ("llama", {}, "Q8_0"), ("llama", {"tie_word_embeddings": True}, "Q4_1"),
     ("llama", BIASES, "Q8_0"), ("llama", {"num_key_value_heads": 4}, "Q4_0"), ("qwen2", {}, "Q8_0"),
@@ -72,6 +81,41 @@ def test_a_gguf_is_the_model_that_it_was_written_from(
     assert torch.equal(
         logits(load_model(config_of(path)).model), logits(original(folder, dtype=torch.float32))
     )
+
+
+OTHERS = [
+    ("gemma2", GEMMA, lambda writer: writer.add_sliding_window(8)),
+    ("gemma3_text", GEMMA, lambda writer: writer.add_sliding_window(8)),
+    ("starcoder2", COMMON | FAR | {"tie_word_embeddings": True}, None),
+    ("phi3", COMMON, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options", "say"), OTHERS)
+def test_architectures_whose_files_say_more(
+    kind: str, options: dict[str, Any], say: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms stored plus one, scales of queries, far rotary bases, fused projections."""
+    monkeypatch.setitem(ARCHITECTURES, "other", (kind, options | {"pad_token_id": 256}))
+    folder = write_gguf(tmp_path / "m.gguf", "other", "Q8_0", say)
+    made = model_folder(config_of(tmp_path / "m.gguf"))
+    assert torch.equal(logits(original(made)), logits(original(folder, dtype=torch.float32)))
+
+
+@pytest.mark.parametrize("add_bos", [None, False])
+def test_a_tokenizer_of_sentencepiece(add_bos: bool | None, tmp_path: Path) -> None:
+    def say(writer: gguf.GGUFWriter) -> None:
+        if add_bos is not None:
+            writer.add_add_bos_token(add_bos)
+
+    write_gguf(tmp_path / "m.gguf", "llama", say=say, tokenizer=say_sentencepiece, vocab_size=270)
+    tokenizer = load_tokenizer(config_of(tmp_path / "m.gguf"))
+    wanted = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in ("hello", " hello  hello\n", "né 中 <s>h</s>"):
+        assert tokenizer(text).input_ids == wanted(text).input_ids
+        assert tokenizer.decode(tokenizer(text).input_ids) == wanted.decode(wanted(text).input_ids)
+    assert tokenizer("hello").input_ids == ([1, 268] if add_bos is None else [268])
+    assert tokenizer.special_tokens_map == wanted.special_tokens_map
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -158,7 +202,7 @@ def test_what_a_file_says_of_its_values(tmp_path: Path) -> None:
     said = {}
     for kind in ("F32", "Q8_0", "Q4_1"):
         write_gguf(tmp_path / f"{kind}.gguf", "llama", kind)
-        said[kind] = describe_origin(config_of(tmp_path / f"{kind}.gguf"))
+        said[kind] = describe_model(config_of(tmp_path / f"{kind}.gguf"))[1].origin
     assert said == {
         "F32": "F32.gguf: F32 (21 tensors): not quantized",
         "Q8_0": "Q8_0.gguf: Q8_0 (16 tensors), F32 (5): the values come from 8-bit weights already",
@@ -290,6 +334,7 @@ def test_an_architecture_that_is_not_known(tmp_path: Path) -> None:
 
 
 SAID = [
+    (lambda writer: writer.add_type("adapter"), r"is a GGUF of type 'adapter', and no model"),
     (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN), r"llama\.rope\.scaling\.type = yarn"),
     (lambda writer: writer.add_expert_count(8), r"llama\.expert_count = 8"),
     (lambda writer: writer.add_logit_scale(0.5), r"llama\.logit_scale = 0\.5"),

@@ -12,6 +12,7 @@ import contextlib
 import json
 import zipfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,7 @@ def open_tensors(path: Path, remedy: str = AGAIN) -> Iterator[Any]:
         It is damaged, or a pickle of more than tensors.
     """
     if path.suffix == ".bin":
-        yield _Unpickled(path, remedy)
+        yield _unpickled(path, path.stat().st_mtime_ns, remedy)
         return
     from safetensors import SafetensorError, safe_open
 
@@ -124,6 +125,11 @@ def check_tensors(files: list[Path]) -> None:
                         f"{path}: {key} is {kind}, so the model is quantized already and its values are scaled by "
                         "others; give the original model, it is quantized here"
                     )
+
+
+@lru_cache(maxsize=1)  # a file of the old kind is in memory whole, and is asked for tensor after tensor
+def _unpickled(path: Path, changed: int, remedy: str) -> _Unpickled:
+    return _Unpickled(path, remedy)
 
 
 class _Unpickled:

@@ -85,6 +85,11 @@ class GGUFFile:
             ) from None
         self.types: Counter[str] = Counter()
         self._weights: Counter[str] = Counter()
+        kind = self._fields.get("general.type")
+        if kind is not None and kind.contents() != "model":
+            raise InputError(
+                f"{path} is a GGUF of type {kind.contents()!r}, and no model; give the model's own file"
+            )
         for tensor in self._reader.tensors:
             self.types[tensor.tensor_type.name] += 1
             self._weights[tensor.tensor_type.name] += int(tensor.n_elements)

@@ -146,8 +146,9 @@ def _only_one(path: Path) -> Iterator[None]:
 def _write_shell(file: GGUFFile, folder: Path) -> None:
     from transformers import GenerationConfig
 
+    logger.info("%s: reading its configuration and tokenizer, once", file.path.name)
     config = file.config()
-    model = _empty(config)
+    model = _empty(file.path, config)
     file.read(model)  # refused here, before a corpus is read
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -161,7 +162,7 @@ def _write_shell(file: GGUFFile, folder: Path) -> None:
 def _write_weights(file: GGUFFile, shell: Path, folder: Path, dtype: torch.dtype) -> None:
     from transformers import AutoConfig
 
-    tensors = file.read(_empty(AutoConfig.from_pretrained(shell, local_files_only=True)))
+    tensors = file.read(_empty(file.path, AutoConfig.from_pretrained(shell, local_files_only=True)))
     shards = _shards(tensors, dtype)
     needed, free = sum(size for _, size in shards), free_disk(folder)
     if needed > free:
@@ -214,7 +215,7 @@ def _shards(tensors: GGUFTensors, dtype: torch.dtype) -> list[tuple[list[str], i
     return shards
 
 
-def _empty(config: Any) -> Any:
+def _empty(path: Path, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -222,7 +223,7 @@ def _empty(config: Any) -> Any:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise InputError(
-            f"{config.model_type!r} is not a causal language model that transformers can build "
+            f"{path}: {config.model_type!r} is not a causal language model that transformers can build "
             f"({type(error).__name__}: {error}); choose another model"
         ) from None
     model.tie_weights()

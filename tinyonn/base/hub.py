@@ -46,8 +46,14 @@ def fetch(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
     name = config.path
     try:
         with Bar("fetching the model", unit="B") as bar:
-            chosen = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
-            return Path(snapshot_download(name, revision=config.revision, tqdm_class=hub_bar(bar), **chosen))
+            found = snapshot_download(
+                name,
+                revision=config.revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+                tqdm_class=hub_bar(bar),
+            )
+            return Path(found)
     except GatedRepoError:
         raise InputError(
             f"model {name!r} wants its licence accepted on the hub and a login (hf auth login)"

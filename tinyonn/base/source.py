@@ -263,10 +263,12 @@ def context_length(folder: Path) -> int | None:
 
 def describe_origin(config: ModelConfig) -> str:
     """What a GGUF's values were rounded to, in a line; empty for any other model."""
+    place = resolve_model(config)
+    if not isinstance(place, Path) or place.is_dir():
+        return ""
     from tinyonn.base.gguf_folder import describe_gguf
 
-    place = resolve_model(config)
-    return describe_gguf(place) if isinstance(place, Path) and place.is_file() else ""
+    return describe_gguf(place)
 
 
 def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[str, str]:

@@ -88,9 +88,9 @@ def cluster_ram() -> int:
 
 def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:
     """List the parameters and what the memory depends on, from ``config.json`` alone."""
-    from tinyonn.base.load import load_shape
+    from tinyonn.base.load import recordable_shape
 
-    shape: Any = load_shape(config)
+    shape: Any = recordable_shape(config)
     uses = [use.parameter_name for use in list_uses(shape)]
     parameters = list_parameters(shape)
     settings = shape.config.get_text_config()

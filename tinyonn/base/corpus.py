@@ -36,7 +36,8 @@ from tinyonn.base.corpus_file import (
     write_corpus,
 )
 from tinyonn.base.rows import Row, Source
-from tinyonn.base.source import context_length, model_folder, read_model_config
+from tinyonn.base.settings import context_length, vocabulary_size
+from tinyonn.base.source import model_folder
 from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons, survey_rows
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
 from tinyonn.config import Config, DataConfig, ModelConfig
@@ -240,7 +241,7 @@ def _check(found: Tokenised, survey: Survey, config: Config) -> None:
         raise InputError(
             f"{config.data.path}: no usable row left{common_reasons(survey.set_aside + found.set_aside)}"
         )
-    vocabulary = _vocabulary(config.model)
+    vocabulary = vocabulary_size(model_folder(config.model, weights=False))
     if vocabulary is not None and found.largest_id >= vocabulary:
         raise InputError(
             f"{config.model.path}: its tokenizer gives token {found.largest_id} and its vocabulary ends at "
@@ -300,8 +301,3 @@ def _tokenizer_print(tokenizer: Any) -> str:
         tree = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = json.dumps([tree, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _vocabulary(config: ModelConfig) -> int | None:
-    value = read_model_config(model_folder(config, weights=False)).get("vocab_size")
-    return value if isinstance(value, int) else None

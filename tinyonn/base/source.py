@@ -122,13 +122,6 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def context_length(folder: Path) -> int | None:
-    """Longest sample the model was made for, in tokens; None if its configuration does not say."""
-    tree = read_model_config(folder)
-    value = tree.get("max_position_embeddings", tree.get("n_positions"))
-    return int(value) if isinstance(value, int) else None
-
-
 def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[str, str]:
     """SHA-256 of every file that decides the model: weights, configuration and tokenizer.
 

@@ -17,6 +17,7 @@ TEXT_NAMES = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
 }
+TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def text_settings(folder: Path) -> tuple[Any, bool]:
@@ -39,9 +40,11 @@ def text_settings(folder: Path) -> tuple[Any, bool]:
             f"language model of its text part {text.model_type!r} alone; give a text-only model of its family, or save "
             "its language model as one"
         )
-    outer = read_model_config(folder)
-    if "tie_word_embeddings" in outer and "tie_word_embeddings" not in outer.get("text_config", {}):
-        text.tie_word_embeddings = bool(outer["tie_word_embeddings"])
+    from tinyonn.base.weights import tensor_files
+
+    stored = tensor_files(folder)  # settings of the whole and of its text part often differ in this
+    apart = any(key.endswith("lm_head.weight") for key in stored)
+    text.tie_word_embeddings = not apart if stored else bool(getattr(whole, "tie_word_embeddings", False))
     return text, True
 
 
@@ -62,7 +65,7 @@ def base_settings(folder: Path) -> dict[str, Any]:
 
 
 def _is_flat(tree: dict[str, Any]) -> bool:
-    return not any(key.endswith("_config") and isinstance(value, dict) and "model_type" in value for key, value in tree.items())
+    return not any(isinstance(tree.get(key), dict) for key in TEXT_PARTS)
 
 
 def _number(folder: Path, *names: str) -> int | None:

@@ -40,7 +40,7 @@ from tinyonn.base.settings import context_length, vocabulary_size
 from tinyonn.base.source import model_folder
 from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons, survey_rows
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
-from tinyonn.config import Config, DataConfig, ModelConfig
+from tinyonn.config import Config, DataConfig
 from tinyonn.errors import CapacityError, InputError
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]

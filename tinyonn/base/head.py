@@ -103,7 +103,9 @@ def head_of(model: Any) -> Head:
         ) from None
     before = _factor(hidden, read)
     if before is None:
-        raise InputError(f"{name} changes the hidden states before its head, which cannot be recorded; {REMEDY}")
+        raise InputError(
+            f"{name} changes the hidden states before its head, which cannot be recorded; {REMEDY}"
+        )
     found = _form(product, logits)
     if found is None:
         raise InputError(
@@ -154,7 +156,9 @@ def _outer(
         stack.enter_context(_instead(module, head))
         for part in {id(part): part for part in (model.base_model, model.get_decoder())}.values():
             stack.enter_context(_instead(part, decoder))
-        logits = type(model).forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        logits = (
+            type(model).forward(model, input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+        )
     if len(seen) != 1:
         raise ValueError(f"its head is called {len(seen)} times in a forward pass")
     return seen[0], logits
@@ -207,4 +211,8 @@ def _round(value: float) -> float:
     """Without the noise of a product in float32."""
     near = float(f"{value:.7g}")
     inverse = 1 / float(f"{1 / value:.7g}") if value else near
-    return min(near, inverse, key=lambda one: abs(one - value)) if abs(near - value) < 1e-6 * abs(value) else value
+    return (
+        min(near, inverse, key=lambda one: abs(one - value))
+        if abs(near - value) < 1e-6 * abs(value)
+        else value
+    )

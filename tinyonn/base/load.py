@@ -27,9 +27,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tinyonn.base.calls import check_calls
 from tinyonn.base.head import head_of
 from tinyonn.base.nf4 import BLOCK, NF4Linear
-from tinyonn.base.parameters import check_calls, list_uses
+from tinyonn.base.parameters import list_uses
 from tinyonn.base.settings import TEXT_NAMES, context_length, text_settings
 from tinyonn.base.source import (
     config_folder,
@@ -207,8 +208,8 @@ def recordable_shape(config: ModelConfig) -> torch.nn.Module:
 def load_shape(config: ModelConfig) -> torch.nn.Module:
     """Build the model on the meta device from ``config.json`` alone: shapes and modules, no weights.
 
-    Of a model that sees pictures or hears too it is the text part. With ``nf4`` the same layers are ``Linear4bit`` (with unpacked shapes) as in the loaded model, so that
-    `list_parameters` gives the same list for both.
+    Of a model that sees pictures or hears too it is the text part. With ``nf4`` the same layers are ``Linear4bit`` (with
+    unpacked shapes) as in the loaded model, so that `list_parameters` gives the same list for both.
 
     Raises
     ------

@@ -169,7 +169,10 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -
 
 def is_nf4(module: torch.nn.Module) -> bool:
     """Whether a layer holds its weight in NF4, ours or that of ``bitsandbytes``."""
-    return isinstance(module, NF4Linear) or getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    return (
+        isinstance(module, NF4Linear)
+        or getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    )
 
 
 def dequantized(module: Any) -> torch.Tensor:

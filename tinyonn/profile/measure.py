@@ -155,7 +155,9 @@ class Measurer:
         """The head, whose tokens came in chunks, and tensors of several modules."""
         for parts in self._pending.values():
             # Every token is the head's input, labelled or not.
-            inputs = {use.module_name: hidden_TH if use.module is self.head.module else X for use, X, _ in parts}
+            inputs = {
+                use.module_name: hidden_TH if use.module is self.head.module else X for use, X, _ in parts
+            }
             square = torch.stack([mean_square(X) for X in inputs.values()]).sum(0)
             X, G = torch.cat([X for _, X, _ in parts]), torch.cat([G for _, _, G in parts])
             self._add(parts[0][0], X, G, square)

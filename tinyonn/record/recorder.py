@@ -279,7 +279,9 @@ class Recorder:
                 row_square += token_share(X, rows, use.scale)
                 row_parts.append((X, G, use.scale))
         for use in linear.values():
-            column_square += mean_square(hidden_TH if use.module is self.head.module else _joined(uses, use, 1))
+            column_square += mean_square(
+                hidden_TH if use.module is self.head.module else _joined(uses, use, 1)
+            )
         X_TI = torch.cat([X for use, X, _ in uses if use.operation == "linear"])
         G_TO = torch.cat([G for use, _, G in uses if use.operation == "linear"])
         sink, top = (

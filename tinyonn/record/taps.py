@@ -48,7 +48,6 @@ def attach(module: torch.nn.Module, on_backward: OnBackward, is_active: Callable
     -------
     A handle whose ``remove()`` takes the tap away.
     """
-
     is_embedding = isinstance(module, torch.nn.Embedding)
 
     def hook(

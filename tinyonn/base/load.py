@@ -208,8 +208,8 @@ def recordable_shape(config: ModelConfig) -> torch.nn.Module:
 def load_shape(config: ModelConfig) -> torch.nn.Module:
     """Build the model on the meta device from ``config.json`` alone: shapes and modules, no weights.
 
-    Of a model that sees pictures or hears too it is the text part. With ``nf4`` the same layers are ``Linear4bit`` (with
-    unpacked shapes) as in the loaded model, so that `list_parameters` gives the same list for both.
+    Of a model that sees pictures or hears too it is the text part. With ``nf4`` the same layers are ``Linear4bit``
+    (with unpacked shapes) as in the loaded model, so that `list_parameters` gives the same list for both.
 
     Raises
     ------

@@ -123,7 +123,7 @@ def exact_statistics(
         recorder.run(sample)
         for name, use in uses.items():
             X, G = (torch.cat(parts).double() for parts in zip(*met[use.module_name], strict=True))
-            inputs = last_hidden[0][0].detach().double() if use.module is recorder.head else X
+            inputs = last_hidden[0][0].detach().double() if use.module is recorder.head.module else X
             tensors[name].add(_gradient(use, X, G), _mean_square(use, inputs))
         last_hidden.clear()
         for pairs in met.values():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tinyonn.base.head import head_of
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
@@ -35,7 +36,7 @@ def evaluate_prompt_masks(
     """
     if dense.transposed:
         raise InputError(f"{min(dense.transposed)} has a row for each input, which these masks do not know")
-    head = dense.model.get_output_embeddings()
+    head = head_of(dense.model)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:

@@ -88,18 +88,25 @@ def cluster_ram() -> int:
 
 def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:
     """List the parameters and what the memory depends on, from ``config.json`` alone."""
-    from tinyonn.base.load import load_shape
+    from tinyonn.base.load import recordable_shape
     from tinyonn.base.source import describe_origin
 
-    shape: Any = load_shape(config)
+    shape: Any = recordable_shape(config)
     uses = [use.parameter_name for use in list_uses(shape)]
     parameters = list_parameters(shape)
     settings = shape.config.get_text_config()
-    hidden = int(settings.hidden_size)
-    inner = getattr(settings, "intermediate_size", None) or getattr(settings, "n_inner", None) or 4 * hidden
+    try:
+        hidden, layers = int(settings.hidden_size), int(settings.num_hidden_layers)
+    except (AttributeError, TypeError):
+        raise InputError(
+            f"{config.path}: the settings of model_type {settings.model_type!r} have no hidden_size or no "
+            "num_hidden_layers, so that what it takes cannot be planned; choose another model"
+        ) from None
+    names = ("intermediate_size", "n_inner", "ffn_dim")
+    inner = next((size for name in names if (size := getattr(settings, name, None))), 4 * hidden)
     facts = ModelFacts(
         name=config.path,
-        layers=int(settings.num_hidden_layers),
+        layers=layers,
         hidden=hidden,
         intermediate=int(inner),
         vocabulary=int(settings.vocab_size),

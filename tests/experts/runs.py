@@ -15,12 +15,17 @@ CELLS = 6
 
 
 def clustered_run(
-    folder: Path, name: str = "qwen2", quantization: str = "nf4", dtype: str = "bfloat16"
+    folder: Path, name: str = "qwen2", quantization: str = "nf4", dtype: str = "bfloat16", rows_each: int = 12
 ) -> Config:
-    """Record, score and cluster a random model of an architecture into ``folder / "run"``; the configuration."""
+    """Record, score and cluster a random model of an architecture into ``folder / "run"``; the configuration.
+
+    So many rows of each of two slices.
+    """
     rows = folder / "rows.jsonl"
     texts = [("code", "def f(x): return x + {}"), ("prose", "It rained for the {}th day.")]
-    lines = [f'{{"text": "{text.format(n)}", "kind": "{kind}"}}' for n in range(12) for kind, text in texts]
+    lines = [
+        f'{{"text": "{text.format(n)}", "kind": "{kind}"}}' for n in range(rows_each) for kind, text in texts
+    ]
     rows.write_text("\n".join(lines), "utf-8")
     config = config_of(make_model(name, folder / "model"), rows)
     model = ModelConfig(path=str(folder / "model"), quantization=quantization, dtype=dtype, device="cpu")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import ARCHITECTURES, make_model
+from tests.base.architectures import make_model
 from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
 from tinyonn.base.weights import BaseWeights
@@ -19,7 +19,6 @@ from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ScoreConfig
 from tinyonn.engine import EngineOptions, Kind
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
@@ -38,21 +37,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("name", list(ARCHITECTURES))
-def test_everything_kept_and_all_on_is_the_dense_model(name: str, quantization: str, tmp_path: Path) -> None:
-    config = clustered_run(tmp_path, name, quantization, "float32")
-    report = assemble_run(str(tmp_path / "run"), config.model, by_cells(budget=1.0))
-    assert report.budget == report.linear == sum(report.sizes)
-    sparse, dense = open_assembled(report.folder), DenseWeights(config.model).model
-    ids = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(0))
-    wanted = logits(dense, ids)
-    sparse.set_path("dense")
-    assert torch.equal(logits(sparse, ids), wanted)
-    sparse.set_path("sparse")
-    assert (logits(sparse, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_an_independent_reader_finds_every_kept_weight_once_in_its_expert(

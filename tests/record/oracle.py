@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.functional import dequantize_4bit
 
 from tinyonn.base.corpus_file import Sample
-from tinyonn.base.parameters import Use, list_uses
+from tinyonn.base.nf4 import dequantized, is_nf4
+from tinyonn.base.parameters import Use, list_uses, looked_up
 
 
 def float64_copy(model: Any) -> Any:
     """The model with every parameter float64 and trainable, NF4 layers as plain linear ones."""
     twin = copy.deepcopy(model)
     for name, module in list(twin.named_modules()):
-        if type(module).__name__ == "Linear4bit":
-            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        if is_nf4(module):
+            weight = dequantized(module)
             plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None)
             plain.weight.data = weight
             if module.bias is not None:
@@ -34,12 +34,15 @@ def statistics(twin: Any, sample: Sample) -> dict[str, tuple[np.ndarray, np.ndar
     """`act` and `grad` of every parameter on one sample, float64, in the parameter's own shape."""
     uses = list_uses(twin)
     inputs: dict[str, torch.Tensor] = {}
-    hooks = [
-        use.module.register_forward_pre_hook(
-            lambda module, args, name=use.module_name: inputs.__setitem__(name, args[0].detach())
-        )
-        for use in uses
-    ]
+
+    def watch(name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any, options: Any) -> None:
+            is_embedding = isinstance(module, torch.nn.Embedding)
+            inputs[name] = looked_up(module, args, options) if is_embedding else args[0].detach()
+
+        return hook
+
+    hooks = [use.module.register_forward_pre_hook(watch(use.module_name), with_kwargs=True) for use in uses]
     twin.zero_grad()
     ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
     labels = torch.from_numpy(sample.labels.astype(np.int64))[None]

@@ -60,8 +60,16 @@ def record_levels(
     return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+CASES = [(name, quantization) for name in ARCHITECTURES for quantization in ("none", "nf4")] + [
+    ("gemma2", "none"),  # a soft cap behind the head
+    ("granite", "nf4"),  # a scale behind it
+    ("minicpm3", "none"),  # a factor before it
+    ("opt", "none"),  # rows of an embedding that its input does not say
+    ("gpt2_narrow", "nf4"),  # rows that are no whole blocks of NF4
+]
+
+
+@pytest.mark.parametrize(("name", "quantization"), CASES)
 def test_every_weight_against_the_oracle(
     name: str, quantization: str, model_of: Callable[[str], Path]
 ) -> None:
@@ -80,9 +88,11 @@ def test_every_weight_against_the_oracle(
         acts = np.mean([levels(one[parameter][0], frozen.act_base) for one in exact], axis=0)
         threshold = 2.0 ** (frozen.freq_threshold / 8)
         shares = np.mean([one[parameter][0] > threshold for one in exact], axis=0)
-        # Rounding may move a value across the edge of a level: by one, in one sample, and seldom.
-        assert np.abs(grad - grads).max() <= 1.01 / SAMPLES * 2, parameter
-        assert np.mean(grad != grads) < 0.01, parameter
+        # Rounding may move a value across the edge of a level: by one, in one sample, and seldom. Without rotary
+        # positions the softmax does not see a key's bias, whose gradient is rounding alone.
+        if max(float(one[parameter][1].max()) for one in exact) > 1e-12:
+            assert np.abs(grad - grads).max() <= 1.01 / SAMPLES * 2, parameter
+            assert np.mean(grad != grads) < 0.01, parameter
         # Both factors of act are binned at 1/8 octave, so a sample near a level's edge is off by one.
         assert np.abs(act - acts).max() <= 1.01, parameter
         assert np.abs(act - acts).mean() < 0.15, parameter

@@ -3,7 +3,7 @@
 In this order: ``model.safetensors``, the files that ``model.safetensors.index.json`` names, ``pytorch_model.bin``, the
 files that ``pytorch_model.bin.index.json`` names. What lies beside them, such as a ``consolidated.safetensors``, is no
 part of the model. A ``.bin`` is a pickle and is read as tensors alone (``torch.load(weights_only=True)``): whatever
-else it would build or call is refused by the reader before it happens (docs/decisions/021-weights-only.md).
+else it would build or call is refused by the reader before it happens (docs/decisions/022-weights-only.md).
 """
 
 from __future__ import annotations

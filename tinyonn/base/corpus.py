@@ -39,10 +39,11 @@ from tinyonn.base.draw import Group, even_shares, find_groups, group_shares, sto
 from tinyonn.base.growth import Earlier, content_digest
 from tinyonn.base.mixture import Mixture
 from tinyonn.base.rows import Row
-from tinyonn.base.source import context_length, model_folder, read_model_config
+from tinyonn.base.settings import context_length, vocabulary_size
+from tinyonn.base.source import model_folder
 from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
-from tinyonn.config import Config, ModelConfig
+from tinyonn.config import Config
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.progress import counted
 
@@ -254,7 +255,7 @@ def _check(found: Tokenised, survey: Survey, config: Config) -> None:
         raise InputError(
             f"{config.data.told}: no usable row left{common_reasons(survey.set_aside + found.set_aside)}"
         )
-    vocabulary = _vocabulary(config.model)
+    vocabulary = vocabulary_size(model_folder(config.model, weights=False))
     if vocabulary is not None and found.largest_id >= vocabulary:
         raise InputError(
             f"{config.model.path}: its tokenizer gives token {found.largest_id} and its vocabulary ends at "
@@ -357,8 +358,3 @@ def _tokenizer_print(tokenizer: Any) -> str:
         tree = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content = json.dumps([tree, tokenizer.chat_template], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _vocabulary(config: ModelConfig) -> int | None:
-    value = read_model_config(model_folder(config, weights=False)).get("vocab_size")
-    return value if isinstance(value, int) else None

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -24,12 +23,15 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tinyonn.base.calls import check_calls
 from tinyonn.base.checkpoint import check_tensors, weight_files
+from tinyonn.base.head import head_of
+from tinyonn.base.nf4 import BLOCK, NF4Linear
 from tinyonn.base.parameters import list_uses
 from tinyonn.base.quiet import quiet
+from tinyonn.base.settings import TEXT_NAMES, context_length, text_settings
 from tinyonn.base.source import (
     config_folder,
-    context_length,
     fingerprint_model,
     model_folder,
     quantized_by,
@@ -51,10 +53,12 @@ __all__ = [
     "load_tokenizer",
     "model_folder",
     "prepare_model",
+    "recordable_shape",
     "resolve_model",
 ]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+PLAIN = {"quantization": "none"}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -119,18 +123,22 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     """
     target = device if device is not None else choose_device(config.device)
     folder = model_folder(config)
-    list_uses(load_shape(config))
+    recordable_shape(config)
     tokenizer = load_tokenizer(config)
     files = weight_files(folder)
     check_tensors(files)
     dtype = DTYPES[config.dtype]
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(target)}}
+    settings, nested = text_settings(folder)
+    if nested:
+        options |= {"key_mapping": TEXT_NAMES}
     if config.quantization == "nf4":
         options["quantization_config"] = _nf4(dtype)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=settings,
                 use_safetensors=files[0].suffix == ".safetensors",
                 trust_remote_code=False,
                 local_files_only=True,
@@ -184,11 +192,26 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def recordable_shape(config: ModelConfig) -> torch.nn.Module:
+    """The model of `load_shape`, if all of it can be recorded: its modules, how they are called, its head.
+
+    Raises
+    ------
+    InputError
+        As `load_shape`; or names what cannot be recorded, and why.
+    """
+    shape = load_shape(config)
+    list_uses(shape)
+    head_of(shape)
+    check_calls(shape if config.quantization == "none" else load_shape(config.model_copy(update=PLAIN)))
+    return shape
+
+
 def load_shape(config: ModelConfig) -> torch.nn.Module:
     """Build the model on the meta device from ``config.json`` alone: shapes and modules, no weights.
 
-    With ``nf4`` the same layers are ``Linear4bit`` (with unpacked shapes) as in the loaded model, so that
-    `list_parameters` gives the same list for both.
+    Of a model that sees pictures or hears too it is the text part. With ``nf4`` the same layers are ``Linear4bit``
+    (with unpacked shapes) as in the loaded model, so that `list_parameters` gives the same list for both.
 
     Raises
     ------
@@ -204,8 +227,10 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
     dtype = DTYPES[config.dtype]
     try:
         with quiet(), torch.device("meta"):
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            settings, _ = text_settings(folder)
             model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{config.path}: model_type {tree.get('model_type')!r} is not a causal language model that "
@@ -248,6 +273,7 @@ def prepare_model(model: Any, checkpointing: bool) -> torch.nn.Module:
     model.eval()
     model.requires_grad_(False)
     model.config.use_cache = False
+    _replace_ragged(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # autograd would call the padding token's gradient 0, which it is not
@@ -260,6 +286,21 @@ def prepare_model(model: Any, checkpointing: bool) -> torch.nn.Module:
         _checkpoint(model)
     assert isinstance(model, torch.nn.Module)
     return model
+
+
+def _replace_ragged(model: torch.nn.Module) -> None:
+    """Put `NF4Linear` where rows are no whole number of blocks: on CPUs with AVX512 bitsandbytes takes wrong scales."""
+    for path, module in list(model.named_modules()):
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or not isinstance(module, torch.nn.Linear) or module.weight.device.type != "cpu":
+            continue
+        out, inputs = module.out_features, module.in_features
+        if inputs % BLOCK and out * inputs % BLOCK == 0:
+            bias = None if module.bias is None else module.bias.detach()
+            packed = module.weight.data.reshape(-1)
+            parent, _, name = path.rpartition(".")
+            layer = NF4Linear(out, inputs, packed, state.absmax.float(), state.dtype, bias)
+            setattr(model.get_submodule(parent), name, layer.eval())
 
 
 def _checkpoint(model: Any) -> None:

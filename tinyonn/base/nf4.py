@@ -167,6 +167,23 @@ def dequantize(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -
     return (codes[numbers.int()] * absmax[:, None]).to(dtype).view(-1)
 
 
+def is_nf4(module: torch.nn.Module) -> bool:
+    """Whether a layer holds its weight in NF4, ours or that of ``bitsandbytes``."""
+    return (
+        isinstance(module, NF4Linear)
+        or getattr(getattr(module, "weight", None), "quant_state", None) is not None
+    )
+
+
+def dequantized(module: Any) -> torch.Tensor:
+    """The weight of a layer in NF4, [out, in]."""
+    if isinstance(module, NF4Linear):
+        return module.dequantized()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[no-any-return]
+
+
 class NF4Linear(torch.nn.Linear):
     """A frozen linear layer in NF4 without ``bitsandbytes``; its weight is made anew for every product.
 

@@ -7,9 +7,10 @@ operation      modules                                                      weig
 =============  ===========================================================  ==========================
 ``linear``     ``nn.Linear``, ``Linear4bit`` of bitsandbytes, ``NF4Linear``  [out, in]
 ``conv1d``     ``transformers`` ``Conv1D`` (GPT-2), not quantized           [in, out]
-``embedding``  ``nn.Embedding``, and those that scale their output          [vocabulary, width]
-``rms_norm``   ``*RMSNorm``: ``x / rms(x)`` times ``w`` or ``1 + w``        [width]
-``layer_norm`` ``nn.LayerNorm``                                             [width]
+``embedding``  ``nn.Embedding``; a subclass that scales its output, or      [vocabulary, width]
+               reads other rows than its input says (positions of OPT)
+``rms_norm``   ``*RMSNorm*``: ``x / rms(x)`` times ``w`` or ``1 + w``       [width]
+``layer_norm`` ``nn.LayerNorm``, ``*LayerNorm*``: the same less the mean    [width]
 ``bias``       the bias of any of these; its input is the constant 1        [out]
 =============  ===========================================================  ==========================
 
@@ -19,6 +20,8 @@ listed as [in, out] without quantization and as [out, in] with it: as they are i
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,7 @@ if TYPE_CHECKING:  # readers of a store need `Parameter` alone and should not wa
     import torch
 
 SUPPORTED = (
-    "nn.Linear, Linear4bit, Conv1D, nn.Embedding (also with a scaled output), RMSNorm, nn.LayerNorm "
+    "nn.Linear, Linear4bit, Conv1D, nn.Embedding (also with a scaled output or an offset), RMSNorm, LayerNorm "
     "and their biases"
 )
 KINDS = {
@@ -127,8 +130,8 @@ def list_parameters(model: torch.nn.Module) -> list[Parameter]:
 def list_uses(model: torch.nn.Module) -> list[Use]:
     """List every place where a parameter meets an input, in module order, weight before bias.
 
-    On a loaded model each kind of norm and of scaled embedding is tried on a small input, so that a class
-    whose name fits and whose arithmetic does not is refused rather than recorded wrongly.
+    Each kind of norm and of embedding is tried on a small input, with random weights where the model has none yet,
+    so that a class whose name fits and whose arithmetic does not is refused rather than recorded wrongly.
 
     Raises
     ------
@@ -143,11 +146,11 @@ def list_uses(model: torch.nn.Module) -> list[Use]:
         for tensor_name, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
             operation = _operation(module)
             reason = _reason(module, operation, tensor_name, tensor)
-            if reason is None and operation in ("rms_norm", "embedding"):
-                key = (type(module), tensor.shape[-1])
-                if key not in tried and not _behaves(module, operation or ""):
-                    reason = f"does not compute a plain {operation}"
+            key = (type(module), tensor.shape[-1])
+            if reason is None and tensor_name == "weight" and key not in tried:
                 tried.add(key)
+                if not _behaves(module, operation or ""):
+                    reason = f"does not compute a plain {operation}"
             if reason is not None:
                 path = f"{module_name}.{tensor_name}"
                 kind = type(module).__name__
@@ -178,14 +181,13 @@ def _operation(module: torch.nn.Module) -> str | None:
         return "linear"
     if kind is Conv1D:
         return "conv1d"
-    if kind is torch.nn.Embedding and module.max_norm is None:
+    if isinstance(module, torch.nn.Embedding) and module.max_norm is None:
         return "embedding"
-    if isinstance(module, torch.nn.Embedding) and hasattr(module, "embed_scale") and module.max_norm is None:
-        return "embedding"
-    if kind is torch.nn.LayerNorm:
-        return "layer_norm"
-    if kind.__name__.endswith("RMSNorm") and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")):
-        return "rms_norm"
+    if hasattr(module, "variance_epsilon") or hasattr(module, "eps"):
+        if "RMSNorm" in kind.__name__:
+            return "rms_norm"
+        if "LayerNorm" in kind.__name__:
+            return "layer_norm"
     return None
 
 
@@ -205,28 +207,94 @@ def _reason(module: torch.nn.Module, operation: str | None, name: str, tensor: t
 def _behaves(module: torch.nn.Module, operation: str) -> bool:
     import torch
 
-    weight = module.get_parameter("weight").detach()
-    if weight.is_meta:
+    if operation not in ("embedding", "rms_norm", "layer_norm"):
         return True
-    # Offset inputs tell an RMS norm from one that subtracts the mean.
+    if type(module) in (torch.nn.Embedding, torch.nn.LayerNorm):
+        return True
+    trial = _trial(module)
+    if trial is None:
+        return True
+    weight = trial.get_parameter("weight").detach()
     with torch.no_grad():
-        if operation == "embedding":
-            ids = torch.arange(min(4, weight.shape[0]), device=weight.device)
-            got, wanted = type(module).forward(module, ids), [_scale(module) * weight[ids].float()]
-        else:
-            generator = torch.Generator().manual_seed(0)
-            noise = 0.5 + torch.randn(1, 4, weight.shape[0], generator=generator)
-            inputs = noise.to(weight.device, weight.dtype)
-            wide = inputs.float()
-            unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _eps(module))
-            wanted = [unit * weight.float(), unit * (1 + weight.float())]
-            try:
-                got = type(module).forward(module, inputs)
-            except TypeError:  # a gated norm wants a second input
-                return False
+        try:
+            if operation == "embedding":
+                ids = torch.arange(4, device=weight.device)[None]
+                got = type(module).forward(trial, ids)
+                wanted = [_scale(module) * weight[looked_up(trial, (ids,), {})].float()]
+            else:
+                inputs, wanted = _normed(trial, operation)
+                got = type(module).forward(trial, inputs)
+        except Exception:  # of the class's own code: a gated norm wants a second input, for one
+            return False
     if not isinstance(got, torch.Tensor):
         return False
     return any(torch.allclose(got.float(), option, rtol=0.03, atol=1e-3) for option in wanted)
+
+
+def _trial(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module, or of one on the meta device a copy with few random weights; None where that cannot be made."""
+    import torch
+
+    if not module.get_parameter("weight").is_meta:
+        return module
+    generator = torch.Generator().manual_seed(0)
+    trial: Any = copy.copy(module)
+    trial.padding_idx = None  # it may lie behind these few rows
+    trial._parameters = {
+        name: None if tensor is None else torch.nn.Parameter(
+            0.5 + torch.randn(min(64, tensor.shape[0]) if tensor.ndim > 1 else tensor.shape[0], *tensor.shape[1:],
+                              generator=generator), requires_grad=False)
+        for name, tensor in module._parameters.items()
+    }  # fmt: skip
+    known = {"embed_scale": getattr(module, "scalar_embed_scale", None)}
+    trial._buffers = {
+        name: torch.tensor(known[name]) if known.get(name) is not None else tensor
+        for name, tensor in module._buffers.items()
+    }
+    return None if any(tensor is not None and tensor.is_meta for tensor in trial._buffers.values()) else trial
+
+
+def _normed(module: torch.nn.Module, operation: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """An input, and what a norm may make of it. Its mean is not 0, which tells the two kinds from one another."""
+    import torch
+
+    weight = module.get_parameter("weight").detach()
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.5 + torch.randn(1, 4, weight.shape[0], generator=generator)
+    inputs = noise.to(weight.device, weight.dtype)
+    wide = inputs.float()
+    if operation == "layer_norm":
+        wide = wide - wide.mean(-1, keepdim=True)
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + _eps(module))
+    bias = getattr(module, "bias", None)
+    shift = bias.float() if isinstance(bias, torch.Tensor) else 0.0
+    return inputs, [unit * weight.float() + shift, unit * (1 + weight.float()) + shift]
+
+
+def looked_up(module: torch.nn.Module, inputs: Sequence[Any], options: Mapping[str, Any]) -> torch.Tensor:
+    """Rows of its table that a call of an embedding reads, int64, of any subclass that only looks up and scales.
+
+    Parameters
+    ----------
+    module : torch.nn.Embedding
+    inputs, options : sequence, mapping
+        Of the call: token ids, or what a subclass makes its rows from (OPT's positions come from the attention mask).
+    """
+    import torch
+
+    if type(module).forward is torch.nn.Embedding.forward and inputs:
+        ids: torch.Tensor = inputs[0]
+        return ids
+    weight = module._parameters["weight"]
+    assert weight is not None
+    numbers = torch.arange(weight.shape[0], dtype=torch.float32, device=weight.device)[:, None]
+    module._parameters["weight"] = numbers  # type: ignore[assignment]
+    try:
+        with torch.no_grad():
+            found: torch.Tensor = type(module).forward(module, *inputs, **options)
+    finally:
+        module._parameters["weight"] = weight
+    return (found[..., 0] / _scale(module)).round().long()
 
 
 def _scale(module: torch.nn.Module) -> float:
@@ -234,7 +302,7 @@ def _scale(module: torch.nn.Module) -> float:
 
     if not isinstance(module, torch.nn.Embedding) or type(module) is torch.nn.Embedding:
         return 1.0
-    scale: Any = module.embed_scale
+    scale: Any = getattr(module, "embed_scale", 1.0)
     if isinstance(scale, torch.Tensor):
         scale = module.scalar_embed_scale if scale.is_meta else scale.item()
         return float(torch.tensor(scale).to(module.weight.dtype))

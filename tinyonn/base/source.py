@@ -254,13 +254,6 @@ def _method(said: dict[str, Any]) -> str:
     return f"{method}, {bits} bits" if bits else method
 
 
-def context_length(folder: Path) -> int | None:
-    """Longest sample the model was made for, in tokens; None if its configuration does not say."""
-    tree = read_model_config(folder)
-    value = tree.get("max_position_embeddings", tree.get("n_positions"))
-    return int(value) if isinstance(value, int) else None
-
-
 def describe_origin(config: ModelConfig) -> str:
     """What a GGUF's values were rounded to, in a line; empty for any other model."""
     place = resolve_model(config)

@@ -6,6 +6,7 @@ Names are those of the loaded model. A linear layer's weight is [out, in] here w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from math import gcd
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from tinyonn.base.checkpoint import open_tensors, tensor_files
-from tinyonn.base.load import DTYPES, load_shape
+from tinyonn.base.load import DTYPES, PLAIN, load_shape
+from tinyonn.base.names import checkpoint_names
 from tinyonn.base.nf4 import BLOCK, round_to_nf4
+from tinyonn.base.settings import TEXT_NAMES, text_settings
 from tinyonn.base.source import model_folder
 from tinyonn.errors import InputError
 
@@ -47,8 +50,9 @@ class BaseWeights:
         """Weights that the checkpoint stores as [in, out]."""
         from transformers.pytorch_utils import Conv1D
 
-        plain = load_shape(self.config.model_copy(update={"quantization": "none"}))
-        return frozenset(f"{name}.weight" for name, module in plain.named_modules() if type(module) is Conv1D)
+        return frozenset(
+            f"{name}.weight" for name, module in self._shape.named_modules() if type(module) is Conv1D
+        )
 
     def matrix(self, name: str) -> torch.Tensor:
         """A linear layer's weight, dequantized: [out, in] in the model's dtype.
@@ -98,20 +102,36 @@ class BaseWeights:
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has the tensor; a tied one it may leave out."""
-        return any(key in self._files for key in self._keys(name))
+        return name in self._names
+
+    def check(self, names: Iterable[str]) -> None:
+        """Look for tensors without reading them.
+
+        Raises
+        ------
+        InputError
+            The checkpoint has not one of them.
+        """
+        for name in names:
+            self._find(name)
 
     def _find(self, name: str) -> tuple[Path, str]:
-        for key in self._keys(name):
-            if key in self._files:
-                return self._files[key], key
-        raise InputError(
-            f"{self.config.path}: no tensor {name} in {self.folder}, which has {len(self._files)}; "
-            "save a complete checkpoint that fits its config.json"
-        )
+        key = self._names.get(name)
+        if key is None:
+            raise InputError(
+                f"{self.config.path}: no tensor {name} in {self.folder}, which has {len(self._files)}; "
+                "save a complete checkpoint that fits its config.json"
+            )
+        return self._files[key], key
 
-    def _keys(self, name: str) -> tuple[str, ...]:
-        """Names that a checkpoint may use: with or without the base model's prefix."""
-        return name, name.partition(".")[2]
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        mapping = TEXT_NAMES if text_settings(self.folder)[1] else {}
+        return checkpoint_names(self._shape, self._files, mapping)
+
+    @cached_property
+    def _shape(self) -> torch.nn.Module:
+        return load_shape(self.config.model_copy(update=PLAIN))
 
     @cached_property
     def _files(self) -> dict[str, Path]:

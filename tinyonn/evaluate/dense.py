@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tinyonn.base.load import DTYPES, load_model
+from tinyonn.base.nf4 import dequantized, is_nf4
 from tinyonn.base.parameters import Parameter, list_parameters
 from tinyonn.config import ModelConfig
 
@@ -38,7 +39,7 @@ class DenseWeights:
         self.model: Any = load_model(config).model
         every = list_parameters(self.model)
         self.parameters: list[Parameter] = [p for p in every if p.kind == "linear" and p.layer is not None]
-        self._packed: dict[str, tuple[torch.Tensor, Any]] = {}
+        self._packed: dict[str, torch.nn.Module] = {}
         self._copies: dict[str, torch.Tensor] = {}
         self._last: tuple[str, torch.Tensor] = ("", torch.empty(0))
         self._dtype = DTYPES[config.dtype]
@@ -71,9 +72,7 @@ class DenseWeights:
     def original(self, name: str) -> torch.Tensor:
         """A matrix before any cut, in the tensor's own shape; read it, do not change it."""
         if name in self._packed:
-            from bitsandbytes.functional import dequantize_4bit
-
-            return dequantize_4bit(*self._packed[name]).to(self._dtype)  # type: ignore[no-any-return]
+            return dequantized(self._packed[name]).to(self._dtype)
         return self._copies[name]
 
     @contextlib.contextmanager
@@ -104,11 +103,10 @@ class DenseWeights:
     def _make_plain(self, name: str) -> None:
         path, _, _ = name.rpartition(".")
         module = self.module(name)
-        state = getattr(module.weight, "quant_state", None)
-        if state is None:
+        if not is_nf4(module):
             self._copies[name] = module.get_parameter("weight").detach().clone()
             return
-        self._packed[name] = (module.get_parameter("weight").data, state)
+        self._packed[name] = module
         weight = self.original(name)
         plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)

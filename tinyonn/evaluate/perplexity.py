@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tinyonn.base.corpus_file import Sample
+from tinyonn.base.head import head_of
 from tinyonn.errors import InputError
 
 BATCH_TOKENS = 2048  # of a batch, padding counted; larger ones leave the caches
@@ -103,7 +104,7 @@ def losses(model: Any, batches: Iterable[Batch]) -> Losses:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Causal; its logits are its head's output.
+        Causal, dense.
     batches : iterable of Batch
         From `batches_of`.
 
@@ -112,7 +113,8 @@ def losses(model: Any, batches: Iterable[Batch]) -> Losses:
     Losses
         A loss that is not finite comes out as it is.
     """
-    device = model.get_output_embeddings().weight.device
+    head = head_of(model)
+    device = head.weight.device
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     for batch in batches:
@@ -121,7 +123,7 @@ def losses(model: Any, batches: Iterable[Batch]) -> Losses:
         hidden = model.base_model(input_ids=batch.ids_BT.to(device), use_cache=False).last_hidden_state
         wanted = batch.labels_BT[:, 1:] != -100
         of_token = places[:, None].expand_as(wanted)[wanted]
-        found = token_losses(model.get_output_embeddings(), hidden[:, :-1], batch.labels_BT[:, 1:]).cpu()
+        found = token_losses(head, hidden[:, :-1], batch.labels_BT[:, 1:]).cpu()
         for number, name in enumerate(names):
             own = found[of_token == number]
             sums[name] = sums.get(name, 0.0) + float(own.double().sum())
@@ -135,8 +137,7 @@ def token_losses(head: Any, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -
 
     Parameters
     ----------
-    head : torch.nn.Module
-        The output embeddings.
+    head : Head, or another callable with a weight [vocabulary, H]
     hidden_BTH : Tensor [B, T, H]
         What predicts the label at the same place.
     labels_BT : int64 [B, T]

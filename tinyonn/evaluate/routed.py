@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from tinyonn.base.head import head_of
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.evaluate.perplexity import Losses, token_losses
@@ -45,7 +46,7 @@ def evaluate_routed(model: Any, batches: Iterable[Batch], k: Experts = None) -> 
     InputError
         More experts than there are, or experts of a model that has none; no batches.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     device = head.weight.device
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}

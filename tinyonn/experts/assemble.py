@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyonn.base.load import load_shape, load_tokenizer
-from tinyonn.base.source import read_model_config
+from tinyonn.base.settings import base_settings
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
 from tinyonn.engine import THREADS, EngineOptions, Watch, computing
@@ -319,7 +319,7 @@ class _Assembly:
 
         prior = np.mean([layer.worth for layer in layers], axis=0)
         config = TinyONNConfig(
-            base_config=read_model_config(self.base.folder),
+            base_config=base_settings(self.base.folder),
             experts=selection.experts,
             sparse_layers={
                 layer.module: {"out": layer.out, "in": layer.inputs, "entries": sum(layer.sizes)}

@@ -66,10 +66,10 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _keep_in_fp32_modules_strict = {"router"}  # noqa: RUF012 as transformers declares it
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = property(lambda self: _supports(self.config, "sdpa"))
+    _supports_flash_attn = property(lambda self: _supports(self.config, "flash_attn"))
+    _supports_flex_attn = property(lambda self: _supports(self.config, "flex_attn"))
+    _supports_attention_backend = property(lambda self: _supports(self.config, "attention_backend"))
 
     def __init__(self, config: TinyONNConfig) -> None:
         if config.base_config is None:
@@ -439,6 +439,12 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
         custom_object_save(self, folder, config=self.config)
         self.config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)
+
+
+def _supports(config: TinyONNConfig, kind: str) -> bool:
+    """Whether the base's class has a kind of attention."""
+    base = AutoModelForCausalLM._model_mapping[type(config.base_config)]
+    return bool(getattr(base, f"_supports_{kind}", False))
 
 
 TinyONNForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -7,7 +7,7 @@ cache's rows and tokens (beams that change places, rejected candidates) is done 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ class _Followed:
         return _remade, (type(self).__mro__[2],), self.__dict__
 
 
-@lru_cache(maxsize=None)
+@cache
 def _followed(kind: type) -> type:
     """The class of a cache, followed; by the same name."""
     return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})

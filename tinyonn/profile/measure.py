@@ -25,7 +25,7 @@ from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
 from tinyonn.record.checks import Checks, raise_top
 from tinyonn.record.gradients import product_bands
-from tinyonn.record.loss import check_head, forward_backward
+from tinyonn.record.loss import checked_head, forward_backward
 from tinyonn.record.recorder import BadSampleError
 from tinyonn.record.sites import mean_square, weight_of
 from tinyonn.record.taps import attach
@@ -66,7 +66,7 @@ class Measurer:
     Raises
     ------
     InputError
-        The model has no such tensor, or changes its logits after the head; the groups cannot be read.
+        The model has no such tensor, or does more after its head than a scale or a soft cap; the groups cannot be read.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Measurer:
     ) -> None:
         torch.set_num_threads(threads)
         model: Any = dense.model
-        self.decoder, self.head, self.device = model.base_model, model.get_output_embeddings(), dense.device
+        self.decoder, self.head, self.device = model.base_model, checked_head(model), dense.device
         self.groups = groups.identity.groups
         self._calibration = calibration
         self._pool = ThreadPoolExecutor(1) if threads > 1 else None
@@ -88,7 +88,6 @@ class Measurer:
         self._seen: set[str] = set()
         self._checks = Checks(self.device)
         self._sums = GroupSums(self.groups, self.device)
-        check_head(model)
         self._read(groups)
         self._attach(model)
 
@@ -141,7 +140,7 @@ class Measurer:
         G_TO = G.detach().reshape(-1, G.shape[-1])
         for use in uses:
             name = use.parameter_name
-            if use.module is self.head or len(self._uses[name]) > 1:
+            if use.module is self.head.module or len(self._uses[name]) > 1:
                 self._pending[name].append((use, X, G_TO))
                 continue
             if use.module_name in self._seen:
@@ -156,7 +155,9 @@ class Measurer:
         """The head, whose tokens came in chunks, and tensors of several modules."""
         for parts in self._pending.values():
             # Every token is the head's input, labelled or not.
-            inputs = {use.module_name: hidden_TH if use.module is self.head else X for use, X, _ in parts}
+            inputs = {
+                use.module_name: hidden_TH if use.module is self.head.module else X for use, X, _ in parts
+            }
             square = torch.stack([mean_square(X) for X in inputs.values()]).sum(0)
             X, G = torch.cat([X for _, X, _ in parts]), torch.cat([G for _, _, G in parts])
             self._add(parts[0][0], X, G, square)

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 
 from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import choose_device, load_shape
-from tinyonn.base.parameters import list_uses
+from tinyonn.base.load import choose_device, recordable_shape
+from tinyonn.base.weights import BaseWeights
 from tinyonn.config import Config
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
@@ -78,9 +78,8 @@ def record(
     with RunLock(folder) as lock:
         if cluster is None and not ray.is_initialized():
             choose_device(config.model.device)
-        list_uses(
-            load_shape(config.model)
-        )  # a model that cannot be recorded is refused before anything is done
+        shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done
+        BaseWeights(config.model).check(name for name, _ in shape.named_parameters())
         store = Store.open(place, read_only=False) if Store.exists(place) else None
         identity = identity_of(config)
         stored = None if store is None else store.manifest

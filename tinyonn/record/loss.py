@@ -15,20 +15,24 @@ import numpy as np
 import torch
 
 from tinyonn.base.corpus_file import Sample
+from tinyonn.base.head import REMEDY, Head, head_of
 from tinyonn.errors import InputError
 
-CHUNK_BYTES = 256 << 20  # of logits and their gradients, 14 bytes a value
+CHUNK_BYTES = 256 << 20  # of logits and their gradients
+VALUE_BYTES = 14  # a logit, in the dtype of the head, in float32, and their gradients
+FORM_BYTES = 16  # the same of a scaled or capped one's steps
 
 
 def forward_backward(
-    decoder: Any, head: Any, sample: Sample, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
+    decoder: Any, head: Head, sample: Sample, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a sample; taps behind the modules meet inputs and gradients on the way.
 
     Parameters
     ----------
-    decoder, head : torch.nn.Module
+    decoder : torch.nn.Module
         Of a causal language model.
+    head : Head
     sample : Sample
     on_loss : callable
         Called with the loss before the decoder's backward pass.
@@ -43,7 +47,7 @@ def forward_backward(
     device = head.weight.device
     ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(device, non_blocking=True)[None]
     with torch.enable_grad(), repeatable(device):
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = head.read(decoder(input_ids=ids, use_cache=False).last_hidden_state)
         leaf = hidden.detach().requires_grad_()
         loss = head_backward(head, leaf, sample)
         on_loss(loss)
@@ -69,15 +73,14 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def head_backward(head: Any, hidden: torch.Tensor, sample: Sample) -> torch.Tensor:
-    """Loss of a sample, and its gradient on the hidden states.
+def head_backward(head: Head, hidden: torch.Tensor, sample: Sample) -> torch.Tensor:
+    """Loss of a sample, and its gradient on what the head reads.
 
     Parameters
     ----------
-    head : torch.nn.Module
-        The output embeddings, [H] -> [vocabulary].
+    head : Head
     hidden : [1, T, H]
-        A leaf that requires a gradient; its ``grad`` is filled.
+        What its output embeddings read: a leaf that requires a gradient; its ``grad`` is filled.
     sample : Sample
 
     Returns
@@ -89,31 +92,33 @@ def head_backward(head: Any, hidden: torch.Tensor, sample: Sample) -> torch.Tens
     places = np.flatnonzero(following != -100)
     labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)
     labelled = torch.from_numpy(places).to(hidden.device, non_blocking=True)
-    chunk = max(16, CHUNK_BYTES // (14 * head.weight.shape[0]))
+    value = VALUE_BYTES if head.plain else VALUE_BYTES + FORM_BYTES
+    chunk = max(16, CHUNK_BYTES // (value * head.weight.shape[0]))
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, wanted in zip(labelled.split(chunk), labels.split(chunk), strict=True):
-        logits = head(hidden[:, part])[0].float()
+        logits = head.finish(head.module(hidden[:, part])[0].float())
         loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / len(places)
         loss.backward()
         total += loss.detach()
     return total
 
 
-def check_head(model: Any) -> None:
-    """Check that a model's logits are its head's output.
+def checked_head(model: Any) -> Head:
+    """A loaded model's head, after a check that it and the decoder give the model's own logits.
 
     Raises
     ------
     InputError
-        They are changed afterwards, which the recorder would miss.
+        They do not, so that the recorder would miss something.
     """
-    head, decoder = model.get_output_embeddings(), model.base_model
+    head, decoder = head_of(model), model.base_model
     ids = torch.arange(4, device=head.weight.device)[None]
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits.float()
         parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
     if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
         raise InputError(
-            f"{type(model).__name__} changes its logits after the head (soft-capping or scaling), which cannot be "
-            "recorded; use a model whose logits are the head's output"
+            f"{type(model).__name__} does something to its logits after its head that cannot be recorded; "
+            f"{REMEDY}"
         )
+    return head

@@ -27,7 +27,7 @@ from tinyonn.errors import InputError
 from tinyonn.record.activations import column_bins, input_bins
 from tinyonn.record.checks import Checks
 from tinyonn.record.levels import SUM_SAMPLES
-from tinyonn.record.loss import check_head, forward_backward
+from tinyonn.record.loss import checked_head, forward_backward
 from tinyonn.record.sites import (
     Site,
     WithRows,
@@ -71,13 +71,13 @@ class Recorder:
     Raises
     ------
     InputError
-        The model has parameters that cannot be recorded, or changes its logits after the head.
+        The model has parameters that cannot be recorded, or does more after its head than a scale or a soft cap.
     """
 
     def __init__(self, dense: DenseModel, threads: int = 1) -> None:
         torch.set_num_threads(threads)
         model: Any = dense.model
-        self.model, self.decoder, self.head = model, model.base_model, model.get_output_embeddings()
+        self.model, self.decoder, self.head = model, model.base_model, checked_head(model)
         self.device = dense.device
         self.parameters = list_parameters(self.model)
         uses: dict[str, list[Use]] = defaultdict(list)
@@ -92,7 +92,6 @@ class Recorder:
         self._checks = Checks(self.device)
         self._shared_input: tuple[torch.Tensor, torch.Tensor] | None = None
         self._vectors = VectorSums([], self.device)
-        check_head(model)
         self._attach()
 
     def open(self, calibration: dict[str, TensorCalibration], spills: bool) -> None:
@@ -216,7 +215,7 @@ class Recorder:
             site = self.sites[use.parameter_name]
             if use.parameter_name not in self._active:
                 continue
-            if site.tied or use.module is self.head:
+            if site.tied or use.module is self.head.module:
                 self._pending[use.parameter_name].append((use, X, G_TO))
                 continue
             key = (use.parameter_name, use.module_name)
@@ -280,7 +279,9 @@ class Recorder:
                 row_square += token_share(X, rows, use.scale)
                 row_parts.append((X, G, use.scale))
         for use in linear.values():
-            column_square += mean_square(hidden_TH if use.module is self.head else _joined(uses, use, 1))
+            column_square += mean_square(
+                hidden_TH if use.module is self.head.module else _joined(uses, use, 1)
+            )
         X_TI = torch.cat([X for use, X, _ in uses if use.operation == "linear"])
         G_TO = torch.cat([G for use, _, G in uses if use.operation == "linear"])
         sink, top = (

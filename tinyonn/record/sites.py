@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.base.nf4 import NF4Linear
+from tinyonn.base.nf4 import dequantized, is_nf4
 from tinyonn.base.parameters import Parameter, Use
 from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
 from tinyonn.record.device import gpu_kernels, on_host
@@ -304,11 +304,7 @@ def weight_of(use: Use) -> torch.Tensor:
     """The tensor that a use multiplies, NF4 dequantized, in the tensor's own shape."""
     if use.operation == "bias":
         return use.module.bias  # type: ignore[return-value]
-    if isinstance(use.module, NF4Linear):
-        return use.module.dequantized()
+    if is_nf4(use.module):
+        return dequantized(use.module)
     weight: Any = use.module.weight
-    if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
     return weight  # type: ignore[no-any-return]

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tinyonn.base.parameters import looked_up
+
 OnBackward = Callable[[torch.Tensor, torch.Tensor], None]
 
 
@@ -36,7 +38,7 @@ def attach(module: torch.nn.Module, on_backward: OnBackward, is_active: Callable
     Parameters
     ----------
     module : torch.nn.Module
-        Takes one tensor first: activations [..., I], or token ids for an embedding.
+        Takes one tensor first: activations [..., I]; an embedding takes what its rows come from.
     on_backward : callable
         Called once per use in the backward pass with X [T, I] (or ids [T]) and the gradient G of the output.
     is_active : callable
@@ -46,15 +48,19 @@ def attach(module: torch.nn.Module, on_backward: OnBackward, is_active: Callable
     -------
     A handle whose ``remove()`` takes the tap away.
     """
+    is_embedding = isinstance(module, torch.nn.Embedding)
 
-    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
+    def hook(
+        _: torch.nn.Module, inputs: tuple[torch.Tensor, ...], options: dict[str, Any], out: torch.Tensor
+    ) -> torch.Tensor | None:
         if not torch.is_grad_enabled():
             return None
         if not out.requires_grad:  # the embeddings, with all weights frozen: gradients start here
             out = out.detach().requires_grad_()
         if not is_active():
             return out
-        tapped: torch.Tensor = _Tap.apply(out, inputs[0].detach(), on_backward)  # type: ignore[no-untyped-call]
+        X = looked_up(module, inputs, options) if is_embedding else inputs[0]
+        tapped: torch.Tensor = _Tap.apply(out, X.detach(), on_backward)  # type: ignore[no-untyped-call]
         return tapped
 
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(hook, with_kwargs=True)

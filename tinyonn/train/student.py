@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyonn.base.head import head_of
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.train import losses
@@ -52,7 +53,7 @@ class Student(nn.Module):
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Sparse with or without a router, or any other whose logits are its head's output.
+        Sparse with or without a router, or any other.
     weights : LossWeights
     temperature : float
         Of the distillation.
@@ -64,7 +65,7 @@ class Student(nn.Module):
         self, model: Any, weights: LossWeights, temperature: float = 1.0, prompt_loss: bool = False
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, head_of(model)
         self.weights, self.temperature, self.prompt_loss = weights, temperature, prompt_loss
 
     @property
@@ -80,7 +81,7 @@ class Student(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        device: torch.device = self.model.get_output_embeddings().weight.device
+        device: torch.device = self.head.weight.device
         return device
 
     def route(
@@ -151,7 +152,7 @@ class Student(nn.Module):
         hidden = decoder_states(self.model, batch.ids_BT, wants_layers, **options)
         targets_BT = self.targets(batch)
         counted_BT = targets_BT != UNLABELLED
-        logits_TV = self.model.get_output_embeddings()(hidden[-1][:, :-1][counted_BT])
+        logits_TV = self.head(hidden[-1][:, :-1][counted_BT])
         labels_T = targets_BT[counted_BT]
         parts = {"ce": self._weighed(self.weights.ce, losses.cross_entropy, logits_TV, labels_T)}
         if teacher is not None:
@@ -170,6 +171,7 @@ class Student(nn.Module):
             return {"kl": self._weighed(self.weights.kl, losses.topk_kl, logits_TV, indices_TK, logprobs_TK)}
         if self.weights.kl == 0:
             return {}
+        assert teacher.head is not None
         with torch.no_grad():
             wanted_TH = teacher.hidden[-1][:, :-1][counted_BT.to(teacher.hidden[-1].device)]
             teacher_TV = teacher.head(wanted_TH).to(logits_TV.device)

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tinyonn.base.corpus_file import Corpus, Sample
+from tinyonn.base.head import Head, head_of
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.errors import InputError
 from tinyonn.experts.shards import write_tensors
@@ -40,15 +41,14 @@ class TeacherOutput:
     ----------
     hidden : tuple of Tensor [B, T, H]
         What every layer puts out, the last of them normed, as the head reads it; empty from a cache.
-    head : module, optional
-        The output embeddings.
+    head : Head, optional
     indices_BTK : int64 [B, T - 1, K], optional
         The likeliest next tokens at every labelled place.
     logprobs_BTK : float32 [B, T - 1, K], optional
     """
 
     hidden: tuple[torch.Tensor, ...] = ()
-    head: Any = None
+    head: Head | None = None
     indices_BTK: torch.Tensor | None = None
     logprobs_BTK: torch.Tensor | None = None
 
@@ -59,12 +59,12 @@ class Live:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Frozen; its logits are its head's output.
+        Frozen.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
-        self.head = model.get_output_embeddings()
+        self.head = head_of(model)
 
     @property
     def vocabulary(self) -> int:

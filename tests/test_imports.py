@@ -15,8 +15,8 @@ ray dask distributed zarr numcodecs icechunk bitsandbytes datasets accelerate py
 google_crc32c scipy sklearn
 """.split()  # not PyYAML: transformers does not come without it
 COMPUTING = """
-base.corpus_file base.files base.forms base.json_rows base.load base.messages base.parameters base.reference base.source
-base.tokens cost errors experts machine memory
+base.checkpoint base.corpus_file base.files base.forms base.gguf_folder base.hub base.json_rows base.load base.messages
+base.parameters base.reference base.source base.tokens cost errors experts machine memory
 plan profile.groups profile.kernel profile.measure record.calibration record.recorder record.worker sizes store.records
 train.data train.diagnosis train.losses train.optimizers train.options train.prepare train.routing train.samples
 train.student train.teacher train.workers

@@ -370,6 +370,21 @@ def test_llama_3_keeps_its_rotary_factors(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(wanted))
 
 
+def test_linear_scaling_of_positions_is_kept(tmp_path: Path) -> None:
+    def say(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(4.0)
+
+    scaled: dict[str, Any] = {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    }
+    folder = write_gguf(tmp_path / "m.gguf", "llama", say=say, **scaled)
+    assert torch.equal(logits(load_model(config_of(tmp_path / "m.gguf")).model), logits(original(folder)))
+    write_gguf(tmp_path / "plain.gguf", "llama")
+    plain = logits(load_model(config_of(tmp_path / "plain.gguf")).model)
+    assert not torch.equal(plain, logits(original(folder)))
+
+
 def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama", drop="blk.1.ffn_up.weight")
     refused(tmp_path / "m.gguf", r"model's model\.layers\.1\.mlp\.up_proj\.weight is not there")

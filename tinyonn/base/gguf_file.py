@@ -140,7 +140,7 @@ class GGUFFile:
         except Exception as error:
             raise InputError(
                 f"{self.path}: a GGUF of architecture {self.architecture!r}, which this version of transformers does "
-                f"not read ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); {ANOTHER}"
+                f"not read ({type(error).__name__}: {' '.join(str(error).split())[:200]}); {ANOTHER}"
             ) from None
         if hasattr(config, "_model_name_or_path"):
             del config._model_name_or_path
@@ -216,6 +216,17 @@ class GGUFFile:
             if part:
                 part["rope_theta"] = float(value)
             return bool(part)
+        scaling = self._fields.get(f"{self.architecture}.rope.scaling.type")
+        if (
+            key.startswith("rope.scaling.")
+            and full
+            and scaling is not None
+            and scaling.contents() == "linear"
+        ):
+            full |= {"rope.scaling.factor": {"factor": value}, "rope.scaling.type": {"rope_type": value}}.get(
+                key, {}
+            )
+            return key in ("rope.scaling.factor", "rope.scaling.type", "rope.scaling.finetuned")
         if key == "attention.head_count_kv" and not hasattr(config, "num_key_value_heads"):
             return bool(value == config.num_attention_heads)
         for name in ATTRIBUTES.get(key, ()):

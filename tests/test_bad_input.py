@@ -340,7 +340,7 @@ def test_a_model_that_gives_no_number_at_all(room: Room, ray_cluster: str) -> No
 
 def test_weights_that_are_cut_off(room: Room, ray_cluster: str) -> None:
     truncate_weights(room)
-    room.refused("not a readable safetensors file", "fetch it again", arguments=("--address", ray_cluster))
+    room.refused("not a readable safetensors file", "fetch", arguments=("--address", ray_cluster))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

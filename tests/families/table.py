@@ -1,4 +1,4 @@
-"""What `docs/models.md` says of each family, and the settings of models that are refused."""
+"""What `docs/families.md` says of each family, and the settings of models that are refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every family from a small random model through record, score, cluster and assembly: logits are the dense model's.
 
-The table of `docs/models.md` is made here, and so are the reasons why others are refused before anything is read.
+The table of `docs/families.md` is made here, and so are the reasons why others are refused before anything is read.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tinyonn.experts.export import export_model
 from tinyonn.planning import describe_model, plan_run
 from tinyonn.record.driver import record
 
-DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 IDS = torch.randint(0, VOCAB - 14, (2, 12), generator=torch.Generator().manual_seed(0))
 # Unquantized too by default: what NF4 changes the shape of, and what is particular behind or around the matrices.
 BOTH = {"gpt2", "gemma2", "gemma3_vision", "granite", "gpt_neox", "opt", "qwen3_wide"}
@@ -106,4 +106,4 @@ def test_the_tables_in_the_docs_are_these() -> None:
     text = DOCS.read_text("utf-8")
     for name, table in (("families", families_table()), ("refused", refusals_table())):
         found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
-        assert found is not None and found.group(1).strip() == table, f"docs/models.md, {name}:\n\n{table}"
+        assert found is not None and found.group(1).strip() == table, f"docs/families.md, {name}:\n\n{table}"

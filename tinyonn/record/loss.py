@@ -92,8 +92,10 @@ def head_backward(head: Head, hidden: torch.Tensor, sample: Sample) -> torch.Ten
     places = np.flatnonzero(following != -100)
     labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)
     labelled = torch.from_numpy(places).to(hidden.device, non_blocking=True)
-    value = VALUE_BYTES if head.plain else VALUE_BYTES + FORM_BYTES
-    chunk = max(16, CHUNK_BYTES // (value * head.weight.shape[0]))
+    chunk = min(len(places), CHUNK_BYTES // (VALUE_BYTES * head.weight.shape[0]))
+    if not head.plain:  # no more bytes than are planned for a plain head
+        chunk = chunk * VALUE_BYTES // (VALUE_BYTES + FORM_BYTES)
+    chunk = max(16, chunk)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, wanted in zip(labelled.split(chunk), labels.split(chunk), strict=True):
         logits = head.finish(head.module(hidden[:, part])[0].float())

@@ -39,19 +39,19 @@ class Progress:
         self.total, self.done = total, 0
         self.rates: dict[int, float] = {}
         self.uses: dict[int, WorkerUse] = {}
-        self._shown = shown
+        self.shown = shown
         self._last: dict[int, tuple[float, int]] = {}
         self._bar: Bar | None = None
 
     def say(self, text: str) -> None:
         """One line."""
-        if self._shown:
+        if self.shown:
             LOG.info(text)
 
     def begin(self, effort: float, committed: int) -> None:
         """Start to record: what that costs in all, in any unit, and samples that were committed before."""
         self.done = committed
-        self._bar = Bar("recording", effort, "samples", self.total, committed, self._shown).__enter__()
+        self._bar = Bar("recording", effort, "samples", self.total, committed, self.shown).__enter__()
 
     def update(
         self, segments: Sequence[Segment], uses: dict[int, WorkerUse], effort: float, under_way: int

@@ -19,6 +19,7 @@ from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
+LOG_SECONDS = 15.0  # between lines about the workers in the log
 RATE_SECONDS = 3.0  # over which a worker's speed is measured
 
 
@@ -41,6 +42,7 @@ class Progress:
         self.uses: dict[int, WorkerUse] = {}
         self.shown = shown
         self._last: dict[int, tuple[float, int]] = {}
+        self._told = 0.0
         self._bar: Bar | None = None
 
     def say(self, text: str) -> None:
@@ -81,7 +83,10 @@ class Progress:
         aside = sum(len(segment.set_aside) for segment in segments)
         committed = sum(segment.last - segment.first for segment in segments)
         self.done = min(self.total, max(self.done, committed))
-        LOG.debug("workers: %s samples/s", {number: round(rate, 2) for number, rate in self.rates.items()})
+        if now - self._told > LOG_SECONDS:
+            self._told = now
+            rates = {number: round(rate, 2) for number, rate in self.rates.items()}
+            LOG.debug("workers: %s samples/s, %d live segments", rates, len(segments))
         if self._bar is not None:
             note = f"{aside:,} set aside" if aside else ""
             self._bar.update(effort, min(self.total, self.done + under_way), note)

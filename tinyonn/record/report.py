@@ -177,7 +177,7 @@ class RecordReport:
             "cut to data.max_tokens": f"{self.truncated:,}",
             "weights": f"{self.weights:,}",
             "live segments": f"{self.live_segments:,}",
-            "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
+            "speed": f"{self.samples_per_second:,.2f} samples/s with {self.workers} workers",
             "writing / recording": f"{self.commit_share:.1%}",
             "peak memory": f"{format_size(self.peak_rss_bytes)} of RAM, {format_size(self.peak_vram_bytes)} of VRAM",
             "time": format_seconds(self.seconds),

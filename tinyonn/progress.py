@@ -189,7 +189,7 @@ class Bar:
     def _amount(self) -> str:
         total, counted = self._total, self._counted + self.pace.phase.before
         if not isfinite(total) or not total:
-            return f"{counted:,.0f} {self.unit}" if counted else ""
+            return f"{counted:,.0f} {self.unit}".rstrip() if counted else ""
         if self.unit == "B":
             return f"{format_size(counted)} of {format_size(total)}"
         if total >= MANY:

@@ -359,7 +359,7 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
     Parameters
     ----------
     chatter : Path or None
-        Is appended to; with None it is written to stderr where stdout is for JSON, and else is left as it is.
+        Is appended to, and not left empty; with None it is written to stderr where stdout is for JSON, and else is left as it is.
     as_json : bool
         Reports go to stderr, so that stdout has the JSON line alone.
     """
@@ -390,6 +390,9 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
             with suppress(OSError):
                 stream.close()
         _own.clear()
+        with suppress(OSError):
+            if chatter is not None and chatter.stat().st_size == 0:
+                chatter.unlink()
 
 
 def _is_of_process(stream: TextIO, number: int) -> bool:

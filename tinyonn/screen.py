@@ -359,7 +359,8 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
     Parameters
     ----------
     chatter : Path or None
-        Is appended to, and not left empty; with None it is written to stderr where stdout is for JSON, and else is left as it is.
+        Is appended to, and not left empty. With None it all goes to stderr where stdout is for JSON, and else where
+        it would have gone.
     as_json : bool
         Reports go to stderr, so that stdout has the JSON line alone.
     """

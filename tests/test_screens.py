@@ -340,6 +340,8 @@ with screen.kept_for_us(Path(sys.argv[1]) / "libraries.log", False), shown_progr
             bar.add()
             if unit == 3:
                 logging.getLogger("tinyonn").warning("a warning of ours")
+            if unit == 5:
+                screen.show(screen.pairs("in the middle", {"first": "second"}))
     screen.show(screen.pairs("a title", {"name": "value"}))
 """
 
@@ -373,6 +375,14 @@ def test_a_terminal_has_a_live_line_and_no_chatter(tmp_path: Path) -> None:
     assert "library" not in text and "child" not in text and "errors" not in text
     assert text.count("a warning of ours") == 1
     assert "┌" in text and text.rstrip().endswith("┘")  # the live line is gone
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    for line in (
+        "a warning of ours",
+        "in the middle",
+        "a title",
+        "│ first │ second │",
+    ):  # each in a line of its own
+        assert re.search(rf"(?:^|[\r\n]){re.escape(line)}\r?\n", plain)
     assert (tmp_path / "libraries.log").read_text("utf-8").count("and its errors") == 8
 
 
@@ -384,7 +394,8 @@ def test_without_one_there_are_plain_lines(
 ) -> None:
     text = run_script(tmp_path, terminal, **environment).replace("\r\n", "\n")
     assert "\x1b" not in text and "\r" not in text and "─" not in text
-    assert text.splitlines() == ["a warning of ours", "a title", "name  value"]
+    middle = ["in the middle", "first  second"]
+    assert text.splitlines() == ["a warning of ours", *middle, "a title", "name  value"]
 
 
 def test_bars_are_silent_outside_the_command_line(caplog: pytest.LogCaptureFixture) -> None:

@@ -307,6 +307,23 @@ def _refresh() -> None:
         live.stop()
 
 
+@contextmanager
+def _suspended() -> Iterator[None]:
+    """Without the live line meanwhile."""
+    live = _live
+    if live is None:
+        yield
+        return
+    live.stop()
+    try:
+        yield
+    finally:
+        live.start()
+
+
+screen.suspended = _suspended
+
+
 def hub_bar(bar: Bar) -> type:
     """A class in place of the hub's own bars, which counts bytes on ours."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -430,16 +430,20 @@ def width_of(stream: TextIO) -> int | None:
         return None
 
 
+suspended: Callable[[], AbstractContextManager[None]] = nullcontext  # takes a live line away meanwhile
+
+
 def show(sheet: Sheet) -> None:
     """Print a sheet on stdout."""
     stream = stdout()
     width = width_of(stream)
-    if watched(stream):
-        from rich.console import Console
+    with suspended():
+        if watched(stream):
+            from rich.console import Console
 
-        Console(file=stream, width=width).print(sheet, crop=False)
-    else:
-        print(sheet.plain(width), file=stream, flush=True)
+            Console(file=stream, width=width).print(sheet, crop=False)
+        else:
+            print(sheet.plain(width), file=stream, flush=True)
 
 
 def complain(text: str) -> None:

@@ -184,7 +184,11 @@ def _console(stage: str, location: str, as_json: bool, log: bool) -> Iterator[No
         folder = local_folder(location) / "logs"
         setup_logging(folder, stage)
         chatter = chatter_file(folder, stage)
-    from tinyonn.progress import shown_progress
+    from tinyonn.progress import Bar, shown_progress
 
     with screen.kept_for_us(chatter, as_json), shown_progress():
-        yield
+        if not log:  # quick, and reads alone
+            yield
+            return
+        with Bar(stage):
+            yield

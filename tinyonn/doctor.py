@@ -67,10 +67,13 @@ class DoctorReport:
     def table(self) -> Sheet:
         """For people."""
         colours: dict[str, Style] = {"ok": "green", "warn": "yellow", "fail": "red"}
-        sheet = Sheet().text("what", "", "found", "remedy")
+        remedies = any(item.remedy for item in self.findings)
+        sheet = Sheet().text("what", "", "found", *(["remedy"] if remedies else []))
         for item in self.findings:
-            styles: tuple[Style, ...] = ("", colours[item.state], "", "")
-            sheet.add(whole(item.what), item.state, item.found, item.remedy, style=styles)
+            cells = whole(item.what), item.state, item.found, *([item.remedy] if remedies else [])
+            styles: list[Style] = [""] * len(cells)
+            styles[1] = colours[item.state]
+            sheet.add(*cells, style=styles)
         return sheet
 
 

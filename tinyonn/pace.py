@@ -104,6 +104,10 @@ class Phase:
         """Work per second as observed, else as expected."""
         return rate_of(list(self.observations), self.parallel) or self.expected
 
+    def begin(self, seconds: float) -> None:
+        """Start now: what came before was loading."""
+        self.observations[:] = [(seconds, 0.0)]
+
     def observe(self, seconds: float, done: float) -> None:
         """Take what is done by now; the first call is the start."""
         if self.observations and done <= self.done:
@@ -150,7 +154,7 @@ class Pace:
     def enter(self, name: str, seconds: float) -> None:
         """Begin a phase; those before it are done."""
         self._now = next(number for number, phase in enumerate(self.phases) if phase.name == name)
-        self.phase.observe(seconds, 0.0)
+        self.phase.begin(seconds)
 
     def left(self, seconds: float) -> float | None:
         """Seconds to the end of the last phase; None if a phase's speed is not known yet."""

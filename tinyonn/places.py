@@ -59,3 +59,15 @@ def local_folder(location: str) -> Path:
 def store_location(location: str) -> str:
     """The run's Icechunk repository."""
     return f"{location.rstrip('/')}/store"
+
+
+def check_there(location: str) -> None:
+    """Refuse a run that is not there, before anything is imported that only a run needs.
+
+    Raises
+    ------
+    InputError
+        No store lies on this machine where it should.
+    """
+    if not location.startswith("s3://") and not Path(store_location(location)).is_dir():
+        raise InputError(f"{location}: no run is stored there; `tinyonn record` makes one")

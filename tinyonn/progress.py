@@ -119,10 +119,15 @@ class Bar:
             _bars.remove(self)
             _refresh()
 
-    def enter(self, phase: str) -> None:
-        """Begin a phase."""
+    def begin(self, ago: float = 0.0) -> None:
+        """The work begins now, or began so many seconds ago: what came before was loading."""
         with _lock:
-            self.pace.enter(phase, self._clock())
+            self.pace.phase.begin(self._clock() - ago)
+
+    def enter(self, phase: str, ago: float = 0.0) -> None:
+        """A phase begins now, or began so many seconds ago."""
+        with _lock:
+            self.pace.enter(phase, self._clock() - ago)
             self._counted, self.note = 0.0, ""
 
     def add(self, work: float = 1.0, counted: float | None = None) -> None:
@@ -184,11 +189,11 @@ class Bar:
     def _amount(self) -> str:
         total, counted = self._total, self._counted + self.pace.phase.before
         if not isfinite(total) or not total:
-            return f"{counted:,.0f} {self.unit}" if counted else ""
+            return f"{counted:,.0f} {self.unit}".rstrip() if counted else ""
         if self.unit == "B":
             return f"{format_size(counted)} of {format_size(total)}"
         if total >= MANY:
-            return f"{counted / total:.0%} of {format_count(total)} {self.unit}".rstrip()
+            return f"{counted / total:.0%}" + (f" of {format_count(total)} {self.unit}" if self.unit else "")
         return f"{counted:,.0f}/{total:,.0f} {self.unit}".rstrip()
 
     def _speed(self) -> str:
@@ -210,13 +215,13 @@ class Bar:
     def _left(self) -> str:
         """To the end; to that of the phase while the speed of a later one is not known."""
         now, phase = self._clock(), self.pace.phase
-        if not any(one.total for one in self.pace.phases):
-            return f"{_rounded(now - self._started)} so far"
-        left = self.pace.left(now)
-        if left is None:
-            left = phase.left(now) if phase.total else None
-            return "" if left is None else f"{_rounded(left)} left of {phase.name or self.what}"
-        return f"{_rounded(left)} left"
+        left = self.pace.left(now) if any(one.total for one in self.pace.phases) else None
+        if left is not None:
+            return f"{_rounded(left)} left"
+        left = phase.left(now) if phase.total else None
+        if left is not None:
+            return f"{_rounded(left)} left of {phase.name}"
+        return f"{_rounded(now - self._started)} so far"
 
     @property
     def share(self) -> float | None:
@@ -232,12 +237,14 @@ class Bar:
         from rich.text import Text
 
         width = options.max_width - 1
-        facts = [self._amount(), self._left(), self._speed(), self.note]
+        amount, left = self._amount(), self._left()
         share = self.share
         told = [self._name]
-        for fact in facts:  # the most important first, as many as there is room for
+        for fact in (left, amount, self._speed(), self.note):  # as many as there is room for
             if fact and sum(map(screen.cells, told)) + 2 * len(told) + screen.cells(fact) <= width:
                 told.append(fact)
+        if amount in told[2:]:
+            told[1:3] = amount, left
         text = Text(told[0], no_wrap=True, overflow="ignore")
         room = min(40, width - sum(map(screen.cells, told)) - 2 * len(told))
         if share is not None and room >= NARROW:
@@ -298,6 +305,23 @@ def _refresh() -> None:
     elif not _bars and _live is not None:
         live, _live = _live, None
         live.stop()
+
+
+@contextmanager
+def _suspended() -> Iterator[None]:
+    """Without the live line meanwhile."""
+    live = _live
+    if live is None:
+        yield
+        return
+    live.stop()
+    try:
+        yield
+    finally:
+        live.start()
+
+
+screen.suspended = _suspended
 
 
 def hub_bar(bar: Bar) -> type:

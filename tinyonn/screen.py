@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -25,6 +25,7 @@ Kind = Literal["framed", "open", "list"]
 HARD = "\ufdd0"  # in place of a blank at which no line may end; a code point that no text has
 UNIT = re.compile(r"(?<=\d) (?=(?:[KMGTP]?i?B|s|min|h|d|billion|nats)\b)")
 GAP = 2  # blanks between columns without a frame
+LESS = 0.75  # of the lines, below which a table goes without its frame
 FRAMES: tuple[tuple[Kind, Callable[[int], int]], ...] = (  # cells beside those of so many columns
     ("framed", lambda columns: 3 * columns + 1),
     ("open", lambda columns: GAP * (columns - 1)),
@@ -237,11 +238,20 @@ def _frame(sheet: Sheet, width: int | None) -> _Frame:
     count = len(least)
     if width is None:
         return _Frame("open", tuple(most))
-    for kind, beside in FRAMES:
-        room = width - beside(count)
-        if sum(least) <= room:
-            return _Frame(kind, tuple(_spread(least, most, room)))
-    return _Frame("list", ())
+    rooms = [(kind, width - beside(count)) for kind, beside in FRAMES]
+    fitting = [_Frame(kind, tuple(_spread(least, most, room))) for kind, room in rooms if sum(least) <= room]
+    if not fitting:
+        return _Frame("list", ())
+    framed, bare = fitting[0], fitting[-1]
+    return bare if _lines(sheet, bare) < LESS * _lines(sheet, framed) else framed
+
+
+def _lines(sheet: Sheet, frame: _Frame) -> int:
+    """How many the rows take."""
+    return sum(
+        max(len(wrap(cell, width)) for cell, width in zip(row.cells, frame.widths, strict=True))
+        for row in sheet.rows
+    )
 
 
 def _spread(least: Sequence[int], most: Sequence[int], room: int) -> list[int]:
@@ -319,7 +329,7 @@ def _aligned(sheet: Sheet, cells: Sequence[str], widths: Sequence[int]) -> Itera
 def _listed(sheet: Sheet, width: int | None) -> Iterator[str]:
     """Each cell in a line of its own, the first column's before those of its row."""
     for row in sheet.rows:
-        yield row.cells[0]
+        yield from wrap(row.cells[0], width)
         for column, cell in zip(sheet.columns[1:], row.cells[1:], strict=True):
             if cell:
                 text = f"{column.heading}: {cell}" if sheet.headed and column.heading else cell
@@ -349,7 +359,8 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
     Parameters
     ----------
     chatter : Path or None
-        Is appended to; None throws it away.
+        Is appended to, and not left empty. With None it all goes to stderr where stdout is for JSON, and else where
+        it would have gone.
     as_json : bool
         Reports go to stderr, so that stdout has the JSON line alone.
     """
@@ -362,10 +373,13 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
     for name, number in (("stdout", saved[1 if as_json else 0]), ("stderr", saved[1])):
         like: TextIO = getattr(sys, "stderr" if as_json else name)
         _own[name] = os.fdopen(os.dup(number), "w", 1, like.encoding, "backslashreplace")
-    target = os.open(chatter or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for number in (1, 2):
-        os.dup2(target, number)
-    os.close(target)
+    if chatter is not None:
+        target = os.open(chatter, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for number in (1, 2):
+            os.dup2(target, number)
+        os.close(target)
+    elif as_json:
+        os.dup2(2, 1)
     try:
         yield
     finally:
@@ -377,6 +391,9 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
             with suppress(OSError):
                 stream.close()
         _own.clear()
+        with suppress(OSError):
+            if chatter is not None and chatter.stat().st_size == 0:
+                chatter.unlink()
 
 
 def _is_of_process(stream: TextIO, number: int) -> bool:
@@ -407,21 +424,26 @@ def width_of(stream: TextIO) -> int | None:
         if not stream.isatty():
             return None
         given = os.environ.get("COLUMNS", "")
-        return max(1, int(given) if given.isdigit() else os.get_terminal_size(stream.fileno()).columns)
+        wide = int(given) if given.isdigit() else os.get_terminal_size(stream.fileno()).columns
+        return wide or 80  # some that are no screens have no width
     except (OSError, ValueError):
         return None
+
+
+suspended: Callable[[], AbstractContextManager[None]] = nullcontext  # takes a live line away meanwhile
 
 
 def show(sheet: Sheet) -> None:
     """Print a sheet on stdout."""
     stream = stdout()
     width = width_of(stream)
-    if watched(stream):
-        from rich.console import Console
+    with suspended():
+        if watched(stream):
+            from rich.console import Console
 
-        Console(file=stream, width=width).print(sheet, crop=False)
-    else:
-        print(sheet.plain(width), file=stream, flush=True)
+            Console(file=stream, width=width).print(sheet, crop=False)
+        else:
+            print(sheet.plain(width), file=stream, flush=True)
 
 
 def complain(text: str) -> None:

@@ -51,7 +51,7 @@ def format_size(size: float) -> str:
 
 def format_count(count: float) -> str:
     """A large number for people: ``3.95 billion``, ``5,512,192``."""
-    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count:,.0f}"
+    return f"{count / 1e9:,.2f} billion" if count >= 1e9 else f"{count:,.0f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tinyonn.places import local_folder, store_location
-from tinyonn.run import Run, open_run
+from tinyonn.places import check_there, local_folder, store_location
 from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_count, format_size
-from tinyonn.store.repository import Store
+
+if TYPE_CHECKING:
+    from tinyonn.run import Run
 
 SHOWN = 20  # samples set aside that the table lists; --json lists all
 
@@ -79,7 +80,7 @@ class StatusReport:
 
     def table(self) -> Sheet:
         """For people."""
-        title = f"{whole(self.location)}: {self.model}, {whole(f'{format_count(self.weights)} weights')}"
+        title = f"{whole(self.location)}\n{self.model}, {whole(f'{format_count(self.weights)} weights')}"
         columns = ("committed", "total", "segments", "set_aside")
         sheet = Sheet(title, self._notes()).text("slice")
         sheet.number(*(name.replace("_", " ") for name in columns))
@@ -124,6 +125,9 @@ def read_status(location: str) -> StatusReport:
     StoreDamagedError
         The store cannot be read.
     """
+    check_there(location)
+    from tinyonn.run import open_run
+
     run = open_run(location)
     segments = run.segments
     slices = []
@@ -149,6 +153,8 @@ def read_status(location: str) -> StatusReport:
 
 def is_complete(location: str) -> bool:
     """Whether a run is there with every sample committed and every slice merged."""
+    from tinyonn.store.repository import Store
+
     return Store.exists(store_location(location)) and read_status(location).merged
 
 

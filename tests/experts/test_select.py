@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -288,6 +289,7 @@ def test_the_trunk_can_be_widened() -> None:
 
 
 def test_empty_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "tinyonn")
     source = make_source()
     for data in source.arrays.values():
         data["labels"][data["labels"] == 3] = 1

@@ -4,6 +4,7 @@ import json
 from datetime import timedelta
 from pathlib import Path
 
+import icechunk
 import numpy as np
 import pytest
 
@@ -210,6 +211,24 @@ def test_opening_what_is_not_a_store(tmp_path: Path) -> None:
         path.write_bytes(b"\0" * path.stat().st_size)
     with pytest.raises(StoreDamagedError):
         Store.open(store.location)
+
+
+def test_a_store_of_a_newer_icechunk_is_refused_by_its_name(tmp_path: Path) -> None:
+    """Of Icechunk 2's own layout, and of a layout of this Icechunk with a format to come."""
+    two = tmp_path / "two"
+    (two / "snapshots").mkdir(parents=True)
+    (two / "repo").write_bytes(b"ICE")
+    if not hasattr(icechunk, "SpecVersion"):
+        with pytest.raises(InputError, match=r"written by a newer Icechunk .* record again"):
+            Store.exists(two)
+    new_store(tmp_path / "later", small_manifest({"code": 9}))
+    for path in (tmp_path / "later" / "snapshots").iterdir():
+        head = bytearray(path.read_bytes())
+        assert head[:12] == "ICE\U0001f9caCHUNK".encode()
+        head[36] = 9  # the format's version
+        path.write_bytes(head)
+    with pytest.raises(InputError, match=r"written by a newer Icechunk .* record again"):
+        Store.open(tmp_path / "later")
 
 
 @pytest.mark.parametrize("name", ["code", "code/1", "code/4-2", "/1-2", "code/a-b"])

@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,8 +286,11 @@ def fingerprint_model(config: ModelConfig, known: Path | None = None) -> dict[st
     files = {path for pattern in NEEDED for path in folder.glob(pattern) if path.is_file()}
     files |= set(weight_files(folder))
     with Bar("hashing the model", sum(path.stat().st_size for path in files), "B") as bar:
-        digest = partial(sha256, tick=bar.add) if known is None else _Remembered(known, bar.add).digest
-        prints = {path.name: digest(path) for path in sorted(files)}
+        digest = sha256 if known is None else _Remembered(known).digest
+        prints = {}
+        for path in sorted(files):
+            prints[path.name] = digest(path)
+            bar.add(path.stat().st_size)
     if folder.parent.name == "snapshots":
         prints["commit"] = folder.name
     return prints
@@ -304,8 +305,8 @@ def _gguf_digest(path: Path) -> str:
 class _Remembered:
     """Digests of files, remembered as long as size and time of change stay."""
 
-    def __init__(self, memory: Path, tick: Callable[[int], None] = lambda size: None) -> None:
-        self._memory, self._tick = memory, tick
+    def __init__(self, memory: Path) -> None:
+        self._memory = memory
         try:
             self._known: dict[str, Any] = json.loads(memory.read_text("utf-8"))
         except (OSError, ValueError):
@@ -317,7 +318,7 @@ class _Remembered:
         entry = self._known.get(key)
         if isinstance(entry, dict) and entry.get("mark") == mark:
             return str(entry["sha256"])
-        self._known[key] = {"mark": mark, "sha256": sha256(path, self._tick)}
+        self._known[key] = {"mark": mark, "sha256": sha256(path)}
         self._memory.parent.mkdir(parents=True, exist_ok=True)
         side = self._memory.with_suffix(f".{os.getpid()}.part")
         side.write_text(json.dumps(self._known), "utf-8")
@@ -325,11 +326,10 @@ class _Remembered:
         return str(self._known[key]["sha256"])
 
 
-def sha256(path: Path, tick: Callable[[int], None] = lambda size: None) -> str:
-    """Hexadecimal SHA-256 of a file's content; `tick` gets the bytes of each block."""
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(CHUNK):
             digest.update(block)
-            tick(len(block))
     return digest.hexdigest()

@@ -146,7 +146,7 @@ def _top(shares: dict[str, float]) -> str:
     if not shares:
         return "-"
     name, share = max(shares.items(), key=lambda item: item[1])
-    return f"{name} {share:.0%}"
+    return whole(f"{name} {share:.0%}")
 
 
 def _span(layers: Sequence[float]) -> str:

@@ -99,7 +99,7 @@ class EvaluateReport:
 
     def _notes(self, dense: dict[str, Line]) -> list[str]:
         found = [
-            f"{what}: {line.losses.mean:.4f} nats, perplexity {line.losses.perplexity:.2f}"
+            f"{what}: {line.losses.mean:.4f} nats, perplexity {line.losses.perplexity:,.2f}"
             for what, line in (
                 ("original", dense.get(ORIGINAL)),
                 ("dense, as recorded", dense.get(DENSE)),

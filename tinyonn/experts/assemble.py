@@ -44,7 +44,7 @@ from tinyonn.experts.shards import (
     tensor_bytes,
     write_shard,
 )
-from tinyonn.experts.source import RunSource, digest
+from tinyonn.experts.source import RunSource, digest, tensors_outside
 from tinyonn.experts.totals import totals
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
@@ -158,7 +158,8 @@ class _Assembly:
         self._take_folder()
         for name in ("config.json", "model.safetensors.index.json"):
             (self.folder / name).unlink(missing_ok=True)
-        weights = sum(parameter.size for parameter in self.run.parameters)
+        inside = tensors_outside(self.run.parameters, self.choice.trunk)
+        weights = sum(parameter.size for parameter in inside)
         with Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar:
             return self._make()
 

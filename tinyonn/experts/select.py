@@ -199,7 +199,7 @@ def select(
     selection = Selection(options, source.identity, experts, budget, {name: found[name] for name in names})
     assert sum(selection.group_sizes) == budget and sizes.sum() >= budget
     if empty := selection.empty_experts:
-        LOG.warning(
+        LOG.debug(
             "%d of %d experts are empty: %s; a larger budget, a smaller core or fewer cells would fill them",
             *(len(empty), experts, ", ".join(map(str, empty))),
         )

@@ -32,6 +32,7 @@ def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done, se
     """One part after another in this process; `done` takes each."""
     worker = ProfileWorker(job)
     worker.load()
+    seen({})
     for part in parts:
 
         def tick(count: int, part: Part = part) -> None:

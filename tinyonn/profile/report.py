@@ -83,7 +83,7 @@ class ProfileReport:
             "loss": f"{self.loss:.4f} nats per token",
             "contribution": f"spread over {self.effective_experts:.1f} experts of a sample{core}",
             "on disk": f"{whole(self.folder)}, {format_size(self.bytes)}",
-            "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
+            "speed": f"{self.samples_per_second:,.2f} samples/s with {self.workers} workers",
             "time": format_seconds(self.seconds),
         }
         return pairs(f"profiled {whole(self.location)}", rows)

@@ -239,6 +239,8 @@ class _Profiling:
 
     def _seen(self, counts: Mapping[Part, int]) -> None:
         """Show what is done, with samples of the parts under way."""
+        if not self.effort and not any(counts.values()):
+            self.bar.begin()  # workers have loaded the model, and have measured nothing yet
         inside = [(part, count / (part.last - part.first)) for part, count in counts.items()]
         effort = self.effort + sum(self.efforts[part] * share for part, share in inside)
         self.bar.update(effort, self.before + self.measured + sum(counts.values()))

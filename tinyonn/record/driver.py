@@ -23,6 +23,7 @@ from tinyonn.config import Config
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
 from tinyonn.planning import plan_recording
+from tinyonn.progress import Bar
 from tinyonn.record.calibration import layer_windows
 from tinyonn.record.cluster import (
     LOST,
@@ -151,7 +152,9 @@ class _Recording:
                     self._dismiss()
                 if self.merging is not None:
                     self.merging.result()
-            merge_ready(self.store)
+            self.progress.close()
+            with Bar("merging", shown=self.progress.shown):
+                merge_ready(self.store)
         finally:
             self.progress.close()
             self.tracker.close()
@@ -203,7 +206,8 @@ class _Recording:
         if calibration is None:
             samples = self.corpus.calibration(self.config.record.calibration)
             self.progress.say(f"calibrating on {len(samples)} samples")
-            calibration = self.crew.call(first, "calibrate", samples, self.windows)
+            with Bar("calibrating", shown=self.progress.shown):
+                calibration = self.crew.call(first, "calibrate", samples, self.windows)
             self.store.commit_calibration(calibration)
         self.calibration = ray.put(calibration)
 

@@ -19,6 +19,7 @@ from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
+LOG_SECONDS = 15.0  # between lines about the workers in the log
 RATE_SECONDS = 3.0  # over which a worker's speed is measured
 
 
@@ -39,19 +40,20 @@ class Progress:
         self.total, self.done = total, 0
         self.rates: dict[int, float] = {}
         self.uses: dict[int, WorkerUse] = {}
-        self._shown = shown
+        self.shown = shown
         self._last: dict[int, tuple[float, int]] = {}
+        self._told = 0.0
         self._bar: Bar | None = None
 
     def say(self, text: str) -> None:
         """One line."""
-        if self._shown:
+        if self.shown:
             LOG.info(text)
 
     def begin(self, effort: float, committed: int) -> None:
         """Start to record: what that costs in all, in any unit, and samples that were committed before."""
         self.done = committed
-        self._bar = Bar("recording", effort, "samples", self.total, committed, self._shown).__enter__()
+        self._bar = Bar("recording", effort, "samples", self.total, committed, self.shown).__enter__()
 
     def update(
         self, segments: Sequence[Segment], uses: dict[int, WorkerUse], effort: float, under_way: int
@@ -81,7 +83,10 @@ class Progress:
         aside = sum(len(segment.set_aside) for segment in segments)
         committed = sum(segment.last - segment.first for segment in segments)
         self.done = min(self.total, max(self.done, committed))
-        LOG.debug("workers: %s samples/s", {number: round(rate, 2) for number, rate in self.rates.items()})
+        if now - self._told > LOG_SECONDS:
+            self._told = now
+            rates = {number: round(rate, 2) for number, rate in self.rates.items()}
+            LOG.debug("workers: %s samples/s, %d live segments", rates, len(segments))
         if self._bar is not None:
             note = f"{aside:,} set aside" if aside else ""
             self._bar.update(effort, min(self.total, self.done + under_way), note)
@@ -172,7 +177,7 @@ class RecordReport:
             "cut to data.max_tokens": f"{self.truncated:,}",
             "weights": f"{self.weights:,}",
             "live segments": f"{self.live_segments:,}",
-            "speed": f"{self.samples_per_second:.2f} samples/s with {self.workers} workers",
+            "speed": f"{self.samples_per_second:,.2f} samples/s with {self.workers} workers",
             "writing / recording": f"{self.commit_share:.1%}",
             "peak memory": f"{format_size(self.peak_rss_bytes)} of RAM, {format_size(self.peak_vram_bytes)} of VRAM",
             "time": format_seconds(self.seconds),

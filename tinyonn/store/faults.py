@@ -8,10 +8,18 @@ from contextlib import contextmanager
 
 import icechunk
 
-from tinyonn.errors import CapacityError, StoreBusyError, StoreDamagedError, StoreError, TinyONNError
+from tinyonn.errors import (
+    CapacityError,
+    InputError,
+    StoreBusyError,
+    StoreDamagedError,
+    StoreError,
+    TinyONNError,
+)
 
 FULL = ("no space left on device", "disk quota exceeded", "file too large")
 DENIED = ("permission denied", "read-only file system", "accessdenied", "access denied", "invalidaccesskeyid")
+NEWER = "written with a more modern version"
 AWAY = ("nosuchbucket", "dispatch failure", "connection refused", "timed out", "dns error")
 
 
@@ -20,6 +28,14 @@ def is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return any(text in str(error).lower() for text in FULL)
+
+
+def newer_store(what: str) -> str:
+    """Why a store of a newer Icechunk cannot be read, and what helps."""
+    return (
+        f"{what}: the store was written by a newer Icechunk than {icechunk.__version__}, which is installed; use the "
+        "Python and the Icechunk that it was recorded with (Icechunk 2 needs Python 3.12 or later), or record again"
+    )
 
 
 @contextmanager
@@ -32,6 +48,8 @@ def translated(what: str) -> Iterator[None]:
         The disk is full.
     StoreBusyError
         Another process committed in between.
+    InputError
+        A newer Icechunk wrote the store.
     StoreDamagedError
         Bytes are missing or fail their checksum.
     StoreError
@@ -46,6 +64,8 @@ def translated(what: str) -> Iterator[None]:
             f"{what}: another process committed to the run meanwhile ({_short(error)}); only one may record"
         ) from error
     except (icechunk.IcechunkError, ValueError, RuntimeError, OSError) as error:
+        if NEWER in str(error).lower():
+            raise InputError(newer_store(what)) from error
         if is_full(error):
             raise CapacityError(
                 f"{what}: no space left ({_short(error)}); "

@@ -7,6 +7,7 @@ A segment becomes visible in one commit; replacing merged segments by their aver
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Sequence
@@ -23,13 +24,18 @@ from zarr.core.sync import sync
 
 from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreError
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array
-from tinyonn.store.faults import translated
+from tinyonn.store.faults import newer_store, translated
 from tinyonn.store.location import storage_of
 from tinyonn.store.manifest import Manifest, Segment, parse_segment
 from tinyonn.store.reader import Reader, list_names, list_segments
 from tinyonn.store.records import TensorCalibration
 
 __all__ = ["Manifest", "Reader", "Segment", "SegmentWriter", "Store", "band_rows", "bands", "parse_segment"]
+
+# Icechunk 2 can write the format of Icechunk 1, which all Pythons have: a run moves between machines.
+_NEW = "create_version" in inspect.signature(icechunk.Repository.open_or_create).parameters
+_OLDEST: dict[str, Any] = {"create_version": 1} if _NEW else {}
+NEWER = "repo"  # the file that a store of Icechunk 2's own format begins with
 
 # Clocks of the machines that write and of the one that cleans may differ by this much.
 CLOCK_SKEW = timedelta(seconds=60)
@@ -66,6 +72,8 @@ class Store:
         with translated(f"looking for a store at {text}"):
             storage = storage_of(text)
             if not icechunk.Repository.exists(storage):
+                if not text.startswith("s3://") and (Path(text) / NEWER).is_file():
+                    raise InputError(newer_store(text))
                 return False
             return len(list(icechunk.Repository.open(storage).ancestry(branch="main"))) > 1
 
@@ -84,7 +92,7 @@ class Store:
         with translated(f"creating the store {text}"):
             if not text.startswith("s3://"):
                 Path(text).mkdir(parents=True, exist_ok=True)
-            repository = icechunk.Repository.open_or_create(storage_of(text))
+            repository = icechunk.Repository.open_or_create(storage_of(text), **_OLDEST)
             session = repository.writable_session("main")
             root = zarr.create_group(session.store, attributes={"tinyonn": manifest.to_json()})
             for name in manifest.slices:

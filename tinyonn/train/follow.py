@@ -26,14 +26,21 @@ class Progress:
         In all.
     resumed : int
         Steps that were done before, those of the warm start counted.
+    tell : callable
+        Gets the last step as a line.
     expected : callable
         Seconds of a step after the warm start as far as known before there was one.
     """
 
     def __init__(
-        self, warm_start: int, steps: int, resumed: int, expected: Callable[[], float | None] = lambda: None
+        self,
+        warm_start: int,
+        steps: int,
+        resumed: int,
+        tell: Tell,
+        expected: Callable[[], float | None] = lambda: None,
     ) -> None:
-        self._warm, self._expected = warm_start, expected
+        self._warm, self._last, self._tell, self._expected = warm_start, warm_start + steps, tell, expected
         before = min(resumed, warm_start), max(0, resumed - warm_start)
         warm = Phase("warm start", warm_start - before[0], before=before[0])
         main = Phase("steps", steps - before[1], before=before[1])
@@ -49,14 +56,18 @@ class Progress:
 
     def __call__(self, line: Mapping[str, Any]) -> None:
         """Take a line of the monitor."""
-        step = line["step"]
+        step, seconds = line["step"], line["seconds"]
+        if step == self._last:
+            self._tell(f"step {step} of {step}: {step_facts(line)}")
+        if self._bar.pace.phase.done == 0:
+            self._bar.begin(seconds)  # before its first step it was loading
         if step <= self._warm:
-            if self._main.expected is None and (seconds := self._expected()):
-                self._main.expected = 1 / seconds
+            if self._main.expected is None and (tried := self._expected()):
+                self._main.expected = 1 / tried
             self._bar.update(step - min(self._resumed, self._warm), note=step_facts(line))
             return
         if self._bar.pace.phase is not self._main:
-            self._bar.enter(self._main.name)
+            self._bar.enter(self._main.name, seconds)
         self._bar.update(step - max(self._resumed, self._warm), note=step_facts(line))
 
 

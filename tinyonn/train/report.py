@@ -86,7 +86,7 @@ class TrainReport:
             lines.append("nothing to do: trained already")
         elif self.resumed:
             lines.append(
-                f"went on from step {self.resumed}; this call took {format_seconds(self.train_seconds)}"
+                f"went on from step {self.resumed:,}; this call took {format_seconds(self.train_seconds)}"
             )
         else:
             lines.append(f"trained in {format_seconds(self.train_seconds)}")

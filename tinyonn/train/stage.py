@@ -53,7 +53,7 @@ def train_run(
         Its model is the teacher, its data are those of the run.
     options : TrainStageOptions
     tell : callable
-        Gets progress and alarms as lines of text.
+        Gets what it needs, alarms and the last step as lines of text.
 
     Raises
     ------
@@ -85,9 +85,8 @@ def train_run(
                 f"training needs {format_size(tier.total)} of {tier.name} for {places.sharing} worker(s), "
                 f"{largest.what} {format_size(largest.bytes)} of each"
             )
-            progress = Progress(
-                spec.train.warm_start, spec.train.steps, resumed, lambda: _step_seconds(folder)
-            )
+            counts = spec.train.warm_start, spec.train.steps, resumed
+            progress = Progress(*counts, tell, lambda: _step_seconds(folder))
             if places.address is None and places.workers == 1:
                 with progress:
                     train_loop(spec, tell=tell, observe=progress)

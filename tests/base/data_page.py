@@ -43,8 +43,8 @@ def made(text: str) -> str:
     """The page with its tables made anew."""
     for name, table in TABLES.items():
         mark = re.escape(MARK.format(name=name))
-        new = MARK.format(name=name) + "\n" + table()
-        text = re.sub(mark + r"\n?(\|.*\n)*", lambda _, new=new: new, text)
+        new = (MARK.format(name=name) + "\n" + table()).replace("\\", r"\\")
+        text = re.sub(mark + r"\n?(\|.*\n)*", new, text)
     return text
 
 

@@ -398,6 +398,7 @@ TOOL = {"type": "function", "function": SCHEMA}
         (None, None),
         ("", None),
         ("[]", None),
+        (" [] ", None),
         ([], None),
     ],
 )

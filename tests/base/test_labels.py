@@ -17,6 +17,7 @@ from tests.base.templates import KINDS, PROMPT, SPECIAL, TURN, Kind, Message, to
 from tinyonn.base.rows import Row
 from tinyonn.base.source import BASE
 from tinyonn.base.spans import (
+    CALLS_REFUSED,
     CALLS_WRITTEN,
     FOLDED,
     MERGED,
@@ -307,6 +308,16 @@ def test_calls_that_a_template_leaves_out_are_written_and_told(template: str) ->
     assert encoded.note == "; ".join(notes)
     alone = encode([*CALLING[:1], CALLING[3]], tokenizer, TOOLS)
     assert alone.note == "; ".join(notes[1:])
+
+
+def test_calls_that_a_template_refuses_are_written_and_told() -> None:
+    tokenizer = TOKENIZERS["gemma"]
+    encoded = encode(CALLING, tokenizer, TOOLS)
+    labelled, unlabelled = runs(tokenizer, encoded)
+    assert labelled == [f"I look.\n{WRITTEN}<end_of_turn>", "Misty.<end_of_turn>"]
+    assert unlabelled[0].startswith("<bos><start_of_turn>user\n<tools>\n{")
+    assert "<start_of_turn>user\n<tool_response>\nmist\n</tool_response><end_of_turn>" in unlabelled[1]
+    assert encoded.note == f"{CALLS_REFUSED}; {FOLDED}"
 
 
 def test_calls_that_a_template_shows_are_left_as_they_are() -> None:

@@ -201,7 +201,8 @@ def as_list(value: Any, what: str) -> list[Any]:
         Something else.
     """
     if isinstance(value, str):
-        parsed = (_parsed(value) or _literal(value)) if value.strip() else []
+        parsed = _parsed(value) if value.strip() else []
+        parsed = _literal(value) if parsed is None else parsed
         value = [parsed] if isinstance(parsed, dict) else parsed if isinstance(parsed, list) else value
     if value is None:
         return []

@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import count, islice
+from itertools import count, islice, product
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.base.turns import (
@@ -45,6 +45,7 @@ FOLDED = "the chat template refuses system messages; they are folded into the us
 MERGED = "the chat template wants roles to alternate; successive turns of one role are merged"
 UNSHOWN = "the chat template leaves out system messages; they are folded into the user's turns"
 CALLS_WRITTEN = "the chat template leaves out calls of tools; they are written into the turns as <tool_call>"
+CALLS_REFUSED = "the chat template refuses calls of tools; they and the schemas are written into the turns"
 TOOLS_WRITTEN = "the chat template leaves out the tools' schemas; they are written into the system message"
 WEIGHTLESS = "answers of weight 0 are not labelled"
 REWRITTEN = "the chat template renders earlier answers differently; they are labelled as the whole shows them"
@@ -154,15 +155,22 @@ class Chat:
 
     def _accepted(self, messages: list[Message]) -> tuple[list[Message], str, list[str]]:
         refusal: Exception | None = None
-        for folded in (False, True):
-            for merged in (False, True):
-                changed = fold_system(messages) if folded else messages
-                changed = merge_turns(changed) if merged else changed
-                notes = [FOLDED] * folded + [MERGED] * merged
-                try:
-                    return changed, self._render(changed), notes
-                except Exception as error:  # whatever a template raises
-                    refusal = refusal or error
+        calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        tools = self._tools
+        for written, folded, merged in product(
+            (False, True) if calls else (False,), (False, True), (False, True)
+        ):
+            changed, self._tools = messages, tools
+            if written:
+                changed, self._tools = write_calls(messages), None
+                changed = write_tools(changed, tools) if tools else changed
+            changed = fold_system(changed) if folded else changed
+            changed = merge_turns(changed) if merged else changed
+            notes = [CALLS_REFUSED] * written + [FOLDED] * folded + [MERGED] * merged
+            try:
+                return changed, self._render(changed), notes
+            except Exception as error:  # whatever a template raises
+                refusal = refusal or error
         assert refusal is not None
         raise refusal
 

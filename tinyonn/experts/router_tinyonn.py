@@ -82,6 +82,14 @@ def _option(name: str) -> Any:
     return property(read, change)
 
 
+class _Linear(nn.Linear):
+    """Computed in float32 whatever it is held in; called as a module, so that offloaded weights come back for it."""
+
+    def forward(self, X: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(X, self.weight.float(), bias)
+
+
 class PromptRouter(nn.Module):
     """One main router over branches of experts and one sub-router in each of them.
 
@@ -116,12 +124,12 @@ class PromptRouter(nn.Module):
         self._base = (base,)  # in a tuple, so that its parameters are not the router's
         width, hidden = self.options.width, base.get_input_embeddings().weight.shape[1]
         kind: dict[str, Any] = {"dtype": torch.float32}
-        self.embed = nn.Linear(hidden, width, bias=False, **kind)
+        self.embed = _Linear(hidden, width, bias=False, **kind)
         self.mix = nn.Parameter(torch.empty(TAPS, 1, width, **kind))
-        self.up = nn.Linear(width, 2 * width, **kind)
-        self.down = nn.Linear(2 * width, width, **kind)
-        self.main = nn.Linear(width, len(self.options.branches), **kind)
-        self.sub = nn.Linear(width, self.options.experts, **kind)
+        self.up = _Linear(width, 2 * width, **kind)
+        self.down = _Linear(2 * width, width, **kind)
+        self.main = _Linear(width, len(self.options.branches), **kind)
+        self.sub = _Linear(width, self.options.experts, **kind)
         self.register_buffer("bias", torch.zeros(self.options.experts, **kind))
         self.reset_parameters()
 
@@ -195,16 +203,17 @@ class PromptRouter(nn.Module):
             given = ids_BT.is_floating_point()
             X_BTH = ids_BT if given else self._base[0].get_input_embeddings()(ids_BT)
             X_BTH = _normalised(X_BTH.detach().to(self.bias.device).float(), TINY)
-        return functional.linear(X_BTH, self.embed.weight.float())
+        embedded: torch.Tensor = self.embed(X_BTH)
+        return embedded
 
     def _state(self, mean_W: torch.Tensor) -> torch.Tensor:
         with torch.autocast(mean_W.device.type, enabled=False):
-            hidden = functional.gelu(_linear(self.up, _normalised(mean_W, SMALL)))
-            return _normalised(mean_W + _linear(self.down, hidden), SMALL)
+            hidden = functional.gelu(self.up(_normalised(mean_W, SMALL)))
+            return _normalised(mean_W + self.down(hidden), SMALL)
 
     def _heads(self, state_BW: torch.Tensor) -> RouterLogits:
         with torch.autocast(state_BW.device.type, enabled=False):
-            return RouterLogits(_linear(self.main, state_BW), _linear(self.sub, state_BW))
+            return RouterLogits(self.main(state_BW), self.sub(state_BW))
 
     # From logits to gates
 
@@ -289,10 +298,6 @@ class PromptRouter(nn.Module):
         load = load_E.to(self.bias.device, torch.float64)[free]
         if len(free):
             self.bias[free] += rate * torch.sign(load.mean() - load).to(self.bias.dtype)
-
-
-def _linear(layer: nn.Linear, X: torch.Tensor) -> torch.Tensor:
-    return functional.linear(X, layer.weight.float(), layer.bias.float())
 
 
 def _normalised(X: torch.Tensor, least: float) -> torch.Tensor:

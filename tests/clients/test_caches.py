@@ -92,8 +92,7 @@ def test_threads(model: TinyONNForCausalLM) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = [pool.submit(greedy, model, prompt) for prompt in prompts]
         found += [
-            pool.submit(greedy, model, prompts[0], gates=gates)
-            for gates in ([1.0, 0, 0, 0], [0, 0, 1.0, 0])
+            pool.submit(greedy, model, prompts[0], gates=gates) for gates in ([1.0, 0, 0, 0], [0, 0, 1.0, 0])
         ]
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.result(), other)

@@ -18,7 +18,10 @@ pytest.importorskip("peft", reason="peft is not installed")
 LORA = ("LoraConfig", {"target_modules": "all-linear", "r": 4})
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": LORA,
-    "ia3": ("IA3Config", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "ia3": (
+        "IA3Config",
+        {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    ),
     "loha": ("LoHaConfig", {"target_modules": ["q_proj"]}),
     "adalora": ("AdaLoraConfig", {"target_modules": ["q_proj"], "total_step": 10}),
     "oft": ("OFTConfig", {"target_modules": ["q_proj"], "oft_block_size": 16}),
@@ -146,7 +149,11 @@ def test_merging_is_refused(folder: Path, adapter: str, safe: bool) -> None:
         found.merge_adapter(safe_merge=safe)
     assert torch.equal(logits(found), wanted)
     with pytest.raises(ValueError, match="holds its weight compressed"):
-        adapted(model_of(folder / "qwen2"), "LoraConfig", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"})
+        adapted(
+            model_of(folder / "qwen2"),
+            "LoraConfig",
+            {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        )
 
 
 def test_merged_into_a_dense_export(folder: Path, tmp_path: Path) -> None:
@@ -160,5 +167,7 @@ def test_merged_into_a_dense_export(folder: Path, tmp_path: Path) -> None:
     export_model(tmp_path / "sparse", tmp_path / "dense", "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     names = {r"^base\.": ""}  # the sparse model holds the base within itself
-    merged = peft().PeftModel.from_pretrained(dense, tmp_path / "adapter", key_mapping=names).merge_and_unload()
+    merged = (
+        peft().PeftModel.from_pretrained(dense, tmp_path / "adapter", key_mapping=names).merge_and_unload()
+    )
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)

@@ -68,7 +68,9 @@ class DenseWeight(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = [
+            a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
+        ]
         named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
         if any(isinstance(named.get(name), DenseWeight) for name in written):
             raise ValueError(REFUSAL)

@@ -17,7 +17,9 @@ ANSWER = {"role": "assistant", "content": WORD}
 CALL = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {"x": WORD}}}],
+    "tool_calls": [
+        {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {"x": WORD}}}
+    ],
 }
 GENERATION = "generation_config.json"
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.clients.models import GREEDY, model_of, tokens
-from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
+from tinyonn.experts import TinyONNForCausalLM
 
 
 @pytest.fixture(scope="module")

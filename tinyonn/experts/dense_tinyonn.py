@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_map
 from .matrix_tinyonn import ExpertMatrix, dense_of
 
 GATED = (
-    "an adapter asks for an expert layer's weight while some experts are off or samples have experts of their own: there "
-    "is no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
+    "an adapter asks for an expert layer's weight while some experts are off or samples have their own: there is "
+    "no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
 )
 REFUSAL = (
-    "an expert's layer holds its weight compressed, and what is added to the weights that were left out would be lost or "
-    "fill them in: keep the adapter beside the model, or merge it into a dense checkpoint (`tinyonn export --format dense`)"
+    "an expert's layer holds its weight compressed, and what is added to weights that were left out would be lost or fill "
+    "them in: keep the adapter beside the model, or merge it into a dense checkpoint, `tinyonn export --format dense`"
 )
 
 
@@ -39,7 +39,7 @@ class DenseWeight(torch.Tensor):
     _all_on: Callable[[], bool]
 
     @staticmethod
-    def __new__(cls, matrix: ExpertMatrix, all_on: Callable[[], bool]) -> DenseWeight:
+    def __new__(cls, matrix: ExpertMatrix, all_on: Callable[[], bool]) -> DenseWeight:  # noqa: D102 as the class
         values = matrix.values
         made: DenseWeight = torch.Tensor._make_wrapper_subclass(
             cls, (matrix.out, matrix.inputs), dtype=values.dtype, device=values.device

@@ -15,8 +15,8 @@ GATED = (
     "no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
 )
 REFUSAL = (
-    "an expert's layer holds its weight compressed, and what is added to weights that were left out would be lost or fill "
-    "them in: keep the adapter beside the model, or merge it into a dense checkpoint, `tinyonn export --format dense`"
+    "an expert's layer holds its weight compressed, and what is added to weights that were left out would be lost or "
+    "fill them in: keep the adapter beside the model, or merge it into a dense checkpoint, `tinyonn export --format dense`"
 )
 
 

@@ -185,7 +185,7 @@ def _remade(kind: type) -> Any:
 def follow(cache: Any, routing: Routing) -> Routing:
     """Make a `Routing` the cache's; gives it back."""
     if not isinstance(cache, _Followed):
-        cache.__class__ = _followed(type(cache))
+        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
     setattr(cache, ATTRIBUTE, routing)
     return routing
 

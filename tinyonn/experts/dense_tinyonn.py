@@ -16,7 +16,7 @@ GATED = (
 )
 REFUSAL = (
     "an expert's layer holds its weight compressed, and what is added to weights that were left out would be lost or "
-    "fill them in: keep the adapter beside the model, or merge it into a dense checkpoint, `tinyonn export --format dense`"
+    "fill them in: keep the adapter beside the model, or merge it into a dense one, `tinyonn export --format dense`"
 )
 
 

@@ -47,7 +47,7 @@ def along(model: Any, prompt: torch.Tensor, cache: Any = None) -> Iterator[torch
         yield ids
 
 
-def greedy(model: Any, prompt: torch.Tensor, count: int = STEPS, **options: Any) -> torch.Tensor:
+def greedy(model: Any, prompt: torch.Tensor, count: int = STEPS, **options: Any) -> Any:
     ones = torch.ones_like(prompt)
     found: torch.Tensor = model.generate(
         prompt, attention_mask=ones, max_new_tokens=count, **GREEDY, **options

@@ -23,8 +23,12 @@ from tinyonn.experts.export import export_model
 
 SOURCE = os.environ.get("LLAMA_CPP", "")
 pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"),
-    pytest.mark.skipif(not SOURCE, reason="LLAMA_CPP does not name llama.cpp's source folder, which has the converter"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
+    ),
+    pytest.mark.skipif(
+        not SOURCE, reason="LLAMA_CPP does not name llama.cpp's source folder, which has the converter"
+    ),
 ]
 # The converter knows a tokenizer by a hash of what its vocabulary makes of a text; this one's splitting is Qwen2's.
 CONVERT = """

@@ -145,7 +145,7 @@ def test_merging_is_refused(folder: Path, adapter: str, safe: bool) -> None:
     found = adapted(model, *ADAPTERS[adapter])
     train(found, 3)
     wanted = logits(found)
-    with pytest.raises(ValueError, match="holds its weight compressed.*export --format dense"):
+    with pytest.raises(ValueError, match=r"holds its weight compressed.*export --format dense"):
         found.merge_adapter(safe_merge=safe)
     assert torch.equal(logits(found), wanted)
     with pytest.raises(ValueError, match="holds its weight compressed"):

@@ -60,7 +60,7 @@ NEED = "need"  # in the run's folder, while a model is assembled: labels of its 
 MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
     "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
-    "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1; all if it is null"
+    "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1, all if null"
 )
 TOKENIZER = (
     "tokenizer*",

@@ -22,7 +22,9 @@ SIZES = (
 )
 PATHS = ("auto", "dense", "sparse")
 GATES_PER = ("prompt", "token")
-GATE_RULE = "without a router the experts_top_k experts of the largest expert_prior are on with gate 1, all if it is null"
+GATE_RULE = (
+    "without a router the experts_top_k experts of the largest expert_prior are on with gate 1, all if null"
+)
 ROUTER_RULE = "the router chooses experts from the prompt; router says how many, and which are always on"
 
 

@@ -11,13 +11,12 @@ from torch.utils._pytree import tree_map
 from .matrix_tinyonn import ExpertMatrix, dense_of
 
 GATED = (
-    "an adapter asks for an expert layer's weight while some experts are off or samples have experts of their own: "
-    "there is no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
+    "an adapter asks for an expert layer's weight while some experts are off or samples have their own: there is "
+    "no one weight; use an adapter that adds to the layer's output (LoRA without DoRA, IA3), or set_gates() of ones"
 )
 REFUSAL = (
-    "an expert's layer holds its weight compressed, and what is added to the weights that were left out would be lost "
-    "or fill them in: keep the adapter beside the model, or merge it into a dense checkpoint "
-    "(`tinyonn export --format dense`)"
+    "an expert's layer holds its weight compressed, and what is added to weights that were left out would be lost or "
+    "fill them in: keep the adapter beside the model, or merge it into a dense one, `tinyonn export --format dense`"
 )
 
 
@@ -40,9 +39,9 @@ class DenseWeight(torch.Tensor):
     _all_on: Callable[[], bool]
 
     @staticmethod
-    def __new__(cls, matrix: ExpertMatrix, all_on: Callable[[], bool]) -> DenseWeight:
+    def __new__(cls, matrix: ExpertMatrix, all_on: Callable[[], bool]) -> DenseWeight:  # noqa: D102 as the class
         values = matrix.values
-        made: DenseWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DenseWeight = torch.Tensor._make_wrapper_subclass(
             cls, (matrix.out, matrix.inputs), dtype=values.dtype, device=values.device
         )
         made._matrix, made._all_on = matrix, all_on
@@ -56,7 +55,7 @@ class DenseWeight(torch.Tensor):
         return dense_of(matrix, torch.ones(matrix.groups, device=matrix.values.device))
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """The same as `dense`; not to be set."""
         return self.dense()
 
@@ -64,11 +63,11 @@ class DenseWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         raise ValueError(REFUSAL)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DenseWeight({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         written = [
             a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write
         ]
@@ -81,4 +80,4 @@ class DenseWeight(torch.Tensor):
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

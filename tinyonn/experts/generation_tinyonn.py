@@ -1,4 +1,4 @@
-"""``generate`` with a router: its gates follow from the whole sequence, however that is run; saved beside exported models.
+"""``generate`` with a router: gates follow from the whole sequence, however that is run; saved beside models.
 
 Prompts may be read in chunks, sequences be searched, drafted by another model or gone on with from a cache: the experts
 of a token are those that decoding token by token would have chosen for it.
@@ -72,7 +72,8 @@ class TinyONNGenerationMixin(GenerationMixin):  # type: ignore[misc]
     def _given(self) -> torch.Tensor | None:
         """Gates of this call of `generate`, or of the model."""
         call = self.switch.call
-        return self._gates if call is None or call.gates is None else call.gates
+        given: torch.Tensor | None = self._gates if call is None or call.gates is None else call.gates
+        return given
 
     def _route(
         self, routing: Routing, ids: torch.Tensor, attention_mask: Any, past: int, tokens: int

@@ -43,6 +43,40 @@ def _sparse(module: Any) -> ExpertLinear:
     return module
 
 
+class _Backbone:
+    """The base without its head, under the model's gates, for trainers that fuse head and loss."""
+
+    def __init__(self, model: TinyONNForCausalLM) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.base, name)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        gates: Gates | None = None,
+        value_gates: Gates | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        model = self._model
+        active, _ = model._prepare(
+            **given, cache=past_key_values, labels=None, gates=gates, value_gates=value_gates
+        )
+        with model.switch.use(active):
+            return model.base.get_decoder()(**given, past_key_values=past_key_values, **kwargs)
+
+
 class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: ignore[misc]
     """The base architecture with sparse layers in the place of its linear ones.
 
@@ -96,6 +130,11 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
         if config.router is not None:
             self.router = PromptRouter(config.router, self.base, config.gates_per == "token")
         self.post_init()
+
+    @property
+    def base_model(self) -> Any:
+        """What makes the hidden states: called as the base's own, it runs with the gates of a call of the model."""
+        return _Backbone(self)
 
     @property
     def sparse_layers(self) -> dict[str, ExpertLinear]:

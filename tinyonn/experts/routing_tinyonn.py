@@ -7,7 +7,7 @@ cache's rows and tokens (beams that change places, rejected candidates) is done 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache as cached
 from typing import Any
 
 import torch
@@ -171,8 +171,8 @@ class _Followed:
         return _remade, (type(self).__mro__[2],), self.__dict__
 
 
-@cache
-def _followed(kind: type) -> type:
+@cached
+def _followed(kind: Any) -> Any:
     """The class of a cache, followed; by the same name."""
     return type(kind.__name__, (_Followed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
@@ -185,7 +185,7 @@ def _remade(kind: type) -> Any:
 def follow(cache: Any, routing: Routing) -> Routing:
     """Make a `Routing` the cache's; gives it back."""
     if not isinstance(cache, _Followed):
-        cache.__class__ = _followed(type(cache))
+        cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
     setattr(cache, ATTRIBUTE, routing)
     return routing
 

@@ -113,7 +113,7 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
         for line in described:
             LOG.info("data: %s", line)
         for note, rows in sorted(found.notes.items()):
-            LOG.info("data: %s conversation(s): %s", f"{rows:,}", note)
+            LOG.info("data: %s row(s): %s", f"{rows:,}", note)
         return _Writing(path, mixture, survey, found, scratch).write(
             earlier, first, key=key, making=making, described=described, max_tokens=limit
         )

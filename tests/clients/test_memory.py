@@ -68,7 +68,7 @@ def groups_without(base: Any, lost: str) -> Groups:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("lost", LOST)
 def test_checkpointing_with_nothing_there(tmp_path: Path, lost: str, reentrant: bool) -> None:
-    """The same gradients as without checkpoints, of values and gates, also under autocast and with other value gates."""
+    """The gradients of values and gates without checkpoints, also under autocast and with other value gates."""
     base = dense_model(make_model("qwen2", tmp_path))
     groups = groups_without(base, lost)
     torch.set_num_threads(1)

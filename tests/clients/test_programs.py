@@ -167,4 +167,4 @@ def test_transformers_serve(tmp_path: Path) -> None:
             said.append(tokenizer.decode(ids, skip_special_tokens=True))
             # of architectures that it knows, the server strips the text
             assert asked(address, tmp_path / folder, chat, 16).strip() == said[-1].strip()
-    assert len(said[0].split()) > 3
+    assert len(said[0].strip()) > 20

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.base.architectures import make_model
 from tests.experts.assembled import assembled
 from tests.experts.routers import FOUR, decide
 from tinyonn.experts import TinyONNForCausalLM
+from tinyonn.experts.export import export_model
 from tinyonn.experts.router_tinyonn import PromptRouter
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 256, "eos_token_id": None}
@@ -25,6 +27,13 @@ def model_of(folder: Path, name: str = "qwen2", router: bool = False, **options:
         model.set_router(FOUR)
         decide(router_of(model))
     return model
+
+
+def dense_of(model: TinyONNForCausalLM, folder: Path) -> Any:
+    """Its dense export, in a new folder beside it, as the base's own class."""
+    model.save_pretrained(folder / "sparse")
+    export_model(folder / "sparse", folder / "dense", "dense")
+    return AutoModelForCausalLM.from_pretrained(folder / "dense", trust_remote_code=False)
 
 
 def router_of(model: Any) -> PromptRouter:

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is an optional package")
 PRELUDE = """
 import sys
 import torch
+import torch.utils.checkpoint
 import tinyonn.experts.batched_tinyonn as batched
 from tests.experts.test_batched import GATES, VALUE_GATES, by_definition, exact, leaves, run
 from tinyonn.experts import gated_triton_tinyonn as kernels
@@ -158,6 +159,29 @@ none = matrix_d._replace(
     values=values[:0], columns=matrix_d.columns[:0], row_pointer=torch.zeros_like(matrix_d.row_pointer)
 )
 assert torch.equal(batched.batched_linear(X, none, gates, bias), bias.expand(5, 7, 37))
+# An expert and the core without entries, then all of it: forward and backward as by the CPU's way
+for lost in ((1, 4), (0, 1, 2, 3, 4)):
+    sizes = matrix.row_pointer.long().diff().clone()
+    for group in lost:
+        sizes[37 * group : 37 * (group + 1)] = 0
+    starts = matrix.row_pointer.long()
+    kept = torch.cat([torch.arange(a, a + n) for a, n in zip(starts[:-1].tolist(), sizes.tolist(), strict=True)])
+    less = matrix._replace(
+        columns=matrix.columns[kept], row_pointer=torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
+    )
+    fewer = [parts[0], parts[1].detach()[kept].requires_grad_(), *parts[2:]]
+    less = less._replace(values=fewer[1])
+    found = layer(less, fewer, G, VALUE_GATES, [True] * 4)
+    checkpointed = batched.batched_linear
+    batched.batched_linear = lambda *given: torch.utils.checkpoint.checkpoint(checkpointed, *given, use_reentrant=False)
+    again = layer(less, fewer, G, VALUE_GATES, [True] * 4)
+    batched.batched_linear = checkpointed
+    batched.on_gpu = lambda tensor: tensor.is_cuda
+    wanted = run(less, fewer, G, VALUE_GATES)
+    batched.on_gpu = on_gpu
+    for one, other, cpu in zip(found, again, wanted, strict=True):
+        assert torch.equal(one, other)
+        beside(one, cpu, 1e-2) if cpu.numel() else None
 """
 
 # What the compiler, unlike the interpreter, would refuse

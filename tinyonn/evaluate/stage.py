@@ -35,6 +35,7 @@ from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
 
 LOG = logging.getLogger(__name__)
@@ -218,12 +219,7 @@ class _Evaluation:
     @cached_property
     def calibration(self) -> list[Sample]:
         """Recorded samples."""
-        path = self.folder / "corpus.arrow"
-        corpus = (
-            Corpus(path)
-            if path.exists()
-            else prepare_corpus(self.config, load_tokenizer(self.config.model), path)
-        )
+        corpus = recorded_corpus(self.folder, self.config, self.run.manifest)
         return corpus.calibration(self.options.calibration)
 
     def carry_out(self) -> EvaluateReport:

@@ -309,7 +309,12 @@ class _Writing:
             grown_from=[] if earlier is None else earlier.line[: -1 if slices == earlier.slices else None],
         )
         slicer = survey.slicer.to_bytes() if survey.slicer is not None else None
-        return write_corpus(self.path, header, slicer, read_rows(self.scratch, rows))
+        content = read_rows(self.scratch, rows)
+        if (
+            earlier is not None and slices == earlier.slices
+        ):  # the same corpus: what is known of its rows stays true
+            content = ((int(index), *row[1:]) for index, row in zip(earlier.indices(), content, strict=True))
+        return write_corpus(self.path, header, slicer, content)
 
     def _taken(self, first: dict[str, Int64]) -> dict[str, Int64]:
         """Rows of each slice, in their stored order."""

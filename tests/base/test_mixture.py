@@ -267,6 +267,8 @@ def test_samples_are_found_where_rows_before_them_were_added(room: Room) -> None
         [array("a", 90), array("b", 500)], begun
     )  # all rows have other numbers or another order
     assert longer.fingerprint == begun.fingerprint
+    rows = [[sample.index for sample in corpus.range("b", 0, 9)] for corpus in (begun, longer)]
+    assert rows[0] == rows[1]  # a teacher's cache of the same fingerprint knows them by these
     assert [room.read(longer, name) for name in "ab"] == [room.read(begun, name) for name in "ab"]
     turned = room.grow([array("c", 5), array("b", 600), array("a", 90)], longer)
     assert turned.slices == {"a": 9, "b": 9, "c": 5}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.base.conftest import ModelFactory
+from tests.base.architectures import make_model
 from tests.base.test_mixture import Room
 from tinyonn.base.corpus import Corpus
 from tinyonn.errors import InputError
@@ -18,8 +18,9 @@ from tinyonn.train.targets import find_profiled
 
 
 @pytest.fixture
-def room(tmp_path: Path, model_of: ModelFactory) -> Room:
-    return Room(tmp_path, model_of("qwen2"))
+def room(tmp_path: Path) -> Room:
+    make_model("qwen2", tmp_path / "model")
+    return Room(tmp_path, tmp_path / "model")
 
 
 def profile_of(corpus: Corpus, groups: Identity) -> Profile:
@@ -69,7 +70,7 @@ def test_profiled_samples_are_found_by_what_they_are(room: Room) -> None:
         if index >= 0:
             assert room.tokenizer.decode(there[index].input_ids.tolist()) == texts[row]
     other = room.prepare([{"path": room.texts("c", 4)}], "other.arrow")
-    with pytest.raises(InputError, match="none of the 15 profiled samples is in other.arrow"):
+    with pytest.raises(InputError, match=r"none of the 15 profiled samples is in other\.arrow"):
         find_profiled(profile, begun.path, other)
     with pytest.raises(InputError, match="profile of another corpus"):
         find_profiled(profile, other.path, turned)

@@ -125,8 +125,10 @@ def changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
     """The configuration with options given on the command line in a section, validated like the file's."""
     from tinyonn.config import parse_config
 
-    tree = settings.model_dump()
-    return parse_config({**tree, section: {**tree[section], **changes}}, "command line")
+    tree = settings.model_dump(
+        exclude_unset=True
+    )  # what was left out stays so: some limits follow the model then
+    return parse_config({**tree, section: {**tree.get(section, {}), **changes}}, "command line")
 
 
 def engine_options(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.base.conftest import ModelFactory
 from tinyonn.base.corpus import Corpus, prepare_corpus
-from tinyonn.base.growth import Earlier
+from tinyonn.base.growth import Earlier, match_keys
 from tinyonn.base.load import load_tokenizer
 from tinyonn.config import Config, DataConfig, ModelConfig, load_config
 from tinyonn.errors import InputError
@@ -242,3 +243,73 @@ def test_a_plan_says_what_the_columns_are(room: Room) -> None:
     facts = describe_data(DataConfig.model_validate(sources), room.folder)
     assert (facts.samples, facts.slices) == (4, 2)
     assert [form.split(": ", 1)[1] for form in facts.forms] == ["text: text"] * 2
+
+
+def test_a_share_is_of_all_rows_however_few_are_tokenised(room: Room) -> None:
+    path = room.texts("a", 1000)
+    assert room.prepare([{"path": path, "share": 0.1}]).slices == {"a": 100}
+    assert room.prepare(
+        [{"path": path, "share": 0.03}, {"path": room.texts("b", 2), "share": 0.1}]
+    ).slices == {
+        "a": 30,
+        "b": 1,
+    }
+
+
+def test_samples_are_found_where_rows_before_them_were_added(room: Room) -> None:
+    def array(name: str, count: int) -> dict[str, Any]:
+        path = room.folder / f"{name}.json"
+        path.write_text(json.dumps([{"text": f"{name} number {number}"} for number in range(count)]), "utf-8")
+        return {"path": str(path), "samples": 9}
+
+    begun = room.prepare([array("a", 30), array("b", 400)])
+    longer = room.grow(
+        [array("a", 90), array("b", 500)], begun
+    )  # all rows have other numbers or another order
+    assert longer.fingerprint == begun.fingerprint
+    rows = [[sample.index for sample in corpus.range("b", 0, 9)] for corpus in (begun, longer)]
+    assert rows[0] == rows[1]  # a teacher's cache of the same fingerprint knows them by these
+    assert [room.read(longer, name) for name in "ab"] == [room.read(begun, name) for name in "ab"]
+    turned = room.grow([array("c", 5), array("b", 600), array("a", 90)], longer)
+    assert turned.slices == {"a": 9, "b": 9, "c": 5}
+    assert [room.read(turned, name) for name in "ab"] == [room.read(begun, name) for name in "ab"]
+
+
+def test_equal_rows_are_found_in_their_own_source(room: Room) -> None:
+    path = room.folder / "equal.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"n {number % 40}"}) + "\n" for number in range(200)), "utf-8"
+    )
+    sources = [{"path": str(path), "slice_name": "x", "samples": count} for count in (30, 20)]
+    begun = room.prepare(sources)
+    grown = room.grow([*sources, {"path": room.texts("z", 5)}], begun)
+    assert grown.slices == {"x": 50, "z": 5}
+    places = [[sample.index for sample in corpus.range("x", 0, 50)] for corpus in (begun, grown)]
+    assert places[0] == places[1]
+
+
+def test_a_source_with_derived_slices_is_added_to_one_without(room: Room) -> None:
+    sources = [{"path": room.texts("b", 30)}]
+    begun = room.prepare({"sources": sources})
+    grown = room.grow({"path": room.texts("a", 40), "slices": 3, "sources": sources}, begun)
+    assert grown.begins_with(begun.fingerprint)
+    assert (room.read(grown, "b"), len(grown)) == (room.read(begun, "b"), 70)
+    further = room.grow({"path": room.texts("a", 50), "slices": 3, "sources": sources}, grown)
+    assert (further.begins_with(grown.fingerprint), len(further)) == (True, 80)
+    other = room.grow({"path": room.texts("a", 50), "slices": 4, "sources": sources}, further)
+    assert not other.begins_with(begun.fingerprint)
+
+
+def test_equal_keys_are_matched_in_order_and_once() -> None:
+    chance = np.random.default_rng(1)
+    for _ in range(50):
+        wanted = chance.integers(0, 4, (chance.integers(0, 12), 2)).astype(np.uint64)
+        given = chance.integers(0, 4, (chance.integers(0, 12), 2)).astype(np.uint64)
+        left = [tuple(row) for row in given.tolist()]
+        expected = []
+        for row in map(tuple, wanted.tolist()):
+            place = left.index(row) if row in left else -1
+            expected.append(place)
+            if place >= 0:
+                left[place] = ()
+        assert match_keys(wanted, given).tolist() == expected

@@ -139,3 +139,7 @@ def test_held_out_data_of_other_slices(
     few = replace(options, data=data, methods=(), budgets=(0.3,))
     with pytest.raises(InputError, match="name the same slices in both"):
         evaluate_run(str(place), config, few)
+    said: list[str] = []
+    report = evaluate_run(str(place), config, replace(few, oracle_asked=False), said.append)
+    assert not report.oracles
+    assert any("no oracle" in line for line in said)

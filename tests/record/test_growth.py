@@ -16,6 +16,7 @@ from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config, parse_config
 from tinyonn.errors import InputError
 from tinyonn.record.driver import _Recording, record
+from tinyonn.record.identity import recorded_corpus
 from tinyonn.status import read_status
 from tinyonn.store.repository import Store
 
@@ -149,3 +150,24 @@ def test_a_source_that_was_recorded_cannot_go(world: World, grown: Path) -> None
         record(str(grown), world.config(1), progress=False)
     assert (grown / "corpus.arrow").read_bytes() == corpus
     assert records_of(Store.open(grown / "store")).keys() == before.keys()
+
+
+def test_later_stages_never_write_over_the_recorded_corpus(world: World, grown: Path, tmp_path: Path) -> None:
+    manifest, content = Store.open(grown / "store").manifest, (grown / "corpus.arrow").read_bytes()
+    for sources in (1, 2):  # the configuration may have changed since
+        assert recorded_corpus(grown, world.config(sources), manifest).fingerprint == manifest.data["corpus"]
+    assert (grown / "corpus.arrow").read_bytes() == content
+    with pytest.raises(InputError, match="cannot be tokenised anew"):
+        recorded_corpus(tmp_path, world.config(2), manifest)
+    assert not (tmp_path / "corpus.arrow").exists()
+
+
+def test_a_corpus_that_has_grown_and_is_not_recorded_yet(
+    world: World, begun: Path, grown: Path, tmp_path: Path
+) -> None:
+    shutil.copy(grown / "corpus.arrow", tmp_path)
+    with pytest.raises(InputError, match="not recorded yet"):
+        recorded_corpus(tmp_path, world.config(2), Store.open(begun / "store").manifest)
+    before, now = Corpus(begun / "corpus.arrow"), Corpus(grown / "corpus.arrow")
+    first = now.calibration(12, before.slices)
+    assert [sample.index for sample in first] == [sample.index for sample in before.calibration(12)]

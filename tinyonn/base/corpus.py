@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from tinyonn.base.corpus_file import (
     write_corpus,
 )
 from tinyonn.base.draw import Group, even_shares, find_groups, group_shares, stored_order
-from tinyonn.base.growth import Earlier, content_digest
+from tinyonn.base.growth import Earlier, as_digests, content_digest
 from tinyonn.base.mixture import Mixture
 from tinyonn.base.rows import Row
 from tinyonn.base.settings import context_length, vocabulary_size
@@ -57,14 +58,16 @@ LABELS = 3  # how turns are found; a corpus that was labelled otherwise is made 
 class Tokenised:
     """What the third reading finds; `places` are positions in the survey, in the temporary file's order."""
 
-    places: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    truncated: list[bool] = field(default_factory=list)
+    places: array[int] = field(default_factory=lambda: array("q"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    truncated: bytearray = field(default_factory=bytearray)
     set_aside: list[SetAside] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
     largest_id: int = 0
     notes: Counter[str] = field(default_factory=Counter)  # what was done to rows, by number of rows
-    contents: list[bytes] = field(default_factory=list)  # of each row, to find those that are there already
+    contents: bytearray = field(default_factory=bytearray)  # digest of each row, to find those that are there
+    shares: dict[tuple[str, int], int] = field(default_factory=dict)  # rows to take by slice and source
+    whole: bool = False  # whether all usable rows were tokenised
 
 
 def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier | None = None) -> Corpus:
@@ -90,7 +93,7 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
     """
     limit = max_tokens(config)
     mixture = Mixture(config.data)
-    making, key = _keys(mixture, tokenizer, limit)
+    makings, key = _keys(mixture, tokenizer, limit)
     if path.exists():
         try:
             existing = Corpus(path)
@@ -98,16 +101,20 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
                 return existing
         except InputError:
             pass  # unreadable or of another version: made anew
-    if earlier is not None and earlier.corpus.header.making not in ("", making):
+    if earlier is not None and not _made_alike(earlier, *makings):
         earlier = None
     path.parent.mkdir(parents=True, exist_ok=True)
     survey = mixture.survey(None if earlier is None else earlier.slicer)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.unordered")
     try:
         found = _tokenise_enough(mixture, survey, tokenizer, limit, scratch, earlier)
+        first = {} if earlier is None else _places_of(earlier, found, survey)
+        if earlier is not None and _lost(first) and not found.whole:  # its rows may have other numbers now
+            found = _tokenise_enough(mixture, survey, tokenizer, limit, scratch, earlier, whole=True)
+            first = _places_of(earlier, found, survey)
         _check(found, survey, config)
-        first = _places_of(earlier, found, survey) if earlier is not None else {}
-        if first is None:
+        if earlier is not None and (lost := _lost(first)):
+            _warn_of_lost(earlier, lost)
             return prepare_corpus(config, tokenizer, path)
         described = mixture.described(survey)
         for line in described:
@@ -115,7 +122,7 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
         for note, rows in sorted(found.notes.items()):
             LOG.info("data: %s row(s): %s", f"{rows:,}", note)
         return _Writing(path, mixture, survey, found, scratch).write(
-            earlier, first, key=key, making=making, described=described, max_tokens=limit
+            earlier, first, key=key, making=makings[0], described=described, max_tokens=limit
         )
     except OSError as error:
         if error.errno == 28:
@@ -160,7 +167,13 @@ def _orders(groups: list[Group], names: list[str], seed: int) -> list[Int64]:
 
 
 def _tokenise_enough(
-    mixture: Mixture, survey: Survey, tokenizer: Any, limit: int, scratch: Path, first: Earlier | None
+    mixture: Mixture,
+    survey: Survey,
+    tokenizer: Any,
+    limit: int,
+    scratch: Path,
+    first: Earlier | None,
+    whole: bool = False,
 ) -> Tokenised:
     """Tokenise all rows, or as many as it takes where not all are wanted: some turn out to be of no use."""
     config = mixture.config
@@ -169,7 +182,9 @@ def _tokenise_enough(
     spare = 1
     while True:
         wanted = _wanted(groups, shares, spare, survey, config.seed)
-        if first is not None:
+        if whole:
+            wanted[:] = True
+        elif first is not None:
             wanted |= np.isin(np.array(survey.indices, np.int64), first.indices())
         found = _tokenise(mixture, survey, wanted, tokenizer, limit, scratch)
         good = np.zeros(len(wanted), bool)
@@ -181,6 +196,8 @@ def _tokenise_enough(
         ]
         shares = group_shares(groups, hoped, config)
         if wanted.all() or all(count >= share for count, share in zip(usable, shares, strict=True)):
+            keys = [(survey.names[group.slice], group.source) for group in groups]
+            found.shares, found.whole = dict(zip(keys, shares, strict=True)), bool(wanted.all())
             return found
         spare *= 4
 
@@ -221,27 +238,30 @@ def _keep(found: Tokenised, encoded: Encoded, place: int, survey: Survey, writer
     found.digest.update(np.array([encoded.index, len(encoded.input_ids)], np.int64).tobytes())
     found.digest.update(encoded.input_ids.tobytes())
     found.digest.update(encoded.labels.tobytes())
-    found.contents.append(content_digest(encoded.input_ids, encoded.labels))
+    found.contents += content_digest(encoded.input_ids, encoded.labels)
     writer.append(encoded.index, encoded.input_ids, encoded.labels)
 
 
-def _places_of(earlier: Earlier, found: Tokenised, survey: Survey) -> dict[str, list[int]] | None:
-    """Where the earlier samples of each slice lie among the tokenised rows; None if some are not there."""
-    members: dict[str, list[int]] = {name: [] for name in survey.names}
-    for row, place in enumerate(found.places):
-        members[survey.names[survey.numbers[place]]].append(row)
-    places = earlier.find(members, found.contents)
-    lost = {name: rows.count(-1) for name, rows in places.items() if -1 in rows}
-    if lost:
-        name = min(lost)
-        LOG.warning(
-            "%d of the %d samples that the run was begun with are not in the data now, first some of slice %s",
-            sum(lost.values()),
-            sum(earlier.slices.values()),
-            name,
-        )
-        return None
-    return places
+def _places_of(earlier: Earlier, found: Tokenised, survey: Survey) -> dict[str, Int64]:
+    """Where the earlier samples of each slice lie among the tokenised rows; -1 for one that is not there."""
+    places = np.array(found.places, np.int64)
+    numbers = np.array(survey.numbers, np.int64)[places]
+    members = {name: np.flatnonzero(numbers == number) for number, name in enumerate(survey.names)}
+    return earlier.find(members, np.array(survey.indices, np.int64)[places], as_digests(found.contents))
+
+
+def _lost(places: dict[str, Int64]) -> dict[str, int]:
+    """Samples of each slice that are not there, where there are any."""
+    return {name: count for name, rows in places.items() if (count := int((rows < 0).sum()))}
+
+
+def _warn_of_lost(earlier: Earlier, lost: dict[str, int]) -> None:
+    LOG.warning(
+        "%d of the %d samples that the run was begun with are not in the data now, first some of slice %s",
+        sum(lost.values()),
+        sum(earlier.slices.values()),
+        min(lost),
+    )
 
 
 def _check(found: Tokenised, survey: Survey, config: Config) -> None:
@@ -273,7 +293,7 @@ class _Writing:
     found: Tokenised
     scratch: Path
 
-    def write(self, earlier: Earlier | None, first: dict[str, list[int]], **known: Any) -> Corpus:
+    def write(self, earlier: Earlier | None, first: dict[str, Int64], **known: Any) -> Corpus:
         """Write the file; `first` are the rows that each slice begins with, `known` is of its header."""
         found, survey = self.found, self.survey
         taken = self._taken(first)
@@ -284,16 +304,21 @@ class _Writing:
             fingerprint=self._fingerprint(earlier, taken, slices),
             slices=slices,
             set_aside=sorted(survey.set_aside + found.set_aside, key=lambda item: item.index),
-            truncated=sum(found.truncated[row] for row in rows.tolist()),
-            tokens=sum(found.lengths[row] for row in rows.tolist()),
+            truncated=int(np.array(found.truncated)[rows].sum()),
+            tokens=int(np.array(found.lengths, np.int64)[rows].sum()),
             grown_from=[] if earlier is None else earlier.line[: -1 if slices == earlier.slices else None],
         )
         slicer = survey.slicer.to_bytes() if survey.slicer is not None else None
-        return write_corpus(self.path, header, slicer, read_rows(self.scratch, rows))
+        content = read_rows(self.scratch, rows)
+        if (
+            earlier is not None and slices == earlier.slices
+        ):  # the same corpus: what is known of its rows stays true
+            content = ((int(index), *row[1:]) for index, row in zip(earlier.indices(), content, strict=True))
+        return write_corpus(self.path, header, slicer, content)
 
-    def _taken(self, first: dict[str, list[int]]) -> dict[str, Int64]:
+    def _taken(self, first: dict[str, Int64]) -> dict[str, Int64]:
         """Rows of each slice, in their stored order."""
-        survey, config = self.survey, self.mixture.config
+        survey, seed = self.survey, self.mixture.config.seed
         names = sorted(survey.names)
         numbers = [names.index(name) for name in survey.names]
         groups = find_groups(
@@ -301,15 +326,14 @@ class _Writing:
             [survey.parts[place] for place in self.found.places],
         )
         # Shuffled anew: rows set aside while tokenising left holes in the order that drew the wanted ones.
-        shares = group_shares(groups, [len(group.rows) for group in groups], config)
-        held = {name: np.array(rows, np.int64) for name, rows in first.items()}
+        shares = [self.found.shares[names[group.slice], group.source] for group in groups]
         rest: list[Group] = []
         for place, group in enumerate(groups):
-            mine = np.isin(group.rows, held.get(names[group.slice], ()))
+            mine = np.isin(group.rows, first.get(names[group.slice], ()))
             shares[place] = max(0, shares[place] - int(mine.sum()))
             rest.append(Group(group.slice, group.source, group.rows[~mine]))
-        parts: dict[str, list[Int64]] = {name: [rows] for name, rows in held.items()}
-        for group, share, order in zip(rest, shares, _orders(rest, names, config.seed), strict=True):
+        parts: dict[str, list[Int64]] = {name: [rows] for name, rows in first.items()}
+        for group, share, order in zip(rest, shares, _orders(rest, names, seed), strict=True):
             parts.setdefault(names[group.slice], []).append(group.rows[order[:share]])
         whole = {name: np.concatenate(rows) for name, rows in parts.items()}
         return {name: rows for name, rows in whole.items() if len(rows)}
@@ -325,13 +349,23 @@ class _Writing:
         digest = hashlib.sha256(earlier.fingerprint.encode())
         digest.update(json.dumps(slices).encode())
         for name, rows in taken.items():
-            for row in rows[earlier.slices.get(name, 0) :].tolist():
-                digest.update(self.found.contents[row])
+            digest.update(as_digests(self.found.contents)[rows[earlier.slices.get(name, 0) :]].tobytes())
         return digest.hexdigest()
 
 
-def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[str, str]:
-    """Hash of how rows are made, and of that with the source and how much of it is taken."""
+def is_corpus_of(config: Config, tokenizer: Any, path: Path) -> bool:
+    """Whether a file holds what `prepare_corpus` would make of these options and of the sources as they are now."""
+    return Corpus(path).header.key == _keys(Mixture(config.data), tokenizer, max_tokens(config))[1]
+
+
+def _made_alike(earlier: Earlier, making: str, underived: str) -> bool:
+    """Whether the earlier rows were made as they would be now; it may have had no derived slices yet."""
+    made = earlier.corpus.header.making
+    return made in ("", making) or (earlier.corpus.slicer is None and made == underived)
+
+
+def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[tuple[str, str], str]:
+    """Hashes of how rows are made, with derived slices and without; and of that, the sources and what is taken."""
     config = mixture.config
     making = {
         "version": VERSION,
@@ -342,7 +376,7 @@ def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[str, str]:
         "seed": config.seed,
     }
     source = {"source": mixture.fingerprint(), "samples": config.samples}
-    return _hash(making), _hash({**making, **source})
+    return (_hash(making), _hash({**making, "slices": None})), _hash({**making, **source})
 
 
 def _hash(tree: dict[str, Any]) -> str:

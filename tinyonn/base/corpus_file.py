@@ -202,11 +202,18 @@ class Corpus:
         """Read the samples at positions ``first <= position < last``."""
         return [self.sample(slice, position) for position in range(first, last)]
 
-    def calibration(self, count: int) -> list[Sample]:
-        """Read the first `count` samples, taken in turns from the slices in their stored order."""
+    def calibration(self, count: int, slices: dict[str, int] | None = None) -> list[Sample]:
+        """Read the first `count` samples, taken in turns from the slices in their stored order.
+
+        Parameters
+        ----------
+        count : int
+        slices : dict of str to int, optional
+            Only so many samples of each slice: of the corpus that this one has grown from.
+        """
         places = [
             (position, slice)
-            for slice, samples in self.slices.items()
+            for slice, samples in (slices or self.slices).items()
             for position in range(min(samples, count))
         ]
         turns = sorted(places, key=lambda place: place[0])[:count]  # stable: slices stay sorted within a turn

@@ -7,14 +7,17 @@ be added, and more of a source be taken; what has been recorded can neither chan
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tinyonn.base.corpus_file import Corpus, Int32, Int64
 from tinyonn.base.slices import Slicer
+
+UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
+Digests = UInt64  # [rows, 2]
 
 
 @dataclass(frozen=True)
@@ -48,34 +51,89 @@ class Earlier:
 
     def indices(self) -> Int64:
         """Rows of the source that the samples were."""
-        return np.array([index for name in self.slices for index, _ in self._samples(name)], np.int64)
+        return np.concatenate([self._samples(name)[0] for name in self.slices])
 
-    def find(self, slices: Mapping[str, Sequence[int]], digests: Sequence[bytes]) -> dict[str, list[int]]:
-        """Find the samples among the rows of the same slice.
+    def find(self, slices: Mapping[str, Int64], indices: Int64, digests: Digests) -> dict[str, Int64]:
+        """Find the samples among the rows of the same slice: of equal rows first the one with the same index.
 
         Parameters
         ----------
-        slices : mapping of str to sequence of int
+        slices : mapping of str to int64 [n]
             Places of each slice's rows.
-        digests : sequence of bytes
+        indices : int64 [rows]
+            Row of the source at each place.
+        digests : uint64 [rows, 2]
             `content_digest` of the row at each place.
 
         Returns
         -------
-        dict of str to list of int
+        dict of str to int64 [samples]
             Places in the stored order; -1 for a sample that is not there.
         """
-        return {name: self._found(name, slices.get(name, ()), digests) for name in self.slices}
+        found = {}
+        for name in self.slices:
+            places = slices.get(name, np.empty(0, np.int64))
+            mine, its = self._samples(name)
+            same = match_keys(_keys(its, mine), _keys(digests[places], indices[places]))
+            left = np.setdiff1d(np.arange(len(places)), same)
+            lost = np.flatnonzero(same < 0)
+            others = match_keys(_keys(its[lost]), _keys(digests[places[left]]))
+            same[lost[others >= 0]] = left[others[others >= 0]]
+            found[name] = np.where(same >= 0, places[same], -1) if len(places) else same
+        return found
 
-    def _found(self, name: str, places: Sequence[int], digests: Sequence[bytes]) -> list[int]:
-        left: dict[bytes, deque[int]] = defaultdict(deque)
-        for place in places:
-            left[digests[place]].append(place)
-        return [left[digest].popleft() if left[digest] else -1 for _, digest in self._samples(name)]
+    def _samples(self, name: str) -> tuple[Int64, Digests]:
+        count = self.slices[name]
+        indices, digests = np.empty(count, np.int64), bytearray()
+        for position in range(count):
+            sample = self.corpus.sample(name, position)
+            indices[position] = sample.index
+            digests += content_digest(sample.input_ids, sample.labels)
+        return indices, as_digests(digests)
 
-    def _samples(self, name: str) -> Iterator[tuple[int, bytes]]:
-        for sample in self.corpus.range(name, 0, self.slices[name]):
-            yield sample.index, content_digest(sample.input_ids, sample.labels)
+
+def match_keys(wanted: UInt64, given: UInt64) -> Int64:
+    """Give each wanted row an equal one of its own: the first the first, the second the second; -1 where none is left.
+
+    Parameters
+    ----------
+    wanted : uint64 [n, k]
+    given : uint64 [m, k]
+
+    Returns
+    -------
+    int64 [n]
+        Places in `given`.
+    """
+    keys = np.concatenate([wanted, given])
+    out = np.full(len(wanted), -1, np.int64)
+    if not len(keys):
+        return out
+    order = np.lexsort(keys.T[::-1])  # stable
+    begins = np.ones(len(keys), bool)
+    begins[1:] = (keys[order][1:] != keys[order][:-1]).any(axis=1)
+    group = np.cumsum(begins) - 1
+    is_given = order >= len(wanted)
+    rank = np.empty(len(keys), np.int64)
+    for mask in (is_given, ~is_given):
+        _, first, count = np.unique(group[mask], return_index=True, return_counts=True)
+        rank[mask] = np.arange(int(mask.sum())) - np.repeat(first, count)
+    code = group * (len(keys) + 1) + rank  # ascending on either side
+    have, want = code[is_given], code[~is_given]
+    if len(have):
+        place = np.minimum(np.searchsorted(have, want), len(have) - 1)
+        hit = have[place] == want
+        out[order[~is_given][hit]] = order[is_given][place[hit]] - len(wanted)
+    return out
+
+
+def as_digests(content: bytes | bytearray) -> Digests:
+    """Digests one after another as uint64 [rows, 2]."""
+    return np.frombuffer(bytes(content), np.uint64).reshape(-1, 2)
+
+
+def _keys(digests: Digests, indices: Int64 | None = None) -> UInt64:
+    return digests if indices is None else np.column_stack([indices.astype(np.uint64), digests])
 
 
 def content_digest(input_ids: Int32, labels: Int32) -> bytes:

@@ -6,6 +6,7 @@ Rows are numbered through all sources, so that a source that is appended leaves 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import PurePath
@@ -138,9 +139,9 @@ def _append(joined: Survey, found: Survey, part: int, first: int) -> None:
         if name not in joined.names:
             joined.names.append(name)
         numbers.append(joined.names.index(name))
-    joined.indices += [first + index for index in found.indices]
-    joined.numbers += [numbers[number] for number in found.numbers]
-    joined.parts += [part] * len(found.indices)
+    joined.indices.extend(first + index for index in found.indices)
+    joined.numbers.extend(numbers[number] for number in found.numbers)
+    joined.parts += array("H", [part]) * len(found.indices)
     joined.set_aside += [SetAside(first + item.index, item.reason, item.slice) for item in found.set_aside]
     joined.aside_of.append(len(found.set_aside))
     joined.slicer = joined.slicer or found.slicer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Survey:
     ----------
     names : list of str
         Slices.
-    indices, numbers, parts : list of int
+    indices, numbers, parts : array of int
         Of each usable row: index, place of its slice in `names`, number of its source.
     set_aside : list of SetAside
     aside_of : list of int
@@ -36,9 +37,9 @@ class Survey:
     """
 
     names: list[str] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    parts: list[int] = field(default_factory=list)
+    indices: array[int] = field(default_factory=lambda: array("q"))
+    numbers: array[int] = field(default_factory=lambda: array("B"))
+    parts: array[int] = field(default_factory=lambda: array("H"))
     set_aside: list[SetAside] = field(default_factory=list)
     aside_of: list[int] = field(default_factory=list)
     end: int = 0
@@ -85,7 +86,7 @@ def survey_rows(
 
     if name is not None:
         survey.names = [name]
-        survey.numbers = [0 for _ in usable()]
+        survey.numbers = array("B", (0 for _ in usable()))
         survey.set_aside = [SetAside(item.index, item.reason, name) for item in survey.set_aside]
     elif source.columns.slice is not None:
         values: dict[str, int] = {}
@@ -101,9 +102,10 @@ def survey_rows(
     elif slicer is not None or (texts := even_sample(source, FIT_ROWS, config.seed)):
         survey.slicer = slicer or fit_slices(texts, config.slices, config.seed)
         survey.names = list(survey.slicer.names)
-        survey.numbers = list(survey.slicer.assign(row.words for row in usable()))
+        survey.numbers = array("B", survey.slicer.assign(row.words for row in usable()))
     else:
-        survey.indices = [row.index for row in usable()]
+        for _ in usable():  # none
+            pass
     if len(malformed) > max(1, BAD_SHARE * total):
         first = malformed[0]
         raise InputError(
@@ -112,7 +114,7 @@ def survey_rows(
         )
     if not survey.indices:
         raise InputError(f"{source.path}: no usable row among {total}{common_reasons(survey.set_aside)}")
-    survey.parts = [0] * len(survey.indices)
+    survey.parts = array("H", bytes(2 * len(survey.indices)))
     survey.aside_of = [len(survey.set_aside)]
     return survey
 

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.corpus import Corpus, prepare_corpus
-from tinyonn.base.load import load_tokenizer
 from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import kept_by_tensor
@@ -42,6 +40,7 @@ from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import open_run
 from tinyonn.screen import Sheet, whole
 from tinyonn.sizes import format_seconds
@@ -144,8 +143,7 @@ def allocate_run(
     scored = run.store.reader().stage("rows")
     if scored is None:
         raise InputError(f"{location} is not scored yet; run `tinyonn score` first")
-    path = folder / "corpus.arrow"
-    corpus = Corpus(path) if path.exists() else prepare_corpus(config, load_tokenizer(config.model), path)
+    corpus = recorded_corpus(folder, config, run.manifest)
     samples = corpus.calibration(options.samples)
     made_of = [fingerprint, scored, corpus.fingerprint, options.samples, options.score, options.depths]
     kept = _Kept(folder / ALLOCATION, digest(made_of), digest(scored))

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
 
 LOG = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class EvaluateOptions:
     samples: int | None = 252
     calibration: int = 112
     oracle: str | None = "wg"
+    oracle_asked: bool = True  # refuse held-out data of other slices; else the oracle is left out then
     selection: SelectOptions = field(default_factory=SelectOptions)
     shares: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     plot: bool = False
@@ -92,6 +94,7 @@ def evaluate_options(location: str, config: Config, plot: bool = False) -> Evalu
         samples=wanted.samples,
         calibration=wanted.calibration,
         oracle=wanted.oracle,
+        oracle_asked="oracle" in wanted.model_fields_set,
         selection=select_options(config.experts),
         shares=stored_shares(local_folder(location), scored) if searched else {},
         plot=plot,
@@ -173,6 +176,7 @@ class _Evaluation:
         self.run, self.location, self.config, self.options, self.tell = run, location, config, options, tell
         self.folder = local_folder(location)
         self.corpus = held_out_corpus(config, options, self.folder)
+        self.options = self._with_fitting_oracle()
         self.fingerprint = check_base(run, location, config.model)
         self.results = Results(self.folder / "evaluate" / "lines.json")
         self.evaluated = 0
@@ -190,6 +194,17 @@ class _Evaluation:
             for budget in options.budgets
             for method in options.methods
         ]
+
+    def _with_fitting_oracle(self) -> EvaluateOptions:
+        """Without the oracle where it was not asked for and the held-out data have none of the run's slices."""
+        held_out, ours = sorted(self.corpus.slices), sorted(self.run.slices)
+        if self.options.oracle is None or len(ours) < 2 or set(held_out) & set(ours):
+            return self.options
+        why = f"the held-out data have the slices {held_out}, the run {ours}; name the same slices in both"
+        if self.options.oracle_asked:
+            raise InputError(f"{why}, or leave out the oracle")
+        self.tell(f"no oracle: {why} for one")
+        return replace(self.options, oracle=None)
 
     @cached_property
     def dense(self) -> DenseWeights:
@@ -218,12 +233,7 @@ class _Evaluation:
     @cached_property
     def calibration(self) -> list[Sample]:
         """Recorded samples."""
-        path = self.folder / "corpus.arrow"
-        corpus = (
-            Corpus(path)
-            if path.exists()
-            else prepare_corpus(self.config, load_tokenizer(self.config.model), path)
-        )
+        corpus = recorded_corpus(self.folder, self.config, self.run.manifest)
         return corpus.calibration(self.options.calibration)
 
     def carry_out(self) -> EvaluateReport:

@@ -12,12 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
-from tinyonn.base.corpus import Corpus, even_shares, prepare_corpus
-from tinyonn.base.load import choose_device, load_tokenizer
+from tinyonn.base.corpus import even_shares
+from tinyonn.base.load import choose_device
 from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import InputError
@@ -37,6 +36,7 @@ from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job
 from tinyonn.progress import Bar
 from tinyonn.record.cluster import cluster_address, cluster_device, connected
+from tinyonn.record.identity import recorded_corpus
 from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
 from tinyonn.store.lock import RunLock
@@ -148,7 +148,7 @@ class _Profiling:
         self.measured = 0
         fingerprint = check_base(run, location, config.model)
         self.groups: WeightGroups = find_groups(run, self.folder / "experts", config.model, options.groups)
-        self.corpus = _corpus(run, self.folder, config)
+        self.corpus = recorded_corpus(self.folder, config, run.manifest)
         model = {"quantization": config.model.quantization, "dtype": config.model.dtype}
         shares = even_shares(list(self.corpus.slices.values()), options.samples)
         manifest = Manifest(
@@ -272,22 +272,3 @@ class _Profiling:
             peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
             seconds=round(time.monotonic() - self.started, 3),
         )
-
-
-def _corpus(run: Run, folder: Path, config: Config) -> Corpus:
-    """The corpus that was recorded, tokenised anew if its file is gone.
-
-    Raises
-    ------
-    InputError
-        It is another one.
-    """
-    path = folder / "corpus.arrow"
-    corpus = Corpus(path) if path.exists() else prepare_corpus(config, load_tokenizer(config.model), path)
-    recorded = run.manifest.data.get("corpus")
-    if corpus.fingerprint != recorded:
-        raise InputError(
-            f"{path} has the fingerprint {corpus.fingerprint[:12]} and the corpus that was recorded had "
-            f"{str(recorded)[:12]}; delete the file and give the configuration that the run was recorded with"
-        )
-    return corpus

@@ -141,9 +141,9 @@ class _Recording:
                 self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
                 try:
                     self._scale()
+                    self._open_store(identity)
                     if grown is not None:
                         self._grow(grown)
-                    self._open_store(identity)
                     self._loop()
                 except BaseException:
                     self.stop.set()
@@ -204,7 +204,8 @@ class _Recording:
         self.windows = layer_windows([(p.name, p.layer, p.size) for p in parameters], self.plan.windows)
         calibration = self.store.calibration
         if calibration is None:
-            samples = self.corpus.calibration(self.config.record.calibration)
+            # of what the run was begun with, also where the corpus has grown before it was calibrated
+            samples = self.corpus.calibration(self.config.record.calibration, self.store.manifest.slices)
             self.progress.say(f"calibrating on {len(samples)} samples")
             with Bar("calibrating", shown=self.progress.shown):
                 calibration = self.crew.call(first, "calibrate", samples, self.windows)

@@ -76,6 +76,47 @@ def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored
     return corpus
 
 
+def recorded_corpus(folder: Path, config: Config, stored: Manifest) -> Corpus:
+    """Open the corpus that was recorded; where its file is gone it is tokenised anew. Never written over.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the run.
+    config : Config
+        As the run was recorded.
+    stored : Manifest
+
+    Raises
+    ------
+    InputError
+        What is there, or what the configuration makes, is another corpus.
+    """
+    path = folder / "corpus.arrow"
+    recorded = str(stored.data.get("corpus"))
+    there = path.exists()
+    corpus = Corpus(path) if there else prepare_corpus(config, load_tokenizer(config.model), path)
+    if corpus.fingerprint == recorded:
+        return corpus
+    if there and corpus.begins_with(recorded):
+        raise InputError(
+            f"{path}: the corpus has grown and what is new is not recorded yet; run `tinyonn record` again"
+        )
+    if not there:
+        path.unlink()
+    remedy = (
+        "put back the file, as a corpus that has grown cannot be tokenised anew"
+        if stored.grown
+        else "delete the file and give the configuration that the run was recorded with"
+        if there
+        else "give the configuration that the run was recorded with"
+    )
+    raise InputError(
+        f"{path} has the fingerprint {corpus.fingerprint[:12]} and the corpus that was recorded had "
+        f"{recorded[:12]}; {remedy}"
+    )
+
+
 def _earlier(path: Path, stored: Manifest) -> Earlier | None:
     """The corpus that the run was begun with, if it is there still."""
     try:

@@ -122,12 +122,11 @@ def _mean_agreement(profiles: list[Profile], weights: tuple[float, float, float]
 
 def profile_of(run: Run, config: Config, folder: Path) -> list[Profile]:
     """Record a few samples in levels and put them beside the run's means."""
-    from tinyonn.base.corpus import prepare_corpus
-    from tinyonn.base.load import load_tokenizer
+    from tinyonn.record.identity import recorded_corpus
     from tinyonn.record.levels import SUM_SAMPLES
     from tinyonn.record.worker import Worker
 
-    corpus = prepare_corpus(config, load_tokenizer(config.model), folder / "corpus.arrow")
+    corpus = recorded_corpus(folder, config, run.manifest)
     samples = corpus.calibration(min(PROFILE_SAMPLES, SUM_SAMPLES))
     worker = Worker(config.model, config.record.threads, config.record.seed)
     worker.load()

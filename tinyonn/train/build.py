@@ -14,7 +14,7 @@ from tinyonn.base.load import load_model, load_tokenizer
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.train.spec import Spec, assembled_id, experts_of, read_student
-from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.targets import ProfileTargets, find_profiled
 from tinyonn.train.teacher import Cached, Live, Teacher, cache_key, cache_teacher, check_tokenizers
 from tinyonn.train.trainer import Trainer
 from tinyonn.train.workers import Workers
@@ -49,7 +49,7 @@ def build_trainer(spec: Spec) -> Trainer:
             spec.train,
             spec.folder,
             build_teacher(spec, corpus, device),
-            build_targets(spec),
+            build_targets(spec, corpus),
             spec.identity,
         )
     except torch.cuda.OutOfMemoryError as error:
@@ -108,18 +108,26 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
     return cache_teacher(teacher, corpus, folder, fingerprint, spec.teacher_k)
 
 
-def build_targets(spec: Spec) -> ProfileTargets | None:
-    """What the profile wants of the router; None if nothing asks for it."""
+def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:
+    """What the profile wants of the router on samples of `corpus`; None if nothing asks for it.
+
+    Raises
+    ------
+    InputError
+        The corpus has none of the profiled samples, or the profile is of another one than was recorded.
+    """
     from tinyonn.profile.reader import open_profile
 
     if not spec.needs_targets or spec.profile is None:
         return None
     profile = open_profile(spec.profile, assembled_id(read_student(Path(spec.student))))
     contribution_SE = profile.contribution[:, : profile.experts]
+    indexes = find_profiled(profile, Path(spec.profile).parent / "corpus.arrow", corpus)
     per_E = None
     if spec.targets.per == "weights":
         sizes = read_student(Path(spec.student))["expert_sizes"]
         per_E = np.maximum(np.array(sizes[: profile.experts]), 1)
     elif spec.targets.per == "mean":
         per_E = contribution_SE.mean(0, dtype=np.float64)
-    return ProfileTargets(profile.samples.tolist(), contribution_SE, spec.targets.sharpness, per_E)
+    there = indexes >= 0
+    return ProfileTargets(indexes[there].tolist(), contribution_SE[there], spec.targets.sharpness, per_E)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tinyonn.base.corpus import prepare_corpus
+from tinyonn.base.corpus import is_corpus_of, prepare_corpus
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.base.load import choose_device, load_tokenizer
 from tinyonn.base.source import fingerprint_model
@@ -145,10 +146,20 @@ def training_corpus(config: Config, folder: Path) -> Corpus:
         Of the run.
     """
     data = config.train.data or config.data.model_copy(update={"samples": None})
-    if data == config.data and (folder / "corpus.arrow").exists():
-        return Corpus(folder / "corpus.arrow")
+    recorded = folder / "corpus.arrow"
+    tokenizer = load_tokenizer(config.model)
+    if data == config.data and recorded.exists() and not _changed(config, tokenizer, recorded):
+        return Corpus(recorded)
     settings = config.model_copy(update={"data": data})
-    return prepare_corpus(settings, load_tokenizer(config.model), folder / "train.arrow")
+    return prepare_corpus(settings, tokenizer, folder / "train.arrow")
+
+
+def _changed(config: Config, tokenizer: Any, recorded: Path) -> bool:
+    """Whether there are other data now than those that were recorded; where they are gone, there are not."""
+    try:
+        return not is_corpus_of(config, tokenizer, recorded)
+    except InputError:
+        return False
 
 
 @dataclass(frozen=True)

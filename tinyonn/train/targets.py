@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.base.corpus_file import Corpus, Int64
+from tinyonn.base.growth import as_digests, content_digest, match_keys
 from tinyonn.errors import InputError
+from tinyonn.profile.reader import Profile
 from tinyonn.train.data import Batch
 from tinyonn.train.losses import profile_targets
 
@@ -81,3 +84,49 @@ class ProfileTargets:
                 f"none of the {len(self._rows)} profiled samples is in {corpus.path}; profile this run again"
             )
         return found
+
+
+def find_profiled(profile: Profile, recorded: Path, corpus: Corpus) -> Int64:
+    """Find the profiled samples in a corpus: by their positions where it has grown from theirs, else by their tokens.
+
+    Parameters
+    ----------
+    profile : Profile
+    recorded : Path
+        The corpus that was profiled, or one that has grown from it.
+    corpus : Corpus
+        What is trained on.
+
+    Returns
+    -------
+    int64 [S]
+        Index of each sample in `corpus`; -1 where it is not there.
+
+    Raises
+    ------
+    InputError
+        None of them is there, or `recorded` is another corpus.
+    """
+    places = list(zip(profile.slices, profile.positions.tolist(), strict=True))
+    if corpus.begins_with(profile.manifest.corpus):
+        return np.array([corpus.sample(*place).index for place in places], np.int64)
+    known = Corpus(recorded)
+    if not known.begins_with(profile.manifest.corpus):
+        raise InputError(
+            f"{recorded.parent / 'profile'} is a profile of another corpus than {recorded.name} is now; "
+            "run `tinyonn profile` with --fresh"
+        )
+    every = [(name, place) for name, count in corpus.slices.items() for place in range(count)]
+    found = match_keys(_digests(known, places), _digests(corpus, every))
+    if not (found >= 0).any():
+        raise InputError(
+            f"none of the {len(places)} profiled samples is in {corpus.path.name}, which is trained on; set "
+            "train.warm_start: 0 and train.loss.profile: 0, or add what was recorded to train.data"
+        )
+    indexes = np.array([corpus.sample(*every[place]).index for place in found.tolist()], np.int64)
+    return np.where(found >= 0, indexes, -1)
+
+
+def _digests(corpus: Corpus, places: Iterable[tuple[str, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    samples = (corpus.sample(*place) for place in places)
+    return as_digests(b"".join(content_digest(sample.input_ids, sample.labels) for sample in samples))

@@ -151,6 +151,16 @@ def test_a_line_is_strict_json(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=refuse)["values"] == {"loss": None, "tokens_per_second": 0.0}
 
 
+def test_the_speed_is_that_of_the_stage(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path)
+    for step in range(30):
+        slow = step >= 20
+        monitor.record(
+            StepFacts(step + 1, {"loss": 1.0, "stage": int(slow)}, None, 8, 100, 4.0 if slow else 0.1)
+        )
+        assert monitor.line["values"]["tokens_per_second"] == pytest.approx(25.0 if slow else 1000.0)
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_another_stage_is_no_jump(tmp_path: Path, resumed: bool) -> None:
     def given(step: int, stage: int, loss: float) -> StepFacts:

@@ -178,7 +178,7 @@ class Monitor:
         return plot_load(self.path, self.path.with_name(HEAT_MAP))
 
     def _enter(self, stage: float | None) -> None:
-        """Losses of another stage are made of other parts, and its steps of other work: both say nothing of this one's."""
+        """Losses of another stage are made of other parts, its steps of other work: they say nothing of this one's."""
         if stage != self._stage:
             for values in (*self._values.values(), self._times):
                 values.clear()

@@ -180,8 +180,9 @@ class Monitor:
     def _enter(self, stage: float | None) -> None:
         """Losses of another stage are made of other parts, its steps of other work: they say nothing of this one's."""
         if stage != self._stage:
-            for values in (*self._values.values(), self._times):
+            for values in self._values.values():
                 values.clear()
+            self._times.clear()
             self._stage = stage
 
     def _alarms_of(self, facts: StepFacts) -> list[Alarm]:

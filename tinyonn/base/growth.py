@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyonn.base.corpus_file import Corpus, Int32, Int64
-from tinyonn.base.slices import Slicer
+
+if TYPE_CHECKING:
+    from tinyonn.base.slices import Slicer
 
 UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
 Digests = UInt64  # [rows, 2]
@@ -40,6 +42,8 @@ class Earlier:
     @property
     def slicer(self) -> Slicer | None:
         """How rows were put into derived slices."""
+        from tinyonn.base.slices import Slicer
+
         content = self.corpus.slicer
         return None if content is None else Slicer.from_bytes(content)
 

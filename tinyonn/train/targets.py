@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,9 +12,11 @@ import torch
 from tinyonn.base.corpus_file import Corpus, Int64
 from tinyonn.base.growth import as_digests, content_digest, match_keys
 from tinyonn.errors import InputError
-from tinyonn.profile.reader import Profile
 from tinyonn.train.data import Batch
 from tinyonn.train.losses import profile_targets
+
+if TYPE_CHECKING:
+    from tinyonn.profile.reader import Profile
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -73,6 +73,10 @@ class MixedSource(SourceConfig):
             raise ValueError("samples and share both say how much is taken; give one of them")
         return self
 
+    def most(self, rows: int) -> int:
+        """How many of so many rows are taken."""
+        return min(rows, self.samples or rows) if self.share is None else max(1, round(self.share * rows))
+
 
 class DataConfig(SourceConfig):
     """The corpus that is fed to the model, one sample at a time: one source, or a list of them."""

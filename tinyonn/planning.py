@@ -183,9 +183,7 @@ def _rows(config: DataConfig) -> int | None:
     for origin in config.origins():
         counted = _parquet_rows(origin)
         if isinstance(origin, MixedSource):
-            if counted is not None and origin.share is not None:
-                counted = max(1, round(origin.share * counted))
-            counted = origin.samples if counted is None else min(counted, origin.samples or counted)
+            counted = origin.samples if counted is None else origin.most(counted)
         if counted is None:
             return None
         total += counted

@@ -12,6 +12,7 @@ import yaml
 
 from tests.base.conftest import ModelFactory
 from tinyonn.base.corpus import Corpus, prepare_corpus
+from tinyonn.base.files import stem_of
 from tinyonn.base.growth import Earlier, match_keys
 from tinyonn.base.load import load_tokenizer
 from tinyonn.config import Config, DataConfig, ModelConfig, load_config
@@ -76,6 +77,21 @@ def test_each_source_is_a_slice_and_gives_its_number_or_share(room: Room) -> Non
     ]
     assert len(set(samples)) == len(samples)  # rows are numbered through all sources
     assert [line.split(": ")[1] for line in corpus.header.described] == ["text"] * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/Tool calls.JSON.gz", "Tool calls"),
+        ("v1.5.jsonl", "v1.5"),
+        ("rows.csv.xz", "rows"),
+        ("notes.txt", "notes"),
+        ("folder.d", "folder.d"),
+        ("org/data-set", "data-set"),
+    ],
+)
+def test_a_source_is_called_like_its_file(path: str, name: str) -> None:
+    assert stem_of(Path(path)) == name
 
 
 def test_sources_may_share_a_slice_and_all_together_give_data_samples(room: Room) -> None:

@@ -310,9 +310,8 @@ class _Writing:
         )
         slicer = survey.slicer.to_bytes() if survey.slicer is not None else None
         content = read_rows(self.scratch, rows)
-        if (
-            earlier is not None and slices == earlier.slices
-        ):  # the same corpus: what is known of its rows stays true
+        if earlier is not None and slices == earlier.slices:
+            # The same corpus: what is known of its rows by their numbers stays true.
             content = ((int(index), *row[1:]) for index, row in zip(earlier.indices(), content, strict=True))
         return write_corpus(self.path, header, slicer, content)
 

@@ -77,8 +77,8 @@ def group_shares(groups: Sequence[Group], sizes: Sequence[int], config: DataConf
     for number, origin in enumerate(config.origins()):
         if isinstance(origin, MixedSource):
             rows = sum(size for size, group in zip(sizes, groups, strict=True) if group.source == number)
-            most = origin.samples if origin.share is None else max(1, round(origin.share * rows))
-            _split(caps, [place for place, group in enumerate(groups) if group.source == number], most)
+            ours = [place for place, group in enumerate(groups) if group.source == number]
+            _split(caps, ours, origin.most(rows))
     slices = sorted({group.slice for group in groups})
     members = [[place for place, group in enumerate(groups) if group.slice == one] for one in slices]
     totals = even_shares([sum(caps[place] for place in places) for places in members], config.samples)

@@ -81,19 +81,30 @@ ENCODINGS = (  # by mark; then by where the zeros of the first two characters li
 
 def kind_of(path: Path) -> str | None:
     """What a file holds by its name: json, csv, text, parquet, arrow; None for something else."""
-    name = path.name.lower()
-    if name.endswith(TABLES):
-        return name.rpartition(".")[2]
-    for ending in PACKED:
-        name = name.removesuffix(ending)
+    if path.name.lower().endswith(TABLES):
+        return path.name.lower().rpartition(".")[2]
+    name = _unpacked(path).lower()
     return None if name.endswith(".tar") else KINDS.get(Path(name).suffix)
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without the endings that say what it holds; of a folder or a data set the last part."""
+    if kind_of(path) is None:
+        return path.name
+    return Path(_unpacked(path)).stem
+
+
+def _unpacked(path: Path) -> str:
+    """A file's name without the endings of what it is packed in."""
+    name = path.name
+    for ending in PACKED:
+        name = name[: -len(ending)] if name.lower().endswith(ending) else name
+    return name
 
 
 def remedy_of(path: Path) -> str:
     """What to do with a file that `kind_of` does not know."""
-    name = path.name.lower()
-    for ending in PACKED:
-        name = name.removesuffix(ending)
+    name = _unpacked(path).lower()
     return next(
         (remedy for endings, remedy in REMEDIES.items() if name.endswith(endings)), "convert it to one"
     )

@@ -9,11 +9,12 @@ import hashlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path
 
 import numpy as np
 
 from tinyonn.base.corpus_file import SetAside
+from tinyonn.base.files import stem_of
 from tinyonn.base.rows import Row, Source
 from tinyonn.base.slices import MAX_SLICES, Slicer, distinct_names, slice_names
 from tinyonn.base.survey import Survey, survey_rows
@@ -123,7 +124,7 @@ class Mixture:
             return None
         if origin.slice_name is None and self.sources[number].columns.slice is not None:
             return None
-        return distinct_names([origin.slice_name or _stem(origin.path)])[0]
+        return distinct_names([origin.slice_name or stem_of(Path(origin.path))])[0]
 
 
 def _opened(origin: SourceConfig, mark: str) -> Source:
@@ -145,12 +146,3 @@ def _append(joined: Survey, found: Survey, part: int, first: int) -> None:
     joined.set_aside += [SetAside(first + item.index, item.reason, item.slice) for item in found.set_aside]
     joined.aside_of.append(len(found.set_aside))
     joined.slicer = joined.slicer or found.slicer
-
-
-def _stem(path: str) -> str:
-    """A file's name without its endings, a folder's or a data set's last part."""
-    name = PurePath(path).name or path
-    for ending in (".gz", ".zst", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow"):
-        if name.lower().endswith(ending):
-            name = name[: -len(ending)]
-    return name

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from tinyonn import progress, screen
+from tinyonn import progress
 from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.incremental import Churn
 from tinyonn.cluster.stage import ClusterReport
@@ -43,7 +43,7 @@ from tinyonn.profile.report import ProfileReport
 from tinyonn.progress import Bar, counted, shown_progress
 from tinyonn.record.report import RecordReport
 from tinyonn.score.stage import ScoreReport
-from tinyonn.screen import Sheet, whole, wrap
+from tinyonn.sheet import HARD, Sheet, whole, wrap
 from tinyonn.sizes import GiB
 from tinyonn.status import SliceStatus, StatusReport
 from tinyonn.train.report import TrainReport
@@ -177,7 +177,7 @@ def test_every_number_name_and_path_is_whole(name: str, width: int) -> None:
     found = set(re.split(r"[\s┃│]+", seen))
     found |= {word.removesuffix(":") for word in found}  # headings of a list
     for text in texts(sheet):
-        missing = set(text.replace(screen.HARD, " ").split()) - found
+        missing = set(text.replace(HARD, " ").split()) - found
         assert not missing
     for column, place in ((column, n) for n, column in enumerate(sheet.columns) if column.number):
         for row in sheet.rows:  # a number keeps to one line, its unit too
@@ -199,7 +199,7 @@ def test_without_a_terminal_a_row_is_a_line(name: str) -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f─-╿…]", text)
     lines = text.split("\n")
     for row in sheet.rows:
-        cells = [cell.replace(screen.HARD, " ") for cell in row.cells if cell]
+        cells = [cell.replace(HARD, " ") for cell in row.cells if cell]
         assert any(all(cell in line for cell in cells) for line in lines)
 
 
@@ -228,7 +228,7 @@ def test_any_table_fits_any_width(
     assert max(map(cell_len, lines), default=0) <= max(width, longest + 3)  # set in, and a colon
     found = re.split(r"[\s┃│]+", "\n".join(lines))
     for text in [
-        sheet.title.replace(screen.HARD, " "),
+        sheet.title.replace(HARD, " "),
         note,
         *(cell for row in sheet.rows for cell in row.cells),
     ]:
@@ -328,6 +328,7 @@ SCRIPT = """
 import logging, os, sys, time
 from pathlib import Path
 from tinyonn import screen
+from tinyonn.sheet import pairs
 from tinyonn.logs import setup_logging
 from tinyonn.progress import Bar, shown_progress
 setup_logging(sys.argv[1], "stage")
@@ -341,8 +342,8 @@ with screen.kept_for_us(Path(sys.argv[1]) / "libraries.log", False), shown_progr
             if unit == 3:
                 logging.getLogger("tinyonn").warning("a warning of ours")
             if unit == 5:
-                screen.show(screen.pairs("in the middle", {"first": "second"}))
-    screen.show(screen.pairs("a title", {"name": "value"}))
+                screen.show(pairs("in the middle", {"first": "second"}))
+    screen.show(pairs("a title", {"name": "value"}))
 """
 
 

@@ -20,7 +20,7 @@ from tinyonn.places import local_folder, run_location
 if TYPE_CHECKING:
     from tinyonn.config import Config
     from tinyonn.engine import EngineOptions
-    from tinyonn.screen import Sheet
+    from tinyonn.sheet import Sheet
 
 INTERRUPTED = 130
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
-from tinyonn.screen import Sheet, Style, whole
+from tinyonn.sheet import Sheet, Style, whole
 from tinyonn.sizes import GiB, format_size
 
 State = Literal["ok", "warn", "fail"]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyonn.places import local_folder, store_location
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Segment

@@ -28,7 +28,7 @@ from tinyonn.memory import (
     disk_tier,
     host_needs,
 )
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds, format_size
 
 if TYPE_CHECKING:

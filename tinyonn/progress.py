@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tinyonn import screen
 from tinyonn.pace import Pace, Phase
+from tinyonn.sheet import cells, wrap
 from tinyonn.sizes import format_count, format_seconds, format_size
 
 if TYPE_CHECKING:
@@ -241,12 +242,12 @@ class Bar:
         share = self.share
         told = [self._name]
         for fact in (left, amount, self._speed(), self.note):  # as many as there is room for
-            if fact and sum(map(screen.cells, told)) + 2 * len(told) + screen.cells(fact) <= width:
+            if fact and sum(map(cells, told)) + 2 * len(told) + cells(fact) <= width:
                 told.append(fact)
         if amount in told[2:]:
             told[1:3] = amount, left
         text = Text(told[0], no_wrap=True, overflow="ignore")
-        room = min(40, width - sum(map(screen.cells, told)) - 2 * len(told))
+        room = min(40, width - sum(map(cells, told)) - 2 * len(told))
         if share is not None and room >= NARROW:
             text.append("  ").append_text(_drawn(share, room))
         for fact in told[1:]:
@@ -351,4 +352,4 @@ def print_line(text: str) -> None:
     if live is None:
         screen.complain(text)
     else:
-        live.console.print("\n".join(screen.wrap(text, live.console.width)), crop=False)
+        live.console.print("\n".join(wrap(text, live.console.width)), crop=False)

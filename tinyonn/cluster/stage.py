@@ -37,7 +37,7 @@ from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
 from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
-from tinyonn.screen import Sheet
+from tinyonn.sheet import Sheet
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store

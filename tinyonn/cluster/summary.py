@@ -13,7 +13,7 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import CODE_AXES, Space, kind_of
 from tinyonn.cluster.histogram import Place
 from tinyonn.cluster.kmeans import Assignment, Rows
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds
 
 if TYPE_CHECKING:

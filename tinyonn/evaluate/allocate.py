@@ -42,7 +42,7 @@ from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import open_run
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 
 LOG = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyonn.errors import InputError
 from tinyonn.evaluate.results import Line
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 
 CARDS = "cards.json"  # in the run's evaluate/: figures for model cards

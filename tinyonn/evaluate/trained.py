@@ -23,7 +23,7 @@ from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.train.data import Batch, held_out_batches
 

@@ -26,7 +26,7 @@ from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
 from tinyonn.experts.ending import stop_at_turns
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_size
 
 if TYPE_CHECKING:

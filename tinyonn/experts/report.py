@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds, format_size
 
 

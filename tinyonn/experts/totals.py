@@ -9,7 +9,7 @@ from typing import Any
 from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import kind_of
 from tinyonn.experts.options import Selection
-from tinyonn.screen import Sheet
+from tinyonn.sheet import Sheet
 from tinyonn.sizes import format_count
 
 

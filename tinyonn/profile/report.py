@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn.profile.reader import Profile
-from tinyonn.screen import Sheet, pairs, whole
+from tinyonn.sheet import Sheet, pairs, whole
 from tinyonn.sizes import format_seconds, format_size
 
 

@@ -13,7 +13,7 @@ from tinyonn.base.corpus_file import Corpus
 from tinyonn.machine import peak_rss
 from tinyonn.progress import Bar
 from tinyonn.record.worker import WorkerUse
-from tinyonn.screen import Sheet, pairs, whole
+from tinyonn.sheet import Sheet, pairs, whole
 from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store

@@ -23,7 +23,7 @@ from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
 from tinyonn.progress import Bar
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_chunk
 from tinyonn.store.lock import RunLock

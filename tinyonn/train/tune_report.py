@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tinyonn.screen import Sheet, whole
+from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 
 

@@ -1,7 +1,8 @@
 """Folders that no other user of the machine can enter.
 
-A run's folder is one: it holds texts. So is the scratch folder in which Ray and Dask put their sockets, logs and spilled
-objects: they open their own folders to everybody, and whoever may write there can put a symbolic link in the way of a log.
+A run's folder is one: it holds texts. So is the scratch folder in which Ray and Dask put their sockets, logs and
+spilled objects: they open their own folders to everybody, and whoever may write there can put a symbolic link in the
+way of a log.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ def _parent() -> Path:
             return path
         refused.append(f"{path} is {reason}")
     raise InputError(
-        f"there is no folder for Ray's and Dask's sockets: {'; '.join(refused)}; set TMPDIR to a short folder of your own"
+        f"there is no folder for Ray's and Dask's sockets: {'; '.join(refused)}; set TMPDIR to a short folder of "
+        "your own"
     )
 
 

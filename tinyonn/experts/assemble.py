@@ -101,11 +101,11 @@ def assemble_run(
     CapacityError
         The memory limit is below what one task needs, or the disk is full.
     StoreBusyError
-        Another process works on the run.
+        Another process changes the run, or reads what this would replace (train, evaluate, export).
     """
     target = local_folder(location) / "experts" if folder is None else folder
     run = open_run(location)
-    with RunLock(local_folder(location)):
+    with RunLock(local_folder(location), what="assemble"):
         return _Assembly(run, location, target, model, config, options).carry_out()
 
 

@@ -1,7 +1,7 @@
 """The Ray of one machine and one command: for its user alone, on the loopback address alone.
 
-Ray opens the folders of its sessions to everybody (0777) and listens on every address. Its folders are therefore put below
-a private one, and the settings by which it stays on 127.0.0.1 on a laptop with Windows are used here too. What it offers for
+Ray opens the folders of its sessions to everybody (0777) and listens on every address. Its folders are therefore put
+below a private one, and the settings by which it stays on 127.0.0.1 on Windows are used here too. What it offers for
 Prometheus answers without a token and is switched off. docs/security.md says what is left, as measured.
 """
 
@@ -41,13 +41,13 @@ def private_session() -> Iterator[dict[str, Any]]:
     # A token for this Ray alone, so that none is left in the user's home.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     chosen = SETTINGS | {name: LOOPBACK for name in INTERFACES if name not in os.environ}
-    before = constants.ENABLE_RAY_CLUSTER  # type: ignore[attr-defined]
+    before = constants.ENABLE_RAY_CLUSTER
     with scratch_folder() as folder, _environment(chosen):
-        constants.ENABLE_RAY_CLUSTER = False  # type: ignore[attr-defined]
+        constants.ENABLE_RAY_CLUSTER = False
         try:
             yield {"_temp_dir": str(folder / FOLDER)}
         finally:
-            constants.ENABLE_RAY_CLUSTER = before  # type: ignore[attr-defined]
+            constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Who works on a run: one process that changes it, or any number that read what others must not change meanwhile.
 
-A lock file with its owner and a heartbeat; each that shares the run has one more beside it. On one machine the kernel's lock
-on the file decides, and a process that dies, even by ``kill -9``, frees it at once. Between machines that share a folder,
-where such locks may not reach, an owner counts as alive if its heartbeat changes while it is watched: clocks are not
-compared, since two machines' may differ. Looking at a run needs no lock.
+A lock file with its owner and a heartbeat; each that shares the run has one more beside it. On one machine the kernel's
+lock on the file decides, and a process that dies, even by ``kill -9``, frees it at once. Between machines that share a
+folder, where such locks may not reach, an owner counts as alive if its heartbeat changes while it is watched: clocks
+are not compared, since two machines' may differ. Looking at a run needs no lock.
 
 docs/architecture.md has the table of which stages may run together.
 """
@@ -20,13 +20,14 @@ import secrets
 import stat
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tinyonn.errors import StoreBusyError, StoreError
+from tinyonn.places import local_folder
 from tinyonn.private import make_private
 from tinyonn.store.owner import LOCK_BYTES, Owner, described, parse_owner, this_process
 
@@ -47,16 +48,16 @@ class RunLock:
     heartbeat, stale : float
         Seconds.
     shared : bool
-        Others may share it too, and nobody may hold it alone meanwhile. Where nothing is, or nothing can be written, there
-        is nobody to keep out: then this does nothing.
+        Others may share it too, and nobody may hold it alone meanwhile. Where nothing is, or nothing can be written,
+        there is nobody to keep out: then this does nothing.
     what : str
         The stage, for the message that others get.
 
     Raises
     ------
     StoreBusyError
-        On entering, if another process holds the run: names its host, process, age and the file. To find out, an owner on
-        another machine is watched for up to `stale` seconds.
+        On entering, if another process holds the run: names its host, process, age and the file. To find out, an
+        owner on another machine is watched for up to `stale` seconds.
     StoreError
         The file cannot be made, or something else lies in its place.
     """
@@ -119,7 +120,7 @@ class RunLock:
             raise StoreBusyError(self._lost)
 
     def _take(self) -> None:
-        """Of both sides, each first says that it is there and then looks for the other, so that one of them is refused."""
+        """Each side first says that it is there, then looks for the other: of two, one at least is refused."""
         assert self._gate is not None
         owner = this_process(self._what)
         try:
@@ -243,6 +244,20 @@ class RunLock:
         path, owner = next(iter(holders.items()))
         more = f" and {len(holders) - 1} more" if len(holders) > 1 else ""
         return f"the run is held by {described(owner)}{more} ({path}); wait for it or stop it"
+
+
+@contextmanager
+def evaluating(location: str) -> Iterator[None]:
+    """A run that only one evaluates, and that nobody changes meanwhile.
+
+    Raises
+    ------
+    StoreBusyError
+        Another process does.
+    """
+    folder = local_folder(location)
+    with RunLock(folder, shared=True, what="evaluate"), RunLock(folder / "evaluate", what="evaluate"):
+        yield
 
 
 def read_owner(path: Path) -> dict[str, Any]:

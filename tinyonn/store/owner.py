@@ -20,7 +20,7 @@ Owner = dict[str, Any]
 
 
 def this_process(what: str) -> Owner:
-    """This process as an owner: ``host``, ``boot``, ``pid``, ``started``, ``heartbeat`` (Unix time), ``what``."""
+    """The owner that the calling process is: ``host``, ``boot``, ``pid``, ``started``, ``heartbeat`` (Unix time)."""
     now = time.time()
     return {
         "host": socket.gethostname(),

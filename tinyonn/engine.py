@@ -165,7 +165,7 @@ def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> I
                 costs = dict(zip(futures, map(watch.cost, calls), strict=True))
                 for future in as_completed(futures):  # type: ignore[no-untyped-call]
                     watch.bar.add(costs[future])
-            return list(client.gather(futures))  # type: ignore[no-untyped-call]
+            return list(client.gather(futures))
 
         yield run
 

@@ -51,17 +51,6 @@ def open_to_others(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def only_for_us() -> Iterator[None]:
-    """What this process and its children make meanwhile is for its user alone (umask)."""
-    before = os.umask(OTHERS)
-    os.umask(before | OTHERS)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-@contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """A new folder, 0700, with a path short enough for sockets; left-over ones of dead processes are removed.
 

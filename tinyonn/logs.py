@@ -11,6 +11,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from tinyonn.errors import InputError
+from tinyonn.private import make_private, open_to_others
 from tinyonn.progress import print_line
 
 FILE_BYTES = 5_000_000
@@ -38,7 +39,7 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
     Parameters
     ----------
     folder : str or Path
-        The run's ``logs`` folder; made when missing.
+        The run's ``logs`` folder; made when missing, and a new run's for its owner alone.
     name : str
         Stage or actor; the file is ``<name>.log``.
     console : bool
@@ -56,7 +57,8 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
     """
     path = Path(folder) / f"{name}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent.parent)
+        path.parent.mkdir(exist_ok=True)
         file = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES - 1, encoding="utf-8")
     except OSError as error:
         raise InputError(
@@ -74,6 +76,8 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
         handler.setLevel(logging.INFO)
         handler.setFormatter(logging.Formatter("%(message)s"))
         ours.addHandler(handler)
+    if open_to_others(path.parent.parent):
+        ours.debug("%s can be entered by other users: chmod 700 closes it", path.parent.parent)
     return path
 
 

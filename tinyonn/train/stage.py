@@ -63,11 +63,11 @@ def train_run(
     CapacityError
         It does not fit, or workers are lost again and again.
     StoreBusyError
-        Another process trains into the folder.
+        Another process trains into the folder, or changes the run.
     """
     started = time.monotonic()
     folder = (options.folder or local_folder(location) / "train").absolute()
-    with RunLock(folder):
+    with RunLock(local_folder(location), shared=True, what="train"), RunLock(folder, what="train"):
         spec = make_spec(location, config, options)
         if options.fresh:
             _forget(folder)

@@ -108,6 +108,7 @@ class DataConfig(SourceConfig):
     max_tokens: Count = 2048
     samples: Count | None = None  # take this many, evenly over the slices; null takes all
     seed: Seed = 0  # of the stored order and of derived slices
+    rendered: bool = False  # texts are rendered conversations: special tokens in them are no plain text
 
     @model_validator(mode="before")
     @classmethod

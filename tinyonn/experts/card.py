@@ -152,7 +152,8 @@ def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
     what = (
         f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of "
         f"{code(base['path'])}, in {experts} experts and a core of {report['sizes'][-1]:,} weights that is "
-        f"always on. Values are the base's{rounded}; {since}. Embeddings, head, norms and biases ({report['trunk']:,}) are whole. "
+        f"always on. Values are the base's{rounded}; {since}. Embeddings, head, norms and biases "
+        f"({report['trunk']:,}) are whole. "
         f"By default {on}."
     )
     made = (

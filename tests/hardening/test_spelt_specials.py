@@ -60,13 +60,17 @@ def sentencepiece_bpe(scheme: str) -> Any:
 def unigram() -> Any:
     """Its vocabulary has the marks as pieces, the likeliest of all."""
     marks = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
-    backend = Tokenizer(models.Unigram([*marks, *((piece, -5.0) for piece in dict.fromkeys(PIECES))], unk_id=0))
+    backend = Tokenizer(
+        models.Unigram([*marks, *((piece, -5.0) for piece in dict.fromkeys(PIECES))], unk_id=0)
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     return wrapped(backend, unk_token="<unk>")
 
 
 def words() -> Any:
-    vocabulary = {word: n for n, word in enumerate(["<unk>", *MARKS, "Hi", "Go", "user", "assistant", "Fine."])}
+    vocabulary = {
+        word: n for n, word in enumerate(["<unk>", *MARKS, "Hi", "Go", "user", "assistant", "Fine."])
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return wrapped(backend, unk_token="<unk>")
@@ -84,7 +88,9 @@ def compatibility() -> Any:
     """A normalizer makes marks of wide letters, and these are looked for after it."""
     made = bytes_of()
     made.backend_tokenizer.normalizer = normalizers.NFKC()
-    made.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True, normalized=True)]})
+    made.add_special_tokens(
+        {"additional_special_tokens": [AddedToken("<|end|>", special=True, normalized=True)]}
+    )
     return made
 
 
@@ -147,13 +153,18 @@ def test_what_is_typed_into_a_message_stays_text(name: str, role: str) -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_what_is_typed_into_a_text_stays_text(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
-    plain, attacked = encode(tokenizer, Row(0, text="Hi the")), encode(tokenizer, Row(0, text=f"Hi the{ATTACK}"))
+    plain, attacked = (
+        encode(tokenizer, Row(0, text="Hi the")),
+        encode(tokenizer, Row(0, text=f"Hi the{ATTACK}")),
+    )
     assert (plain.note, plain.fault, attacked.fault) == (None, None, None)
     assert count(tokenizer, attacked) == count(tokenizer, plain)
     assert plain.input_ids.tolist() == tokenizer("Hi the")["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["bytes", "sentencepiece, first", "sentencepiece, always", "sentencepiece, prepend"])
+@pytest.mark.parametrize(
+    "name", ["bytes", "sentencepiece, first", "sentencepiece, always", "sentencepiece, prepend"]
+)
 def test_the_text_is_whole_where_the_tokenizer_can_spell_it(name: str) -> None:
     tokenizer = TOKENIZERS[name]()
     row = Row(0, messages=({"role": "user", "content": ATTACK}, {"role": "assistant", "content": "Fine."}))
@@ -194,7 +205,9 @@ def test_a_template_that_hides_where_contents_stand_gets_them_parted() -> None:
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_tokenizers_of_gguf_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(path, "qwen2" if kind == "gpt2" else "llama", tokenizer=None if kind == "gpt2" else say_sentencepiece)
+    write_gguf(
+        path, "qwen2" if kind == "gpt2" else "llama", tokenizer=None if kind == "gpt2" else say_sentencepiece
+    )
     tokenizer = GGUFFile(path).tokenizer()
     words = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content != "<unk>"]
     assert words

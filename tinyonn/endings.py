@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class _State:
         self.again = False  # a second signal came
         self.raised = self.told = False
 
+    def decide(self, number: int) -> None:
+        """The first signal decides how the process ends."""
+        if self.since is None:
+            self.ending, self.since = Ending.of_signal(number), time.monotonic()
+
 
 _state: _State | None = None
 
@@ -124,22 +130,14 @@ def tell(reason: Ending) -> None:
 
 
 def leave() -> None:
-    """After the stage: end what it has started and that still runs, if this process was to end early.
-
-    Raises
-    ------
-    SystemExit
-        With the ending's code.
-    """
-    if _state is None or _state.ending is None:
-        return
-    tell(_state.ending)
-    _end_children()
-    raise SystemExit(_state.ending.code)
+    """After the stage: does not return if this process was to end early; nothing that it has started stays."""
+    if _state is not None and _state.ending is not None:
+        _end(_state.ending)
 
 
 def _interrupt(number: int, frame: object) -> None:
     assert _state is not None
+    _state.decide(number)
     if not _state.raised:
         _state.raised = True
         raise KeyboardInterrupt
@@ -148,6 +146,7 @@ def _interrupt(number: int, frame: object) -> None:
 def _watch(state: _State) -> None:
     """Read the numbers of signals as they come, and see to it that the process ends."""
     threading.Thread(target=_deadline, args=(state,), name="deadline", daemon=True).start()
+    first: float | None = None
     while True:
         for number in os.read(state.reader, 64):
             now = time.monotonic()
@@ -155,9 +154,10 @@ def _watch(state: _State) -> None:
                 continue
             if state.own:
                 state.own = False
-            elif state.since is None:
-                state.ending, state.since = Ending.of_signal(number), now
-            elif now - state.since > TOGETHER:
+            elif first is None:
+                state.decide(number)
+                first = now
+            elif now - first > TOGETHER:
                 state.again = True
 
 
@@ -172,9 +172,9 @@ def _end(reason: Ending) -> NoReturn:
     """Now, whatever the other threads do."""
     tell(reason)
     _end_children()
-    for handler in logging.getLogger("tinyonn").handlers:
+    for stream in (*logging.getLogger("tinyonn").handlers, sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
-            handler.flush()
+            stream.flush()
     os._exit(reason.code)
 
 

@@ -33,6 +33,7 @@ OPTIONS = [
     "data.messages",
     "data.name",
     "data.path",
+    "data.rendered",
     "data.samples",
     "data.seed",
     "data.slice",

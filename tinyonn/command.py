@@ -16,12 +16,17 @@ import typer
 
 from tinyonn import endings, screen
 from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
     from tinyonn.config import Config
     from tinyonn.engine import EngineOptions
     from tinyonn.sheet import Sheet
+
+UNUSABLE = (  # what a path can be wrong with
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 RunArgument = Annotated[str, typer.Argument(help="A run under storage.root, or its folder or s3:// address.")]
 ConfigOption = Annotated[
@@ -98,6 +103,12 @@ def run_stage(
             )
         )
     except OSError as error:
+        if error.errno in UNUSABLE:
+            fail(
+                InputError(
+                    f"{shortened(str(error.filename or run))}: {error.strerror}; give a path that may be used"
+                )
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             _crash()
             raise

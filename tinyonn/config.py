@@ -7,13 +7,35 @@ import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinyonn.errors import InputError
+from tinyonn.escape import SHOWN, shortened
+from tinyonn.limits import (
+    AboveZero,
+    BelowOne,
+    Budget,
+    Count,
+    Factor,
+    Number,
+    Place,
+    Rate,
+    Seed,
+    Share,
+    Signed,
+    Some,
+    Text,
+    Threads,
+    Weight,
+    Width,
+    Windows,
+)
+from tinyonn.yaml_text import read_yaml
 
 Auto = Literal["auto"]
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
+
+TOLD = 5  # faults that a message names
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
 SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
@@ -28,8 +50,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The dense model that is recorded."""
 
-    path: str = "reference"  # a hub name, a folder, a GGUF file, or "reference" for the model shipped
-    revision: str | None = None
+    path: Place = "reference"  # a hub name, a folder, a GGUF file, or "reference" for the model shipped
+    revision: Text | None = None
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -47,23 +69,23 @@ DataFormat = Literal[
 class SourceConfig(Section):
     """Where rows come from, and what their columns are."""
 
-    path: str = (
+    path: Place = (
         "reference"  # a file or folder (JSONL, JSON, Parquet, Arrow), a `datasets` name, or "reference"
     )
-    name: str | None = None  # configuration of a `datasets` name
-    split: str = "train"
+    name: Text | None = None  # configuration of a `datasets` name
+    split: Text = "train"
     format: DataFormat = "auto"  # what the columns are; auto: as their names say, see tinyonn/base/forms.py
-    text: str | None = None  # column of plain text
-    messages: str | None = None  # column of chat messages; labels are the assistant's turns
-    slice: str | None = None  # column that names the slice; without it slices are derived
+    text: Text | None = None  # column of plain text
+    messages: Text | None = None  # column of chat messages; labels are the assistant's turns
+    slice: Text | None = None  # column that names the slice; without it slices are derived
 
 
 class MixedSource(SourceConfig):
     """One of several sources; without a slice's name or column it is a slice called like its file."""
 
-    slice_name: str | None = Field(None, min_length=1)  # the slice that all its rows are
-    samples: PositiveInt | None = None  # take this many of it, evenly over its slices; null takes all
-    share: float | None = Field(None, gt=0, le=1)  # take this share of its rows
+    slice_name: Text | None = Field(None, min_length=1)  # the slice that all its rows are
+    samples: Count | None = None  # take this many of it, evenly over its slices; null takes all
+    share: Some | None = None  # take this share of its rows
 
     @model_validator(mode="after")
     def _one_of_each(self) -> MixedSource:
@@ -83,9 +105,10 @@ class DataConfig(SourceConfig):
 
     sources: tuple[MixedSource, ...] = ()  # more sources; `data: [...]` is short for `data: {sources: [...]}`
     slices: int = Field(8, ge=1, le=16)  # how many slices to derive
-    max_tokens: PositiveInt = 2048
-    samples: PositiveInt | None = None  # take this many, evenly over the slices; null takes all
-    seed: int = 0  # of the stored order and of derived slices
+    max_tokens: Count = 2048
+    samples: Count | None = None  # take this many, evenly over the slices; null takes all
+    seed: Seed = 0  # of the stored order and of derived slices
+    rendered: bool = False  # texts are rendered conversations: special tokens in them are no plain text
 
     @model_validator(mode="before")
     @classmethod
@@ -115,22 +138,22 @@ class DataConfig(SourceConfig):
 class RecordConfig(Section):
     """How the recorder works; all but `workers` decides the bits of the result."""
 
-    segment: PositiveInt | Auto = "auto"  # samples per segment
-    workers: PositiveInt | Auto = "auto"
-    threads: PositiveInt = 1  # CPU threads of one worker
-    windows: PositiveInt | Auto = "auto"  # passes over a segment, each recording some of the layers
-    calibration: int = Field(32, ge=1)  # samples that set the levels' bases
-    max_live: int = Field(3, ge=1)  # live segments per slice while recording, beside those in flight
-    seed: int = 0  # of the dithering
+    segment: Width | Auto = "auto"  # samples per segment
+    workers: Threads | Auto = "auto"
+    threads: Threads = 1  # CPU threads of one worker
+    windows: Windows | Auto = "auto"  # passes over a segment, each recording some of the layers
+    calibration: Width = 32  # samples that set the levels' bases
+    max_live: Width = 3  # live segments per slice while recording, beside those in flight
+    seed: Seed = 0  # of the dithering
 
 
 class ScoreConfig(Section):
     """How weights are scored: S = act z(act) - grad z(grad) + freq z(freq)."""
 
     preset: Literal["default", "seed", "activation"] = "default"
-    act: float | None = None  # in place of the preset's
-    grad: float | None = None
-    freq: float | None = None
+    act: Signed | None = None  # in place of the preset's
+    grad: Signed | None = None
+    freq: Signed | None = None
 
     def weights(self) -> tuple[float, float, float]:
         """Weights of act, grad and freq."""
@@ -152,17 +175,15 @@ class ScoreConfig(Section):
 class FeatureWeights(Section):
     """Weight of each group of features in the distance between weights; 0 leaves a group out."""
 
-    score: float = Field(1.0, ge=0, allow_inf_nan=False)
-    act: float = Field(1.0, ge=0, allow_inf_nan=False)
-    grad: float = Field(1.0, ge=0, allow_inf_nan=False)
-    freq: float = Field(0.5, ge=0, allow_inf_nan=False)
-    slice: float = Field(2.0, ge=0, allow_inf_nan=False)  # dominant slice, scaled by selectivity
-    layer: float = Field(0.5, ge=0, allow_inf_nan=False)
-    kind: float = Field(0.25, ge=0, allow_inf_nan=False)
-    row: float = Field(
-        0.0, ge=0, allow_inf_nan=False
-    )  # position in 16 buckets; neurons have no order of their own
-    column: float = Field(0.0, ge=0, allow_inf_nan=False)
+    score: Weight = 1.0
+    act: Weight = 1.0
+    grad: Weight = 1.0
+    freq: Weight = 0.5
+    slice: Weight = 2.0  # dominant slice, scaled by selectivity
+    layer: Weight = 0.5
+    kind: Weight = 0.25
+    row: Weight = 0.0  # position in 16 buckets; neurons have no order of their own
+    column: Weight = 0.0
 
     @model_validator(mode="after")
     def _some_weight(self) -> FeatureWeights:
@@ -176,103 +197,99 @@ class ClusterConfig(Section):
 
     cells: int = Field(100, ge=2, le=255)
     features: FeatureWeights = FeatureWeights()
-    trunk: tuple[str, ...] = ("norm", "bias", "embedding", "head")  # kinds in no cell; also such as q_proj
-    cap: float | None = Field(None, gt=1, allow_inf_nan=False)  # largest cell, as a multiple of the mean size
-    iterations: int = Field(300, ge=1)  # of full k-means, at most
-    tolerance: float = Field(1e-5, ge=0, lt=1)  # share of weights that may still change cell in the last one
-    seed: int = 0
+    trunk: tuple[Text, ...] = ("norm", "bias", "embedding", "head")  # kinds in no cell; also such as q_proj
+    cap: Factor | None = Field(None, gt=1)  # largest cell, as a multiple of the mean size
+    iterations: Width = 300  # of full k-means, at most
+    tolerance: BelowOne = 1e-5  # share of weights that may still change cell in the last one
+    seed: Seed = 0
 
 
 class ExpertsConfig(Section):
     """Which weights are kept, and how the experts they become are switched on."""
 
-    budget: float = Field(
-        0.315, gt=0, allow_inf_nan=False
-    )  # share of the linear weights; above 1 their number
+    budget: Budget = 0.315  # share of the linear weights; above 1 their number
     score: Score = "root"  # what the kept ones are best in; root is |W| times the root of its gradient
     by: Literal["need", "cells"] = (
         "need"  # what makes an expert: which slices need a weight, or the run's cells
     )
     count: int = Field(100, ge=1, le=254)  # experts by need; by cells there are as many as cells
     within: Literal["cell", "tensor", "row"] = "cell"  # what competes; by need a tensor in the place of cells
-    balance: float = Field(0.02, ge=0, le=1)  # within cells: how far a cell's part follows its size
+    balance: Share = 0.02  # within cells: how far a cell's part follows its size
     allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
-    core: float = Field(0.1, ge=0, le=1)  # share of the budget that is always on
+    core: Share = 0.1  # share of the budget that is always on
     core_by: Literal["score", "even"] = "score"  # its best weights, or those that stand high in every slice
-    seed: int = 0  # of ties
-    top_k: PositiveInt | None = None  # experts on for a prompt; null switches all on
-    reroute_every: PositiveInt | None = None  # tokens after which a router chooses again; null: never
+    seed: Seed = 0  # of ties
+    top_k: Width | None = None  # experts on for a prompt; null switches all on
+    reroute_every: Count | None = None  # tokens after which a router chooses again; null: never
 
 
 class EvaluateConfig(Section):
     """What the cut models are measured on, and beside what."""
 
     data: DataConfig | None = None  # held-out data; null: the held-out split of the reference corpus
-    samples: PositiveInt | None = 252  # of them, evenly over the slices; null takes all
-    methods: tuple[str, ...] = (
+    samples: Count | None = 252  # of them, evenly over the slices; null takes all
+    methods: tuple[Text, ...] = (
         "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
         "default+update",
     )  # fmt: skip
-    budgets: tuple[float, ...] = (0.5, 0.315, 0.25, 0.1)
-    calibration: PositiveInt = 112  # recorded samples for methods that update weights
-    oracle: str | None = "wg"  # score of masks made of one slice each; null leaves them out
+    budgets: tuple[Budget, ...] = (0.5, 0.315, 0.25, 0.1)
+    calibration: Width = 112  # recorded samples for methods that update weights
+    oracle: Text | None = "wg"  # score of masks made of one slice each; null leaves them out
 
 
 class ProfileConfig(Section):
     """What each expert does on each sample is measured on these."""
 
-    samples: PositiveInt | None = 560  # of the recorded ones, evenly over the slices; null takes all
-    prompt_tokens: PositiveInt = (
+    samples: Count | None = 560  # of the recorded ones, evenly over the slices; null takes all
+    prompt_tokens: Count = (
         64  # of a text, from which its experts are chosen; of a chat: all before the answer
     )
-    excerpt: int = Field(160, ge=0)  # characters of each sample that are kept
+    excerpt: Number = 160  # characters of each sample that are kept
 
 
 class RouterConfig(Section):
     """The router that chooses experts for a prompt."""
 
-    branches: PositiveInt = 10  # the main router's choices, each with a sub-router of its own
-    width: PositiveInt = 128  # features of its encoder
-    top_k: PositiveInt | None = 10  # experts on for a prompt, the shared ones not counted; null: all
-    threshold: float | None = Field(
-        None, gt=0, le=1
-    )  # as few as have this probability, top_k to max_k of them
-    max_k: PositiveInt | None = None
+    branches: Width = 10  # the main router's choices, each with a sub-router of its own
+    width: Width = 128  # features of its encoder
+    top_k: Width | None = 10  # experts on for a prompt, the shared ones not counted; null: all
+    threshold: Some | None = None  # as few as have this probability, top_k to max_k of them
+    max_k: Width | None = None
     gate: Literal["one", "probability"] = "one"  # of a chosen expert
-    shared: int = Field(0, ge=0)  # experts always on: those that are strong and even in the profile
+    shared: Number = 0  # experts always on: those that are strong and even in the profile
 
 
 class LossConfig(Section):
     """What each part of the loss counts."""
 
-    kl: float = Field(1.0, ge=0, allow_inf_nan=False)  # towards the teacher's distribution
-    ce: float = Field(0.1, ge=0, allow_inf_nan=False)  # of the text itself
-    hidden: float = Field(0.1, ge=0, allow_inf_nan=False)  # every layer's output against the teacher's
-    balance: float = Field(0.0, ge=0, allow_inf_nan=False)
-    z: float = Field(0.001, ge=0, allow_inf_nan=False)
-    specificity: float = Field(0.0, ge=0, allow_inf_nan=False)
-    profile: float = Field(0.0, ge=0, allow_inf_nan=False)  # the router's choice against the profile
+    kl: Weight = 1.0  # towards the teacher's distribution
+    ce: Weight = 0.1  # of the text itself
+    hidden: Weight = 0.1  # every layer's output against the teacher's
+    balance: Weight = 0.0
+    z: Weight = 0.001
+    specificity: Weight = 0.0
+    profile: Weight = 0.0  # the router's choice against the profile
 
 
 class RoutingConfig(Section):
     """How experts are chosen while training."""
 
     ks: tuple[int, ...] = (10, 25, 50, 0)  # each sample draws one: experts on, 0 is all; empty: router.top_k
-    noise: float = Field(0.0, ge=0, allow_inf_nan=False)  # on the scores, standard deviation
-    dropout: float = Field(0.0, ge=0, lt=1)  # share of the experts that a step does without
-    capacity: float | None = Field(None, ge=1, allow_inf_nan=False)  # of an expert, in even shares of a batch
-    bias_rate: float = Field(0.0, ge=0, allow_inf_nan=False)  # of the bias that balances the load; 0: none
+    noise: Weight = 0.0  # on the scores, standard deviation
+    dropout: BelowOne = 0.0  # share of the experts that a step does without
+    capacity: Factor | None = None  # of an expert, in even shares of a batch
+    bias_rate: Rate = 0.0  # of the bias that balances the load; 0: none
 
 
 class StagesConfig(Section):
     """Stage 1 lets all experts learn and updates the least surprised; stage 2 trains what is on."""
 
-    first: float = Field(0.0, ge=0, le=1)  # share of the steps
-    act_k: int = Field(0, ge=0)  # experts with gradients in stage 1; 0 is all
-    min_k: int = Field(0, ge=0)  # of these the least surprised are updated; 0 is all
-    grow: float = Field(0.0, ge=0, allow_inf_nan=False)  # stage 2: how top_k follows surprise
-    least: float = Field(0.5, gt=0, le=1)  # bounds of its factor
-    most: float = Field(2.0, ge=1, allow_inf_nan=False)
+    first: Share = 0.0  # share of the steps
+    act_k: Number = 0  # experts with gradients in stage 1; 0 is all
+    min_k: Number = 0  # of these the least surprised are updated; 0 is all
+    grow: Weight = 0.0  # stage 2: how top_k follows surprise
+    least: Some = 0.5  # bounds of its factor
+    most: Factor = 2.0
     integrity: bool = False  # stage 2: learning rates follow predictive integrity
 
 
@@ -280,42 +297,40 @@ class OptimizersConfig(Section):
     """What is trained by which rule; rates are peaks."""
 
     router: Literal["muon", "adamw", "frozen"] = "muon"
-    router_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # after the warm start; 0 holds it
-    router_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    router_lr: Rate = 0.0  # after the warm start; 0 holds it
+    router_decay: Rate = 0.01
     experts: Literal["muon", "adamw", "frozen"] = "muon"
-    experts_lr: float = Field(1e-3, ge=0, allow_inf_nan=False)
-    experts_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    trunk_lr: float = Field(0.0, ge=0, allow_inf_nan=False)  # of embeddings and head; 0 freezes them
-    trunk_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    norms_lr: float = Field(3e-3, ge=0, allow_inf_nan=False)  # of norms and biases; 0 freezes them
+    experts_lr: Rate = 1e-3
+    experts_decay: Rate = 0.0
+    trunk_lr: Rate = 0.0  # of embeddings and head; 0 freezes them
+    trunk_decay: Rate = 0.0
+    norms_lr: Rate = 3e-3  # of norms and biases; 0 freezes them
 
 
 class ScheduleConfig(Section):
     """Learning rates over the steps: up, level, down; shares of the steps."""
 
-    warmup: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.5, ge=0, le=1)
-    floor: float = Field(0.0, ge=0, le=1)  # at the end, of the peak
+    warmup: Share = 0.05
+    decay: Share = 0.5
+    floor: Share = 0.0  # at the end, of the peak
 
 
 class TrainConfig(Section):
     """How router and experts are trained against the dense model."""
 
     data: DataConfig | None = None  # null: all of what the run was recorded from
-    steps: PositiveInt = 400
-    batch: PositiveInt = 16  # samples of a step, all workers together
-    micro_batch: PositiveInt = 8  # of them at a time in memory
-    seed: int = 0
+    steps: Count = 400
+    batch: Width = 16  # samples of a step, all workers together
+    micro_batch: Width = 8  # of them at a time in memory
+    seed: Seed = 0
     prompt_loss: bool = True  # the prompt's own tokens count too
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    warm_start: int = Field(
-        200, ge=0
-    )  # steps before the first in which the router alone learns from the profile
-    warm_start_lr: float = Field(3e-3, gt=0, allow_inf_nan=False)
-    clip: float = Field(1.0, ge=0, allow_inf_nan=False)
-    checkpoint_every: PositiveInt = 50
-    keep: PositiveInt = 2  # latest checkpoints
+    temperature: AboveZero = 1.0
+    warm_start: Number = 200  # steps before the first in which the router alone learns from the profile
+    warm_start_lr: AboveZero = 3e-3
+    clip: Weight = 1.0
+    checkpoint_every: Count = 50
+    keep: Width = 2  # latest checkpoints
     teacher: Literal["live", "cached"] = "live"  # cached: the most probable tokens on the disk
     teacher_model: ModelConfig | None = None  # null: the dense model itself
     loss: LossConfig = LossConfig()
@@ -328,14 +343,14 @@ class TrainConfig(Section):
 class StorageConfig(Section):
     """Where runs live."""
 
-    root: str = "storage"  # a folder, or s3://bucket/prefix
+    root: Place = "storage"  # a folder, or s3://bucket/prefix
 
 
 class TrackConfig(Section):
     """Where metrics go besides the log."""
 
     tensorboard: bool = False  # event files under the run's folder
-    wandb: str | None = (
+    wandb: Text | None = (
         None  # project of a W&B-compatible tracker (`pip install wandb` or a compatible client)
     )
 
@@ -384,29 +399,28 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{origin}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        wrong = error.errors(include_url=False)
+        told = [_explain(item) for item in wrong[:TOLD]]
+        more = [f"and {len(wrong) - TOLD:,} more"] if len(wrong) > TOLD else []
+        raise InputError(f"{origin}: " + "; ".join([*told, *more])) from None
 
 
 def _explain(item: Any) -> str:
-    key = ".".join(
-        str(part) for part in item["loc"] if part not in ("int", "literal['auto']", "constrained-int")
-    )
+    parts = [part for part in item["loc"] if part not in ("int", "literal['auto']", "constrained-int")]
+    key = ".".join(part[:SHOWN] if isinstance(part, str) else shortened(part) for part in parts)
     if item["type"] == "extra_forbidden":
         known = known_keys() + list(Config.model_fields)
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
         near = difflib.get_close_matches(plain, known, n=1, cutoff=0.3)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
-    return f"{key} = {item['input']!r}: {item['msg']}"
+    return f"{key} = {shortened(item['input'])}: {item['msg']}"
 
 
 def load_config(path: str | Path | None) -> Config:
     """Read and validate a YAML file; None gives the defaults."""
     if path is None:
         return Config()
-    try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a readable YAML file ({error}); see configs/ for examples") from None
+    tree = read_yaml(path) or {}
     if not isinstance(tree, dict):
         raise InputError(
             f"{path}: expected a mapping of sections such as 'model:' and 'data:', got {type(tree).__name__}"

@@ -9,13 +9,30 @@ import contextlib
 import logging
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from types import TracebackType
 
 from tinyonn.errors import InputError
+from tinyonn.escape import visible
 from tinyonn.progress import print_line
 
 FILE_BYTES = 5_000_000
 FILES = 4
 FORMAT = "%(asctime)s %(levelname)-7s %(process)d %(name)s: %(message)s"
+
+
+class _Formatter(logging.Formatter):
+    """A message is one line, whatever stands in it; tracebacks keep theirs."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return visible(super().formatMessage(record))
+
+    def formatException(
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None],
+    ) -> str:
+        """The traceback."""
+        return visible(super().formatException(ei), lines=True)
 
 
 class _Console(logging.Handler):
@@ -64,7 +81,7 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
         ) from None
     close_logging()
     logging.raiseExceptions = False  # a log that cannot be written must not fill the console with tracebacks
-    file.setFormatter(logging.Formatter(FORMAT))
+    file.setFormatter(_Formatter(FORMAT))
     ours = logging.getLogger("tinyonn")
     ours.setLevel(logging.DEBUG)
     ours.propagate = False
@@ -72,7 +89,7 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
     if console:
         handler = _Console()
         handler.setLevel(logging.INFO)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Formatter("%(message)s"))
         ours.addHandler(handler)
     return path
 

@@ -6,11 +6,47 @@ import os
 from pathlib import Path
 
 from tinyonn.errors import InputError
+from tinyonn.escape import shortened
 
+LONGEST_PATH = 3000  # bytes; below it lie the store's own files, and Linux takes 4,096
+LONGEST_PART = 255  # bytes of one name in a path
 LOCAL_ROOT = "storage"  # of what stays local when the store lies in a bucket
 JOB_COPY = (
     "runtime_resources"  # Ray unpacks a job's working directory below a folder of this name, and clears it
 )
+
+
+def checked_text(text: str) -> str:
+    """Refuse what no file and no column can be called: the NUL character, halves of characters."""
+    if "\0" in text:
+        raise ValueError("it has a NUL character, which no name may have")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("it is not valid Unicode") from None
+    return text
+
+
+def checked_path(text: str) -> str:
+    """Refuse a path that no file system takes, or below the home of someone who is not there."""
+    parts = checked_text(text).split("/")
+    size, longest = len(text.encode("utf-8")), max(len(part.encode("utf-8")) for part in parts)
+    if size > LONGEST_PATH:
+        raise ValueError(f"it is {size:,} bytes long; at most {LONGEST_PATH:,} are taken")
+    if longest > LONGEST_PART:
+        raise ValueError(f"a name in it is {longest:,} bytes long; at most {LONGEST_PART} are taken")
+    if text.startswith("~") and not _has_home(parts[0]):
+        raise ValueError(f"there is no user {parts[0][1:]!r} on this machine; give the folder itself")
+    return text
+
+
+def _has_home(user: str) -> bool:
+    """Whether ``~`` or ``~user`` stands for a folder."""
+    try:
+        Path(user).expanduser()
+    except RuntimeError:
+        return False
+    return True
 
 
 def base_folder() -> Path:
@@ -32,6 +68,10 @@ def run_location(run: str, root: str) -> str:
     InputError
         Not a name.
     """
+    try:
+        checked_path(run.removeprefix("s3://"))
+    except ValueError as error:
+        raise InputError(f"RUN = {shortened(run)}: {error}") from None
     if run.startswith("s3://"):
         return run.rstrip("/")
     if "/" in run:

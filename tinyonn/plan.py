@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.cost import Device, commit_seconds, sample_seconds, segment_size
-from tinyonn.errors import CapacityError
+from tinyonn.errors import CapacityError, InputError
 from tinyonn.memory import (
     BATCH,
     DRIVER_BYTES,
@@ -154,6 +154,8 @@ def plan_record(
 
     Raises
     ------
+    InputError
+        More windows than there are layers and tensors outside them.
     CapacityError
         Names what is needed, the limit and what would help.
     """
@@ -182,6 +184,11 @@ def _fastest(
 
     names = [(parameter.name, parameter.layer, parameter.size) for parameter in parameters]
     most = len({p.layer for p in parameters} - {None}) + sum(p.layer is None for p in parameters)
+    if record.windows != "auto" and record.windows > most:
+        raise InputError(
+            f"record.windows = {record.windows:,} is more than the {most} layers and tensors outside layers of "
+            f"{model.name}; give {most} or less, or auto"
+        )
     counts = range(1, most + 1) if record.windows == "auto" else range(record.windows, record.windows + 1)
     most_workers = min(places(machine, record), _segments(parameters, data, machine, record)[1])
     workers = range(most_workers, 0, -1) if record.workers == "auto" else (record.workers,)

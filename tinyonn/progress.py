@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from tinyonn import screen
+from tinyonn.escape import visible
 from tinyonn.pace import Pace, Phase
 from tinyonn.sheet import cells, wrap
 from tinyonn.sizes import format_count, format_seconds, format_size
@@ -88,7 +89,7 @@ class Bar:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         whole = [Phase("", float(phases))] if isinstance(phases, int | float) else list(phases)
-        self.what, self.unit, self.note = what, unit, ""
+        self.what, self.unit, self.note = visible(what), unit, ""
         self.pace = Pace(whole)
         self._clock, self._started = clock, clock()
         self._before = self._counted = float(before)
@@ -159,7 +160,7 @@ class Bar:
             self.pace.phase.observe(self._clock(), done)
             self._counted = done if counted is None else counted
             if note is not None:
-                self.note = note
+                self.note = visible(note)
         self._tell()
 
     def _tell(self) -> None:
@@ -178,7 +179,7 @@ class Bar:
 
     @property
     def _name(self) -> str:
-        name = self.pace.phase.name
+        name = visible(self.pace.phase.name)
         return f"{self.what}: {name}" if name else self.what
 
     @property
@@ -352,4 +353,4 @@ def print_line(text: str) -> None:
     if live is None:
         screen.complain(text)
     else:
-        live.console.print("\n".join(wrap(text, live.console.width)), crop=False)
+        live.console.print("\n".join(wrap(visible(text), live.console.width)), crop=False)

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from tinyonn.escape import visible
 from tinyonn.sheet import wrap
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def show(sheet: Sheet) -> None:
         if watched(stream):
             from rich.console import Console
 
-            Console(file=stream, width=width).print(sheet, crop=False)
+            Console(file=stream, width=width, markup=False, emoji=False, highlight=False).print(
+                sheet, crop=False
+            )
         else:
             print(sheet.plain(width), file=stream, flush=True)
 
@@ -130,4 +133,4 @@ def show(sheet: Sheet) -> None:
 def complain(text: str) -> None:
     """Print a line on stderr, at a terminal broken at blanks."""
     stream = stderr()
-    print("\n".join(wrap(text, width_of(stream))), file=stream, flush=True)
+    print("\n".join(wrap(visible(text), width_of(stream))), file=stream, flush=True)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from tinyonn.escape import visible
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -91,24 +93,36 @@ class Sheet:
         """In a frame, as wide as the console."""
         from rich.text import Text
 
-        for line in wrap(self.title, options.max_width):
+        shown = self.visible()
+        for line in wrap(shown.title, options.max_width):
             yield Text(line, style="italic", no_wrap=True, overflow="ignore")
-        parts = list(_parts(self, options.max_width))
+        parts = list(_parts(shown, options.max_width))
         for part in parts:
             yield from _drawn(part, options.max_width, frames=len(parts) == 1)
-        for note in self.notes:
+        for note in shown.notes:
             for line in wrap(note, options.max_width):
                 yield Text(line, style="dim italic", no_wrap=True, overflow="ignore")
 
     def plain(self, width: int | None = None) -> str:
         """As plain lines; None: however wide."""
-        lines = list(wrap(self.title, width))
-        for number, part in enumerate(_parts(self, width)):
+        shown = self.visible()
+        lines = list(wrap(shown.title, width))
+        for number, part in enumerate(_parts(shown, width)):
             lines += [""] * (number > 0)
             lines += _plain(part, width)
-        for note in self.notes:
+        for note in shown.notes:
             lines += wrap(note, width)
         return "\n".join(lines)
+
+    def visible(self) -> Sheet:
+        """The same without what would do something to a terminal; line feeds end lines as before."""
+
+        def shown(text: str) -> str:
+            return visible(text, lines=True)
+
+        rows = [Row(tuple(map(shown, row.cells)), row.styles, row.last) for row in self.rows]
+        columns = [Column(shown(column.heading), column.number) for column in self.columns]
+        return Sheet(shown(self.title), list(map(shown, self.notes)), self.headed, columns, rows)
 
 
 def pairs(title: str, rows: dict[str, str], notes: Iterable[str] = ()) -> Sheet:
@@ -121,7 +135,7 @@ def pairs(title: str, rows: dict[str, str], notes: Iterable[str] = ()) -> Sheet:
 
 def whole(text: object) -> str:
     """A text that stays on one line where it fits on one, such as a path with blanks."""
-    return str(text).replace(" ", HARD)
+    return visible(text).replace(" ", HARD)
 
 
 def wrap(text: str, width: int | None) -> list[str]:

@@ -13,6 +13,7 @@ UNITS = {
     **{f"{letter}IB": 1024**power for power, letter in enumerate("KMGTP", 1)},
 }
 GiB = 1 << 30
+LARGEST = 1 << 62  # that anyone means
 MiB = 1 << 20
 
 
@@ -33,7 +34,8 @@ def parse_size(text: str, option: str = "size") -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
     factor = UNITS.get(match[2].upper()) if match else None
-    size = int(float(match[1]) * factor) if match and factor else 0
+    wanted = float(match[1]) * factor if match and factor else 0.0
+    size = int(wanted) if wanted < LARGEST else 0
     if size < 1:
         raise InputError(f"{option} = {text!r} is not a size above 0; write it like 8GiB, 8GB or 500MiB")
     return size

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyonn.escape import visible
 from tinyonn.places import check_there, local_folder, store_location
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_size
@@ -80,7 +81,9 @@ class StatusReport:
 
     def table(self) -> Sheet:
         """For people."""
-        title = f"{whole(self.location)}\n{self.model}, {whole(f'{format_count(self.weights)} weights')}"
+        title = (
+            f"{whole(self.location)}\n{visible(self.model)}, {whole(f'{format_count(self.weights)} weights')}"
+        )
         columns = ("committed", "total", "segments", "set_aside")
         sheet = Sheet(title, self._notes()).text("slice")
         sheet.number(*(name.replace("_", " ") for name in columns))
@@ -104,7 +107,7 @@ class StatusReport:
         lines = [", ".join([*words, stage])]
         for item in self.set_aside[:SHOWN]:
             place = f" of {item['slice']}" if item["slice"] else ""
-            lines.append(f"set aside: sample {item['index']}{place}: {item['reason']}")
+            lines.append(visible(f"set aside: sample {item['index']}{place}: {item['reason']}"))
         if len(self.set_aside) > SHOWN:
             lines.append(f"... and {len(self.set_aside) - SHOWN} more; --json lists them all")
         return lines

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyonn.config import TrackConfig
 from tinyonn.errors import InputError
+from tinyonn.escape import visible
+
+UNFIT = re.compile(r"[/\\#?%:]")  # in an id of W&B's
 
 
 class Tracker:
@@ -46,14 +50,18 @@ class Tracker:
                     f"track.wandb = {config.wandb!r} needs the package: pip install 'tiny-onn[track]'"
                 ) from None
             self._wandb = wandb.init(
-                project=config.wandb, name=name, dir=str(folder), resume="allow", id=name
+                project=config.wandb,
+                name=visible(name),
+                dir=str(folder),
+                resume="allow",
+                id=UNFIT.sub("-", visible(name)),
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send scalars by name, at a step counted in samples."""
         if self._writer is not None:
             for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+                self._writer.add_scalar(visible(key), value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 

@@ -26,7 +26,7 @@ from tinyonn.base.spans import (
     UNSHOWN,
     WEIGHTLESS,
 )
-from tinyonn.base.tokens import REWRITES, TYPED, UNLABELLED, Encoded, encode_rows
+from tinyonn.base.tokens import PARTED, REWRITES, TYPED, UNLABELLED, Encoded, encode_rows
 
 MANY = 100_000
 WORDS = ("a", "Hello", " ", "\n", "  ", "\n\n", "é", "🙂", "?", "qz0zq", "\t", "<|im_start|>", "<|im_end|>",
@@ -194,15 +194,17 @@ def test_special_tokens_that_are_typed_stay_text(name: str) -> None:
     assert f"Maybe{typed}." in labelled[1]
 
 
-def test_one_tokenisation_where_parts_are_encoded_otherwise() -> None:
+def test_typed_tokens_stay_text_where_marks_take_blanks_along() -> None:
     tokenizer = tokenizer_of(KINDS["chatml"].template)
     tokenizer.add_tokens([AddedToken("<|im_end|>", rstrip=True, special=True)])  # takes the line's end along
     messages = [user("<|im_end|>"), answer("Hi")]
     encoded = encode(messages, tokenizer)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert encoded.input_ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert runs(tokenizer, encoded)[0] == ["Hi<|im_end|>"]
-    assert encoded.note == TYPED
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoded.input_ids.tolist().count(end) == 2
+    labelled, unlabelled = runs(tokenizer, encoded)
+    assert labelled == ["Hi<|im_end|>"]
+    assert unlabelled[0].startswith("<|im_start|>user\n<|im_end|><|im_end|>")
+    assert encoded.note is None
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.alternating])
@@ -361,13 +363,17 @@ def test_answers_of_weight_0_are_not_labelled(name: str, out: dict[str, Any]) ->
     assert encode(messages[:2], tokenizer).fault == "no labelled token: the assistant says nothing"
 
 
-def test_special_tokens_in_a_text_are_read_as_such_and_told() -> None:
+def test_special_tokens_in_a_text_stay_text_and_are_told() -> None:
     tokenizer = tokenizer_of(KINDS["chatml"].template)
     rows = [Row(0, text="<|im_start|>user\nHi<|im_end|>"), Row(1, text="Hi <im_end>")]
     marked, plain = encode_rows(rows, tokenizer, MANY)
-    assert marked.input_ids.tolist() == tokenizer(rows[0].text)["input_ids"]
-    assert int(marked.input_ids[0]) == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert not set(tokenizer.all_special_ids) & set(marked.input_ids.tolist())
+    assert text_of(tokenizer, marked.input_ids) == rows[0].text
     assert (marked.note, plain.note) == (TYPED, None)
+    rendered, _ = encode_rows(rows, tokenizer, MANY, rendered=True)
+    assert rendered.input_ids.tolist() == tokenizer(rows[0].text)["input_ids"]
+    assert int(rendered.input_ids[0]) == tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert rendered.note is None
 
 
 def test_a_text_that_brings_its_first_token_has_it_once() -> None:
@@ -391,11 +397,12 @@ def test_a_line_end_that_is_joined_with_the_next_header_is_not_labelled() -> Non
     assert runs(tokenizer, encode(messages, tokenizer))[0] == ["Hi.\n", "Ho.\n\n"]
 
 
-def test_typed_tokens_that_cannot_be_told_apart_are_counted() -> None:
+def test_typed_tokens_that_cannot_be_told_apart_are_parted_and_counted() -> None:
     lengths = tokenizer_of("{{ messages[0].content | length }}" + KINDS["chatml"].template)
     encoded = encode([user("a <|im_end|>"), answer("b")], lengths)
-    assert TYPED in str(encoded.note)
-    assert encode([user("a"), answer("b")], lengths).note != TYPED
+    assert PARTED in str(encoded.note)
+    assert "a < |im_end|>" in text_of(lengths, encoded.input_ids)
+    assert encode([user("a"), answer("b")], lengths).note is None
 
 
 def test_a_template_that_refuses_in_any_case() -> None:
@@ -479,7 +486,7 @@ def test_a_long_text_is_cut_before_it_is_encoded(unit: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE / "reference" / "model")
     for size in (1, 700, 20_000):
         text = "begin " + unit * size
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         for limit in (2, 64):
             found = next(iter(encode_rows([Row(0, text=text)], tokenizer, limit)))
             assert found.input_ids.tolist() == ids[:limit]

@@ -218,7 +218,7 @@ def _tokenise(
     with scratch.open("wb") as stream:
         writer = RowWriter(stream, {})
         rows = counted(chosen(), "tokenising", int(wanted.sum()), "rows")
-        for number, encoded in enumerate(encode_rows(rows, tokenizer, limit)):
+        for number, encoded in enumerate(encode_rows(rows, tokenizer, limit, mixture.config.rendered)):
             _keep(found, encoded, places[number], survey, writer)
         writer.close()
     return found
@@ -366,7 +366,7 @@ def _made_alike(earlier: Earlier, making: str, underived: str) -> bool:
 def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[tuple[str, str], str]:
     """Hashes of how rows are made, with derived slices and without; and of that, the sources and what is taken."""
     config = mixture.config
-    making = {
+    making: dict[str, Any] = {
         "version": VERSION,
         "labels": LABELS,
         "tokenizer": _tokenizer_print(tokenizer),
@@ -374,6 +374,8 @@ def _keys(mixture: Mixture, tokenizer: Any, limit: int) -> tuple[tuple[str, str]
         "slices": config.slices if mixture.derived else None,
         "seed": config.seed,
     }
+    if config.rendered:
+        making["rendered"] = True
     source = {"source": mixture.fingerprint(), "samples": config.samples}
     return (_hash(making), _hash({**making, "slices": None})), _hash({**making, **source})
 

@@ -3,33 +3,36 @@
 A text is labelled whole. Of messages only the assistant's turns are: contents, calls of tools, the reasoning that the
 template shows, and the end-of-turn token; `tinyonn.base.spans` finds them. A token is labelled that lies in a turn.
 
-Special tokens that the messages spell out (``<|im_start|>`` typed by a user) are encoded as plain text wherever the
-tokenizer gives the same tokens for the parts between the template's own special tokens as for the whole; elsewhere,
-and in plain texts, whose author may have written the markup that a template would, they are special, and counted.
+Special tokens that messages and texts spell out (``<|im_start|>`` typed by a user) stay text (`tinyonn.base.specials`);
+where a tokenizer or a template allows no other way, a blank is put into them. Only of texts that are said to be
+rendered conversations are they read as what they are.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.base.spans import Chat, LeftOut, Span, special_pattern
+from tinyonn.base.spans import Chat, LeftOut, Span
+from tinyonn.base.specials import Specials
+from tinyonn.base.turns import mapped
 from tinyonn.errors import InputError
 
 if TYPE_CHECKING:
-    from tinyonn.base.rows import Row
+    from tinyonn.base.rows import Message, Row
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 UNLABELLED = -100
 BATCH = 64
 CHARACTERS = 16  # of a token, to begin with: only so much of a text is encoded, and more if that falls short
 MARGIN = 64  # tokens before a cut that may depend on what was cut off
-TYPED = "special tokens that the text spells out are read as such"
+TYPED = "special tokens that the text spells out are read as text"
+PARTED = "special tokens that the row spells out have a blank put into them"
+UNTOLD = "it spells out special tokens, which cannot be kept apart from the tokenizer's own"
 REWRITES = "the chat template renders earlier turns differently"
 
 
@@ -59,18 +62,22 @@ class Encoded:
     note: str | None = None
 
 
-def encode_rows(rows: Iterable[Row], tokenizer: Any, max_tokens: int) -> Iterator[Encoded]:
-    """Tokenise rows without a fault, in order.
+def encode_rows(
+    rows: Iterable[Row], tokenizer: Any, max_tokens: int, rendered: bool = False
+) -> Iterator[Encoded]:
+    """Tokenise rows without a fault, in order; special tokens in texts count if these are `rendered`.
 
     Raises
     ------
     InputError
         There are messages, and the tokenizer has no chat template or cannot tell where its tokens lie.
     """
-    stream = iter(rows)
+    stream, special = iter(rows), Specials(tokenizer)
     while group := list(islice(stream, BATCH)):
-        texts = iter(_encode_texts([row for row in group if row.text is not None], tokenizer, max_tokens))
-        chats = iter(_encode_chats([row for row in group if row.text is None], tokenizer, max_tokens))
+        told = [row for row in group if row.text is not None]
+        said = [row for row in group if row.text is None]
+        texts = iter(_encode_texts(told, tokenizer, special, max_tokens, rendered))
+        chats = iter(_encode_chats(said, tokenizer, special, max_tokens))
         for row in group:
             yield _checked(row.index, next(texts if row.text is not None else chats), max_tokens)
 
@@ -99,27 +106,58 @@ def _checked(index: int, found: _Labelled, max_tokens: int) -> Encoded:
     return Encoded(index, np.array(ids, np.int32), np.array(labels, np.int32), truncated, fault, note)
 
 
-def _encode_texts(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[_Labelled]:
+def _encode_texts(
+    rows: list[Row], tokenizer: Any, special: Specials, max_tokens: int, rendered: bool
+) -> Iterator[_Labelled]:
     if not rows:
         return
     limit = (max_tokens + MARGIN) * CHARACTERS
     texts = [str(row.text) for row in rows]
     encoded = tokenizer([text[:limit] for text in texts], verbose=False)["input_ids"]
-    special = _special(tokenizer)
-    pattern = special_pattern(special) if special else None
+    begin = tokenizer.bos_token
     for text, ids in zip(texts, encoded, strict=True):
-        size = limit
-        while size < len(text) and len(ids) <= max_tokens + MARGIN:
-            size *= 2
-            ids = tokenizer(text[:size], verbose=False)["input_ids"]
-        begin = tokenizer.bos_token
+        reading = _Reading(tokenizer, max_tokens)
         if begin and text.startswith(begin) and ids[:2] == [tokenizer.bos_token_id] * 2:
-            ids = ids[1:]  # the text brings its own
-        typed = pattern is not None and pattern.search(text, 0, size) is not None
-        yield _Labelled(ids, list(ids), notes=(TYPED,) * typed)
+            text = text.removeprefix(begin)  # it brings its own
+            ids = reading.ids(text)
+        else:
+            ids = reading.ids(text, ids)
+        spelt = special.spelt(text, reading.size) or special.count(ids) > reading.around(special)
+        yield _Labelled(ids, list(ids)) if rendered or not spelt else _spelt(text, special, reading)
 
 
-def _encode_chats(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[_Labelled]:
+class _Reading:
+    """Encodes as much of a text as the allowed tokens take; `size` is how much that was."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self._tokenizer, self._enough = tokenizer, max_tokens + MARGIN
+        self.size = self._enough * CHARACTERS
+
+    def ids(self, text: str, ids: list[int] | None = None, **options: Any) -> list[int]:
+        """Tokens of a text; `ids` are those of its first `size` characters."""
+        while ids is None or (self.size < len(text) and len(ids) <= self._enough):
+            self.size *= 1 if ids is None else 2
+            ids = self._tokenizer(text[: self.size], verbose=False, **options)["input_ids"]
+        return ids
+
+    def around(self, special: Specials) -> int:
+        """Special tokens that the tokenizer puts around any text."""
+        return special.count(self._tokenizer("", verbose=False)["input_ids"])
+
+
+def _spelt(text: str, special: Specials, reading: _Reading) -> _Labelled:
+    """A text that spells out special tokens, which stay text."""
+    around = reading.around(special)
+    ids = reading.ids(text, split_special_tokens=True)
+    if special.count(ids) <= around:
+        return _Labelled(ids, list(ids), notes=(TYPED,))
+    ids = reading.ids(special.parted(text))
+    if special.count(ids) <= around:
+        return _Labelled(ids, list(ids), notes=(PARTED,))
+    return _Labelled(fault=UNTOLD)
+
+
+def _encode_chats(rows: list[Row], tokenizer: Any, special: Specials, max_tokens: int) -> Iterator[_Labelled]:
     if not rows:
         return
     if not tokenizer.chat_template:
@@ -132,45 +170,51 @@ def _encode_chats(rows: list[Row], tokenizer: Any, max_tokens: int) -> Iterator[
             f"{type(tokenizer).__name__} does not tell where its tokens lie in the text, so the assistant's "
             "turns cannot be labelled; save a fast tokenizer (tokenizer.json) beside the model"
         )
-    special = _special(tokenizer)
     for row in rows:
-        try:
-            chat = Chat(row.messages or (), tokenizer, row.tools, special)
-        except LeftOut as left:
-            yield _Labelled(fault=f"the chat template leaves out {left}")
-        except Exception as error:  # whatever a template raises, jinja2's TemplateError first of all
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            yield _Labelled(fault=f"the chat template refuses the messages ({reason})")
-        else:
-            yield _labelled(chat, tokenizer, special, max_tokens)
+        messages, tools = list(row.messages or ()), row.tools
+        found = _encode_chat(messages, tools, tokenizer, special, max_tokens)
+        if found is None:  # what is spelt out cannot be told from the template's own
+            messages, tools = mapped([messages, tools], special.parted)
+            found = _encode_chat(messages, tools, tokenizer, special, max_tokens)
+            found = None if found is None else replace(found, notes=(*found.notes, PARTED))
+        yield found or _Labelled(fault=UNTOLD)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens of a text and the characters [first, last) that each stands for."""
+def _encode_chat(
+    messages: Sequence[Message], tools: Any, tokenizer: Any, special: Specials, max_tokens: int
+) -> _Labelled | None:
+    """A conversation as tokens; None where special tokens that it spells out would be read as such."""
+    try:
+        chat = Chat(messages, tokenizer, tools, special.words)
+    except LeftOut as left:
+        return _Labelled(fault=f"the chat template leaves out {left}")
+    except Exception as error:  # whatever a template raises, jinja2's TemplateError first of all
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return _Labelled(fault=f"the chat template refuses the messages ({reason})")
+    return _labelled(chat, special, max_tokens)
 
-    ids: list[int]
-    places: list[Span]
 
-
-def _labelled(chat: Chat, tokenizer: Any, special: list[str], max_tokens: int) -> _Labelled:
+def _labelled(chat: Chat, special: Specials, max_tokens: int) -> _Labelled | None:
     inserted = chat.inserted
+    if inserted is None:
+        return None
     size = (max_tokens + MARGIN) * CHARACTERS
     while True:
         text = chat.text[:size]
-        tokens = _tokens(text, tokenizer)
+        tokens = special.tokens(text)
         if len(text) == len(chat.text) or len(tokens.ids) > max_tokens + MARGIN:
             break
         size *= 2
-    typed = inserted is None
-    if inserted:
-        plain = _as_text(text, tokenizer, special_pattern(special), inserted, tokens)
-        typed, tokens = plain is None, plain or tokens
+    if inserted or special.count(tokens.ids) > special.marks(text, inserted):
+        plain = special.as_text(text, inserted, tokens)
+        if plain is None:
+            return None
+        tokens = plain
     reach = max((last for _, last in tokens.places[:max_tokens]), default=0)
     spans, lost = chat.answers(reach)
     if lost and not spans:
         return _Labelled(fault=REWRITES)
-    notes = [*chat.notes, *[TYPED] * typed]
+    notes = list(chat.notes)
     if lost:
         notes.append(f"{REWRITES}; what cannot be placed is not labelled")
     ids = tokens.ids[: max_tokens + 1]
@@ -192,39 +236,3 @@ def _labels(text: str, ids: list[int], places: list[Span], spans: list[Span]) ->
         if last <= end or text[end:last].isspace():  # a few special tokens take the blanks behind them along
             labels[place] = ids[place]
     return labels
-
-
-def _tokens(text: str, tokenizer: Any, **options: Any) -> _Tokens:
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
-    return _Tokens(found["input_ids"], found["offset_mapping"])
-
-
-def _special(tokenizer: Any) -> list[str]:
-    return [
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content
-    ]
-
-
-def _as_text(
-    text: str, tokenizer: Any, special: re.Pattern[str], inserted: set[int], whole: _Tokens
-) -> _Tokens | None:
-    """Encode the special tokens that messages spell out as text; None where that changes other tokens."""
-    parts: list[tuple[int, str, bool]] = []
-    end = 0
-    for match in special.finditer(text):
-        if match.start() not in inserted:
-            parts += [(end, text[end : match.start()], True), (match.start(), match[0], False)]
-            end = match.end()
-    parts.append((end, text[end:], True))
-
-    def joined(split: bool) -> _Tokens:
-        ids: list[int] = []
-        places: list[Span] = []
-        for start, part, ours in parts:
-            found = _tokens(part, tokenizer, split_special_tokens=split and ours)
-            ids += found.ids
-            places += [(start + first, start + last) for first, last in found.places]
-        return _Tokens(ids, places)
-
-    plain = joined(True)
-    return plain if joined(False).ids == whole.ids else None

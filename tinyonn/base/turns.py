@@ -83,11 +83,12 @@ def _plain(message: Message) -> bool:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every string in a tree of lists and dicts, keys left out."""
+    """Yield every string in a tree of lists and dicts, keys with them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
+        for key, item in value.items():
+            yield from strings(key)
             yield from strings(item)
     elif isinstance(value, list | tuple):
         for item in value:
@@ -95,9 +96,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy a tree of lists and dicts with every string changed, keys left out."""
+    """Copy a tree of lists and dicts with every string changed, keys with them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: mapped(item, change) for key, item in value.items()}
+        return {mapped(key, change): mapped(item, change) for key, item in value.items()}
     return [mapped(item, change) for item in value] if isinstance(value, list | tuple) else value

@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyonn.cluster.features import kind_of
 from tinyonn.errors import InputError
+from tinyonn.escape import html, picture
 from tinyonn.run import Run, open_run
 from tinyonn.store.arrays import bands, read_together
 from tinyonn.store.records import Float64
@@ -190,7 +191,7 @@ def _draw_png(
     shares = np.array([[cell["slices"].get(name, 0.0) for name in names] for cell in stored["cells"]])
     image = grid[2, 2].imshow(shares.T, aspect="auto", cmap="magma")
     grid[2, 2].set(title="share of a cell's weights by dominant slice", xlabel="cell")
-    grid[2, 2].set_yticks(range(len(names)), names)
+    grid[2, 2].set_yticks(range(len(names)), [picture(name) for name in names])
     figure.colorbar(image, ax=grid[2, 2])
     figure.tight_layout()
     figure.savefig(path, dpi=PNG_DPI)
@@ -206,7 +207,12 @@ def _scatter(axes: Axes, points: Float64, values: np.ndarray) -> None:
     for number, name in enumerate(sorted(set(values))):
         chosen = values == name
         axes.scatter(
-            points[chosen, 0], points[chosen, 1], s=DOT, color=f"C{number % 10}", label=name, linewidths=0
+            points[chosen, 0],
+            points[chosen, 1],
+            s=DOT,
+            color=f"C{number % 10}",
+            label=picture(name),
+            linewidths=0,
         )
     axes.legend(markerscale=5, fontsize=8)
 
@@ -215,16 +221,13 @@ def _draw_html(
     path: Path, stored: dict[str, Any], drawn: Sample, maps: dict[str, Float64], parts: dict[str, np.ndarray]
 ) -> None:
     """One page without a network: the projections with what each weight is, and the layers by cell."""
-    from html import escape
-
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     figure = make_subplots(rows=1, cols=3, subplot_titles=[*maps, "share of a cell's weights by layer"])
     for column, (name, points) in enumerate(maps.items(), 1):
         text = [
-            escape(f"cell {drawn.cells[i]}, {drawn.kinds[i]}, {drawn.slices[i]}")
-            for i in parts[name].tolist()
+            html(f"cell {drawn.cells[i]}, {drawn.kinds[i]}, {drawn.slices[i]}") for i in parts[name].tolist()
         ]
         marker = {"size": 3, "color": drawn.cells[parts[name]], "colorscale": "Turbo"}
         figure.add_trace(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.errors import InputError
+from tinyonn.escape import picture
 from tinyonn.evaluate.results import Line
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
@@ -162,7 +163,7 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
         emphasis = {"linewidth": 2.5, "color": "black"} if method == "default" else {"linewidth": 1.2}
         axes.plot(
             *zip(*points, strict=True),
-            label=method,
+            label=picture(method),
             marker="osD^v<>pX*hP"[number % 12],
             markersize=4,
             **emphasis,

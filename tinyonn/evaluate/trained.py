@@ -223,7 +223,7 @@ def continue_text(location: str, prompt: str, tokens: int = 24) -> str:
 
     folder = local_folder(location) / "model"
     model, tokenizer = open_assembled(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    given = tokenizer(prompt, return_tensors="pt")
+    given = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
     found = model.generate(**given, max_new_tokens=tokens, do_sample=False)
     return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from tinyonn.escape import code, markdown
+
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +47,7 @@ def write_card(folder: Path, config: dict[str, Any], base: Path, figures: Any = 
                 yaml.safe_dump(front, sort_keys=False).strip(),
                 "---",
                 "",
-                f"# {_name(assembly)} as sparse experts",
+                f"# {markdown(_name(assembly))} as sparse experts",
                 "",
                 *_kept(assembly, _chosen(config)),
                 "",
@@ -97,7 +99,7 @@ def _front(base: Path, assembly: dict[str, Any]) -> tuple[dict[str, Any], str]:
             front[key] = theirs[key]
     return (
         front,
-        f"The weights are those of the base model, whose card names the licence `{licence}`; it holds here too.",
+        f"The weights are those of the base model, whose card names the licence {code(licence)}; it holds here too.",
     )
 
 
@@ -143,24 +145,26 @@ def _kept(assembly: dict[str, Any], top_k: int | None) -> list[str]:
     report, selection = assembly["report"], assembly["selection"]
     experts = len(report["sizes"]) - 1
     on = "all experts are on" if top_k is None else f"{top_k} of {experts} experts are on"
-    slices = ", ".join(f"{name} ({count:,})" for name, count in assembly["slices"].items())
+    slices = ", ".join(f"{markdown(name)} ({count:,})" for name, count in assembly["slices"].items())
     base, share = assembly["base"], report["budget"] / report["linear"]
     since = "what was trained since is named below" if "training" in assembly else "none was trained"
     rounded = " after NF4" if base["quantization"] == "nf4" else ""
     what = (
-        f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of `{base['path']}`, "
-        f"in {experts} experts and a core of {report['sizes'][-1]:,} weights that is always on. Values are the base's"
-        f"{rounded}; {since}. Embeddings, head, norms and biases ({report['trunk']:,}) are whole. "
+        f"{report['budget']:,} of {report['linear']:,} weights of the linear layers ({share:.1%}) of "
+        f"{code(base['path'])}, in {experts} experts and a core of {report['sizes'][-1]:,} weights that is "
+        f"always on. Values are the base's{rounded}; {since}. Embeddings, head, norms and biases "
+        f"({report['trunk']:,}) are whole. "
         f"By default {on}."
     )
     made = (
         f"Made with Tiny-ONN {assembly['tinyonn']} from what every weight did on {assembly['samples']:,} samples: "
-        f"{slices}. Score `{selection['score']}`, best within each {selection['within']}, budget across tensors "
-        f"`{selection['allocation']}`, core {selection['core']:.0%} of the budget, seed {selection['seed']}."
+        f"{slices}. Score {code(selection['score'])}, best within each {markdown(selection['within'])}, budget across "
+        f"tensors {code(selection['allocation'])}, core {selection['core']:.0%} of the budget, "
+        f"seed {selection['seed']}."
     )
     lines = [what, "", made, "", "| kind | weights | kept | share |", "|---|---|---|---|"]
     for kind, (kept, every) in report["kinds"].items():
-        lines.append(f"| {kind} | {every:,} | {kept:,} | {kept / every:.1%} |")
+        lines.append(f"| {markdown(kind)} | {every:,} | {kept:,} | {kept / every:.1%} |")
     return lines
 
 
@@ -174,9 +178,9 @@ def _quality(figures: Any, trained: bool) -> list[str]:
     lines = [
         f"Held-out loss, nats a token{' after the prompt' if trained else ''}:",
         "",
-        f"| | {' | '.join(slices)} |",
+        f"| | {' | '.join(map(markdown, slices))} |",
         f"|---|{'---|' * len(slices)}",
     ]
     for name, losses in figures.items():
-        lines.append(f"| {name} | {' | '.join(f'{losses[s]:.3f}' for s in slices)} |")
+        lines.append(f"| {markdown(name)} | {' | '.join(f'{losses[s]:.3f}' for s in slices)} |")
     return lines

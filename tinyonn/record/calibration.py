@@ -116,9 +116,10 @@ def layer_windows(names: Sequence[tuple[str, int | None, int]], windows: int) ->
         else:
             groups.append((layer, [name], size))
     total = sum(group[2] for group in groups)
-    result: list[list[str]] = [[] for _ in range(windows)]
+    result: dict[int, list[str]] = {}
     seen = 0
     for _, members, size in groups:
-        result[min(math.floor((seen + size / 2) * windows / total), windows - 1)] += members
+        place = min(math.floor((seen + size / 2) * windows / total), windows - 1)
+        result.setdefault(place, []).extend(members)
         seen += size
-    return [window for window in result if window]
+    return list(result.values())

@@ -1,7 +1,8 @@
 """The command line: ``tinyonn STAGE RUN [--config FILE] [--json]``. Parses, validates, calls one stage.
 
 A RUN without a slash is a run under ``storage.root``; with one, or as ``s3://...``, it is the place itself.
-Exit codes: 0 done, 2 wrong use or input, 3 does not fit, 4 store busy or damaged, 130 interrupted.
+Exit codes: 0 done, 2 wrong use or input, 3 does not fit, 4 store busy or damaged, or Ray lost; 130 interrupted, and
+128 and its number for other signals.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyonn import cli_experts
+from tinyonn import cli_experts, endings
 from tinyonn.command import (
     AddressOption,
     ConfigOption,
@@ -249,4 +250,8 @@ app.add_typer(cli_experts.app)
 
 def main() -> None:
     """Entry point of the ``tinyonn`` script and of ``python -m tinyonn``."""
-    app()
+    endings.take_signals()
+    try:
+        app()
+    finally:
+        endings.leave()

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
-from tinyonn import screen
+from tinyonn import endings, screen
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from tinyonn.engine import EngineOptions
     from tinyonn.sheet import Sheet
 
-INTERRUPTED = 130
 UNUSABLE = (  # what a path can be wrong with
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -93,8 +93,7 @@ def run_stage(
         with _console(stage, location, as_json, log):
             report = body(location, settings)
     except KeyboardInterrupt:
-        screen.complain("interrupted; what was committed stays, and the same command goes on from there")
-        raise typer.Exit(INTERRUPTED) from None
+        _end(endings.ending() or endings.Ending.of_signal(signal.SIGINT))
     except TinyONNError as error:
         fail(error)
     except MemoryError:
@@ -120,6 +119,8 @@ def run_stage(
         )
     except Exception:
         _crash()
+        if (reason := endings.ending()) is not None:  # what fails while this process ends, fails by that
+            _end(reason)
         raise
     if as_json:
         from tinyonn.machine import peak_rss
@@ -175,6 +176,11 @@ def fail(error: TinyONNError) -> NoReturn:
         logger.debug("failed", exc_info=True)
     screen.complain(f"tinyonn: {line}")
     raise typer.Exit(error.exit_code) from None
+
+
+def _end(reason: endings.Ending) -> NoReturn:
+    endings.tell(reason)
+    raise typer.Exit(reason.code) from None
 
 
 def _crash() -> None:

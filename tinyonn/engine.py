@@ -224,9 +224,10 @@ def _local_cluster(workers: int) -> Iterator[Any]:
 
 @contextmanager
 def _ray(options: EngineOptions, workers: int, watch: Watch | None) -> Iterator[Compute]:
+    from tinyonn.record.alive import patiently
     from tinyonn.record.cluster import cluster_address, connected
 
     with connected(cluster_address(options.address), workers):
         from ray.util.dask import ray_dask_get
 
-        yield lambda calls: _compute(calls, watch, scheduler=ray_dask_get)
+        yield lambda calls: list(patiently(lambda: _compute(calls, watch, scheduler=ray_dask_get)))

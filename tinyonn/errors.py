@@ -37,3 +37,9 @@ class StoreBusyError(StoreError):
 
 class StoreDamagedError(StoreError):
     """Bytes of the store are missing or fail their checksum."""
+
+
+class EngineLostError(TinyONNError):
+    """What a stage's workers run on, such as Ray, is gone. Exit code 4."""
+
+    exit_code = 4

@@ -15,13 +15,12 @@ from tinyonn.base.corpus_file import Corpus
 from tinyonn.profile.manifest import Part
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job, ProfileWorker
+from tinyonn.record.alive import Waiting, check
 from tinyonn.record.cluster import LOST, Crew, capacity, outcome
 from tinyonn.record.worker import WorkerUse
 
 LOG = logging.getLogger(__name__)
 SCALE = 10.0  # seconds between looks for machines that joined
-PATIENCE = 60.0  # seconds without a first worker after which the user is told what is waited for
-
 LOOK = 1.0  # seconds between looks at what the workers have done
 
 Done = Callable[[Part, PartProfile], None]
@@ -80,6 +79,8 @@ class Dealer:
         Takes each part as it comes back.
     seen : callable
         Is told now and then what is done of the others.
+    held : callable
+        Says in words what is written.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Dealer:
         most: int,
         done: Done,
         seen: Seen,
+        held: Callable[[], str],
     ) -> None:
         self.crew, self.corpus, self.done, self.seen = crew, corpus, done, seen
         self._before: dict[int, int] = {}  # samples of a worker when it began its part
@@ -100,7 +102,7 @@ class Dealer:
         self._tasks: dict[Any, tuple[int, Part]] = {}  # by the reference of the call under way
         self._loading: dict[Any, int] = {}
         self._idle: list[int] = []
-        self._began = time.monotonic()
+        self._waiting = Waiting(LOG.info, held)
 
     def run(self) -> list[WorkerUse]:
         """Until every part is done; what the workers have used.
@@ -150,9 +152,10 @@ class Dealer:
         self.seen(counts)
 
     def _wait(self) -> None:
+        check()
         ready, _ = ray.wait([*self._tasks, *self._loading], num_returns=1, timeout=LOOK)
         self._look()
-        self._say_if_alone()
+        self._waiting.see(self.crew.any_up())
         for reference in ready:
             number: int
             part: Part | None = None
@@ -172,11 +175,6 @@ class Dealer:
             else:
                 self.done(part, result)
                 self.crew.succeeded()
-
-    def _say_if_alone(self) -> None:
-        if not self.crew.facts and time.monotonic() - self._began > PATIENCE:
-            self._began = time.monotonic()
-            LOG.info("still waiting for a worker to start: the cluster may be busy with other work")
 
     def _lost(self, number: int, part: Part | None, error: BaseException) -> None:
         LOG.warning("worker %d is lost and will be replaced; its part is measured again", number)

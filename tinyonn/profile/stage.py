@@ -35,6 +35,7 @@ from tinyonn.profile.report import ProfileReport, spread
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job
 from tinyonn.progress import Bar
+from tinyonn.record.alive import patiently
 from tinyonn.record.cluster import cluster_address, cluster_device, connected
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.record.worker import WorkerUse
@@ -191,14 +192,15 @@ class _Profiling:
             if count == 1:
                 return measure_here(self._job(device), self.corpus, parts, self._done, self._seen)
         cpus = max(usable_cpus(), threads * (wanted or 1))
-        with connected(address, cpus):
+        with connected(address, cpus, self._held):
             device = cluster_device(self.config)
-            resources = ray.cluster_resources()
+            resources = patiently(ray.cluster_resources)
             units = int(resources.get("GPU" if device == "cuda" else "CPU", 0))
             plan = self._plan(device, units, cluster_ram())
             job = self._job(device)
             crew = ProfileCrew(self.config, device, job=job)
-            return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done, self._seen).run()
+            doing = self._done, self._seen, self._held
+            return Dealer(crew, self.corpus, parts, wanted, plan.workers, *doing).run()
 
     @property
     def _wanted(self) -> int | None:
@@ -228,6 +230,10 @@ class _Profiling:
             self.options.prompt_tokens,
             self.options.excerpt,
         )
+
+    def _held(self) -> str:
+        """What is written, in words."""
+        return f"{self.before + self.measured:,} of {self.dataset.manifest.samples:,} samples are written and stay"
 
     def _done(self, part: Part, found: PartProfile) -> None:
         self.check()

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.cost import Device
-from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.errors import CapacityError, EngineLostError, InputError, TinyONNError
+from tinyonn.record.alive import LOOK, Watch, check, let_go, patiently
 from tinyonn.record.session import private_session
 from tinyonn.record.worker import Worker, WorkerFacts
 from tinyonn.store.manifest import Segment
@@ -35,7 +37,9 @@ def cluster_address(address: str | None) -> str | None:
 
 
 @contextmanager
-def connected(address: str | None, cpus: int) -> Iterator[None]:
+def connected(
+    address: str | None, cpus: int, held: Callable[[], str] = lambda: "what was committed stays"
+) -> Iterator[None]:
     """Connect to Ray for the duration of a run.
 
     Parameters
@@ -43,14 +47,20 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
     address : str or None
         ``auto`` or ``host:port`` of a cluster; None starts a local Ray with `cpus` logical CPUs. Where this process
         is connected already, that cluster is used.
+    cpus : int
+    held : callable
+        Says in words what is committed, for the error when Ray is lost.
 
     Raises
     ------
     InputError
         The cluster does not answer or refuses the token.
+    EngineLostError
+        Ray has ended, or does not answer any more.
     """
     if ray.is_initialized():
-        yield
+        with Watch(ray.get_runtime_context().gcs_address, held):
+            yield
         return
     with ExitStack() as stack:
         if address is None:
@@ -64,8 +74,14 @@ def connected(address: str | None, cpus: int) -> Iterator[None]:
                     f"no Ray cluster answers at {address} ({_first_line(error)}); start one as in docs/cluster.md, "
                     "give every machine the same token, or leave the address out to use this machine alone"
                 ) from None
-        stack.callback(ray.shutdown)
-        yield
+        endings.keep_signals()
+        watch = Watch(address, held)
+        try:
+            with watch:
+                yield
+        finally:
+            let_go(hurry=watch.lost is not None)
+            watch.sweep()
 
 
 def _start_local(cpus: int, session: dict[str, Any]) -> None:
@@ -94,7 +110,7 @@ def _check_reachable(address: str) -> None:
 
 def capacity(device: str, threads: int) -> int:
     """How many workers the cluster can hold now: one per GPU, or one per CPU share."""
-    resources = ray.cluster_resources()
+    resources = patiently(ray.cluster_resources)
     return int(resources.get("GPU", 0)) if device == "cuda" else int(resources.get("CPU", 0) // threads)
 
 
@@ -106,7 +122,7 @@ def cluster_device(config: Config) -> Device:
     InputError
         A GPU is asked for and no machine of the cluster has one.
     """
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = int(patiently(ray.cluster_resources).get("GPU", 0))
     if config.model.device == "cuda" and gpus == 0:
         raise InputError("model.device = 'cuda' but no machine of the Ray cluster has a GPU; use cpu or auto")
     return "cuda" if gpus and config.model.device != "cpu" else "cpu"
@@ -127,6 +143,8 @@ class Crew:
     device: Device
     workers: dict[int, Any] = field(default_factory=dict)  # actor by number
     facts: dict[int, WorkerFacts] = field(default_factory=dict)
+    _hellos: dict[Any, int] = field(default_factory=dict)  # worker by the reference of its first answer
+    _up: set[int] = field(default_factory=set)  # workers whose process runs
     _wanted: int = 1
     _next: int = 0
     _losses: int = 0
@@ -136,7 +154,8 @@ class Crew:
         new = []
         self._wanted = count
         while len(self.workers) < count:
-            self.workers[self._next] = self._start()
+            worker = self.workers[self._next] = self._start()
+            self._hellos[worker.use.remote()] = self._next
             new.append(self._next)
             self._next += 1
         return new
@@ -153,6 +172,16 @@ class Crew:
         model = self.config.model.model_copy(update={"device": self.device})
         return ray.remote(Worker).options(**options).remote(model, record.threads, record.seed)
 
+    def any_up(self) -> bool:
+        """Whether the process of some worker runs, be it that it still loads."""
+        answered, _ = (
+            ray.wait(list(self._hellos), num_returns=len(self._hellos), timeout=0)
+            if self._hellos
+            else ([], [])
+        )
+        self._up.update(self._hellos.pop(reference) for reference in answered)
+        return any(number in self._up for number in self.workers)
+
     def lose(self, number: int, error: BaseException) -> None:
         """Forget a worker that died.
 
@@ -162,7 +191,9 @@ class Crew:
             Too many in a row died before anything was committed. A machine that dies takes several with it, so the
             limit grows with the crew.
         """
-        ray.kill(self.workers.pop(number))
+        worker = self.workers.pop(number)
+        with suppress(Exception):  # Ray itself may be gone, and is looked after elsewhere
+            ray.kill(worker)
         self.facts.pop(number, None)
         self._losses += 1
         limit = MAX_LOSSES * max(1, self._wanted)
@@ -175,9 +206,11 @@ class Crew:
 
     def dismiss(self) -> None:
         """Stop all workers; a cluster that others use too has their places back at once."""
-        for worker in self.workers.values():
-            with suppress(Exception):  # the cluster may be gone
-                ray.kill(worker)
+        with suppress(EngineLostError):  # of a Ray that is gone nothing is asked
+            check()
+            for worker in self.workers.values():
+                with suppress(Exception):
+                    ray.kill(worker)
         self.workers.clear()
         self.facts.clear()
 
@@ -213,7 +246,11 @@ def outcome(reference: Any) -> Any:
         As raised in the worker.
     one of LOST
         The worker or its machine is gone.
+    EngineLostError
+        Ray is gone.
     """
+    while not ray.wait([reference], timeout=LOOK)[0]:
+        check()
     try:
         return ray.get(reference)
     except RayTaskError as error:

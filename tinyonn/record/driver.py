@@ -24,6 +24,7 @@ from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
 from tinyonn.planning import plan_recording
 from tinyonn.progress import Bar
+from tinyonn.record.alive import Waiting, check
 from tinyonn.record.calibration import layer_windows
 from tinyonn.record.cluster import (
     LOST,
@@ -47,7 +48,6 @@ from tinyonn.track import Tracker
 LOG = logging.getLogger(__name__)
 POLL = 1.0  # seconds between looks at progress
 SCALE = 10.0  # seconds between looks for machines that joined
-PATIENCE = 60.0  # seconds without a first worker after which the user is told what is waited for
 
 
 def record(
@@ -132,11 +132,12 @@ class _Recording:
         self.tracker = Tracker(self.config.track, self.folder, self.folder.name)
         try:
             with (
-                connected(address, max(usable_cpus(), record.threads * wanted)),
+                connected(address, max(usable_cpus(), record.threads * wanted), self._held),
                 ThreadPoolExecutor(1, "merge") as self.merger,
             ):
                 device = cluster_device(self.config)
                 self.crew = Crew(self.config, device)
+                self.waiting = Waiting(self.progress.say, self._held)
                 room = capacity(device, record.threads)
                 self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
                 try:
@@ -182,14 +183,8 @@ class _Recording:
         self.progress.say(f"the corpus has grown from {before:,} to {now:,} samples: what is recorded stays")
 
     def _await_worker(self) -> None:
-        began = time.monotonic()
         while not self.idle:
-            self._wait(PATIENCE)
-            if not self.idle and time.monotonic() - began > PATIENCE:
-                began = time.monotonic()
-                self.progress.say(
-                    "still waiting for a worker to start: the cluster may be busy with other work"
-                )
+            self._wait(POLL)
 
     def _begin(self, identity: dict[str, Any], first: int) -> None:
         parameters = self.crew.facts[first].parameters
@@ -303,7 +298,9 @@ class _Recording:
 
     def _wait(self, timeout: float) -> None:
         """Take one finished call, if there is one in time, and do what comes next."""
+        check()
         ready, _ = ray.wait([*self.tasks, *self.loading], num_returns=1, timeout=timeout)
+        self.waiting.see(self.crew.any_up())
         for reference in ready:
             number = self.loading.pop(reference, None)
             if number is not None:
@@ -379,6 +376,13 @@ class _Recording:
         self.progress.update(self.store.segments(), uses, effort, under_way)
         rates = {f"samples_per_second/worker_{n}": rate for n, rate in self.progress.rates.items()}
         self.tracker.log(self.progress.done, {**rates, "live_segments": float(len(self.store.segments()))})
+
+    def _held(self) -> str:
+        """What is committed, in words."""
+        if not hasattr(self, "store"):
+            return "nothing was committed yet"
+        total = self.progress.total
+        return f"{total - self._missing():,} of {total:,} samples are committed and stay"
 
     def _missing(self) -> int:
         held = sum(segment.last - segment.first for segment in self.store.segments())

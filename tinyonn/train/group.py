@@ -20,11 +20,14 @@ from typing import Any
 from tinyonn import errors
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.record.alive import Waiting, patience, patiently
 
 LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # of workers, one after another without a checkpoint in between
 FOLDER = "ray"  # in the training's: what Ray Train writes
 TOKEN = "group.json"
+UP = "up"  # is made by the first worker whose process runs
+START = 60.0  # seconds that Ray Train waits for places before it counts a failed start
 
 Report = Callable[[Mapping[str, float]], None]
 Loop = Callable[[Any, Report], None]  # spec, report of metrics
@@ -55,6 +58,7 @@ def run_group(
     options: GroupOptions,
     done: Callable[[], int],
     tell: Callable[[str], None] = lambda line: None,
+    waiting: Waiting | None = None,
 ) -> None:
     """Run a loop in every worker of a group until it returns in all of them; Ray is connected.
 
@@ -72,6 +76,8 @@ def run_group(
         Steps that the newest checkpoint holds.
     tell : callable
         Called when workers were lost.
+    waiting : Waiting, optional
+        Tells, and ends it, when no worker can be had.
 
     Raises
     ------
@@ -81,6 +87,8 @@ def run_group(
         A machine does not see the folder.
     CapacityError
         The cluster has not got so many places, or workers are lost again and again.
+    EngineLostError
+        Ray is gone.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -93,9 +101,12 @@ def run_group(
     token = secrets.token_hex(8)
     (storage / TOKEN).write_text(json.dumps({"token": token}), "utf-8")
     threads = str(options.threads)
+    waiting = waiting or Waiting(tell, lambda: f"step {done()} stays")
+    up = storage / UP
     lost_rounds = 0
     while True:
         before = done()
+        up.unlink(missing_ok=True)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"loop": loop, "spec": spec, "folder": str(folder.absolute()), "token": token},
@@ -108,12 +119,14 @@ def run_group(
             run_config=RunConfig(
                 name="group",
                 storage_path=str(storage.absolute()),
-                failure_config=FailureConfig(max_failures=MAX_LOSSES),
+                failure_config=FailureConfig(
+                    max_failures=MAX_LOSSES, controller_failure_limit=max(1, int(patience() // START))
+                ),
                 worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
             ),
         )
         try:
-            trainer.fit()
+            patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
         except TrainingFailedError as error:
             LOG.debug("the group ended", exc_info=True)
             ours = _failure(storage, token)
@@ -166,6 +179,7 @@ def _worker(config: dict[str, Any]) -> None:
             f"{folder} is not the same folder on every machine of the cluster; give a run on storage that all of them "
             "reach, or use one machine"
         )
+    (storage / UP).touch()
     if _failure(storage, token) is not None:
         return  # the group was started again after an error that no other try mends
     try:

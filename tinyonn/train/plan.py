@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,8 +211,12 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
     return TrainPlan(tuple(needs), tier)
 
 
-def take_places(options: TrainStageOptions, config: Config, stack: ExitStack, most: int) -> Places:
+def take_places(
+    options: TrainStageOptions, config: Config, stack: ExitStack, most: int, held: Callable[[], str]
+) -> Places:
     """Where it runs, at most so many workers; Ray, if it is needed, stays connected as long as the stack is open.
+
+    `held` says in words what is committed, for the error when Ray is lost.
 
     Raises
     ------
@@ -227,7 +232,8 @@ def take_places(options: TrainStageOptions, config: Config, stack: ExitStack, mo
         device = choose_device(config.model.device)
         return alone("cuda" if device.type == "cuda" else "cpu", options.threads or usable_cpus())
     threads = options.threads or max(1, usable_cpus() // (options.workers or 1))
-    stack.enter_context(connected(address, max(usable_cpus(), threads * (options.workers or 1))))
+    cpus = max(usable_cpus(), threads * (options.workers or 1))
+    stack.enter_context(connected(address, cpus, held))
     return places_of(address, cluster_device(config), options.workers, options.threads, most)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.places import local_folder
+from tinyonn.record.alive import Waiting
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints
@@ -76,7 +77,7 @@ def train_run(
             return TrainReport(**stored | {"location": location, "fresh": False})
         resumed, before = newest_step(folder), _starts(folder)
         with ExitStack() as stack:
-            places = take_places(options, config, stack, options.train.batch)
+            places = take_places(options, config, stack, options.train.batch, lambda: _held(folder))
             spec = replace(spec, device=places.device, threads=places.threads)
             plan = plan_training(spec, places, options.memory)
             tier, each = plan.tier, plan.worker_bytes
@@ -95,7 +96,8 @@ def train_run(
                 since = f", going on from step {resumed}" if resumed else ""
                 tell(f"starting {places.workers} worker(s) on {places.device}{since}")
                 with progress, Follower(folder / FILE, progress, tell):
-                    run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell)
+                    waiting = Waiting(tell, lambda: _held(folder))
+                    run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell, waiting)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
         report = replace(report, restarts=max(0, _starts(folder) - before - 1))
         _keep(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
@@ -105,6 +107,11 @@ def train_run(
 def newest_step(folder: Path) -> int:
     """Steps that the newest checkpoint holds; 0 without any."""
     return max((int(path.name.rpartition("-")[2]) for path in Checkpoints(folder, {}).paths()), default=0)
+
+
+def _held(folder: Path) -> str:
+    step = newest_step(folder)
+    return f"the checkpoint of step {step} stays" if step else "there is no checkpoint yet"
 
 
 def _identity(spec: Spec) -> dict[str, Any]:

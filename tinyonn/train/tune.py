@@ -120,7 +120,8 @@ def tune_train(
         study = open_study(folder / JOURNAL, STUDY, _search(options))
         begin(study, first, options.ranges)
         with ExitStack() as stack:
-            places = take_places(replace(train, workers=options.workers), config, stack, options.trials)
+            asked = replace(train, workers=options.workers)
+            places = take_places(asked, config, stack, options.trials, lambda: "the trials that ended stay")
             spec = replace(spec, device=places.device, threads=places.threads)
             plan_training(spec, places, train.memory)
             if places.address is None and places.workers == 1:

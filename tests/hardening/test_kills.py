@@ -1,0 +1,168 @@
+"""Every stage killed at moments drawn by a seed, and its workers, and Ray's own processes: the same bits, and no hang.
+
+A life that is killed goes on in the next; the last one of a stage ends by itself, and must have made what an
+undisturbed call makes. ``TINYONN_SEED`` draws other moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.hardening import lives
+from tests.hardening.lives import HANG, PATIENCE, SOON, Bits, Found, Life, World, slack
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+TRIES = 6  # lives for a kill: one that comes after the end of its life is tried again, sooner
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage, how it is called, what is killed one after another, and within how many seconds of its start."""
+
+    stage: str
+    arguments: tuple[str, ...]
+    victims: tuple[str, ...]
+    span: float
+    bits: Found
+    after: str | None  # the snapshot with the bits that must come out; None asks an undisturbed life
+
+
+RAY = ("--engine", "ray", "--workers", "2")
+DASK = ("--engine", "distributed", "--workers", "2")
+DENSE = ("{folder}/dense", "--format", "dense")
+
+
+def exported(run: Path) -> Bits:
+    return lives.files(run.parent / "dense")
+
+
+def shards(run: Path) -> Bits:
+    return lives.files(run / "experts", ".safetensors")
+
+
+def profiled(run: Path) -> Bits:
+    return lives.files(run / "profile")
+
+
+RECORD = ("gcs", "raylet", "driver", "term", "worker", "raylet", "gcs", "term", "worker", "driver")
+CASES = [
+    Case("record", (), RECORD, 20, lives.records, "score"),
+    Case("merge", (), ("driver", "term", "driver", "hup"), 3, lives.records, "score"),
+    Case("score", (), ("driver", "term"), 6, lives.rows, "cluster"),
+    Case("score", RAY, ("gcs", "raylet", "worker", "term"), 8, lives.rows, "cluster"),
+    Case("score", DASK, ("worker", "term"), 5, lives.rows, "cluster"),
+    Case("cluster", (), ("driver", "term"), 8, lives.labels, "assemble"),
+    Case("cluster", RAY, ("raylet", "gcs", "worker", "driver"), 10, lives.labels, "assemble"),
+    Case("cluster", DASK, ("driver", "term"), 8, lives.labels, "assemble"),
+    Case("assemble", (), ("driver", "term", "hup"), 12, shards, "profile"),
+    Case("assemble", RAY, ("gcs", "raylet", "term", "worker"), 12, shards, "profile"),
+    Case("assemble", DASK, ("worker",), 12, shards, "profile"),
+    Case("profile", (), ("raylet", "driver", "gcs", "term", "worker"), 12, profiled, "train"),
+    Case("train", (), ("driver", "term", "driver", "hup"), 30, lives.training, "after"),
+    Case(
+        "train", ("--workers", "2"), ("gcs", "worker", "raylet", "term", "driver"), 25, lives.training, None
+    ),
+    Case("evaluate", (), ("driver", "term", "driver", "term"), 12, lives.losses, None),
+    Case("export", DENSE, ("driver", "term", "driver", "term"), 6, exported, None),
+]
+NAMES = [f"{case.stage}-{'-'.join(w.strip('-') for w in case.arguments[:2]) or 'here'}" for case in CASES]
+table: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    yield World(tmp_path_factory.mktemp("kills"))
+    print("\n".join(table))
+
+
+def test_there_are_sixty() -> None:
+    assert sum(len(case.victims) for case in CASES) == 60
+    assert {case.stage for case in CASES} == {
+        "record", "merge", "score", "cluster", "assemble", "profile", "train", "evaluate", "export",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_killed_at_any_moment_it_ends_in_the_same_bits(case: Case, world: World, tmp_path: Path) -> None:
+    chance = random.Random(f"{os.environ.get('TINYONN_SEED', '1')} {case.stage} {case.arguments}")
+    run = tmp_path / "run"
+    if case.after is None:
+        undisturbed(case, world, tmp_path / "twin" / "run")
+        expected = case.bits(tmp_path / "twin" / "run")
+    else:
+        expected = case.bits(world.snapshot(case.after))
+    shutil.copytree(world.snapshot(case.stage), run)
+    span = case.span
+    for victim in case.victims:
+        for _ in range(TRIES):
+            life = Life(world, case.stage, run, case.arguments)
+            delay = chance.uniform(0, span if victim in ("driver", "term", "hup", "worker") else span / 2)
+            if life.kill(victim, delay) and ended(case, life, victim, delay):
+                break
+            life.process.kill()
+            life.wait(PATIENCE)
+            life.wait_until_alone()
+            span *= 0.7
+            begin_again(case, world, run)
+        else:
+            pytest.fail(f"no {victim} could be killed before the end")
+    life = Life(world, case.stage, run, case.arguments)
+    assert life.wait(PATIENCE) == 0, life.said()
+    life.wait_until_alone()
+    found = case.bits(run)
+    assert found.keys() == expected.keys()
+    for name, bits in expected.items():
+        assert found[name] == bits, f"{name} has other bits"
+
+
+def undisturbed(case: Case, world: World, run: Path) -> None:
+    shutil.copytree(world.snapshot(case.stage), run)
+    life = Life(world, case.stage, run, case.arguments)
+    assert life.wait(PATIENCE) == 0, life.said()
+
+
+def begin_again(case: Case, world: World, run: Path) -> None:
+    """From before the stage, after a life that came to its end."""
+    for path in run.parent.iterdir():
+        if path.is_dir() and path.name != "twin":
+            shutil.rmtree(path)
+    shutil.copytree(world.snapshot(case.stage), run)
+
+
+def ended(case: Case, life: Life, victim: str, delay: float) -> bool:
+    """Wait for the end that the kill must bring; False if the life had done its work before it noticed."""
+    began, load = time.monotonic(), slack()
+    if victim == "driver":
+        code = life.wait(30)
+        assert code == -9
+    elif victim in ("term", "hup"):
+        code = life.wait(SOON * load)
+        if code == 0:
+            return False
+        assert code == (143 if victim == "term" else 129), (code, life.said())
+        assert "goes on from there" in life.said() or delay < 3  # Python itself was still starting
+    elif victim == "worker":
+        code = life.wait(PATIENCE)
+        assert code == 0, (code, life.said())
+    else:
+        code = life.wait(HANG)
+        if code == 0:
+            return False
+        assert code == 4, (code, life.said())
+        assert "Ray's" in life.said() and "goes on from there" in life.said()
+    seconds = time.monotonic() - began
+    assert "Traceback" not in life.said() and "core_worker" not in life.said(), life.said()
+    life.wait_until_alone()
+    where = f"{case.stage:9} {' '.join(case.arguments[:2]):20} {victim:7} {delay:5.1f} s in"
+    table.append(f"{where}: exit {code:4} after {seconds:5.1f} s")
+    print(table[-1], flush=True)
+    return True

@@ -11,6 +11,7 @@ import torch
 
 from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
+from tinyonn.experts.folder import read_settings
 from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
@@ -90,7 +91,7 @@ def train_loop(
 
 def _write_card(spec: Spec) -> None:
     """Beside a model that was assembled from a run."""
-    tree = json.loads((Path(spec.output) / "config.json").read_text("utf-8"))
+    tree = read_settings(Path(spec.output), "train it again")
     if "report" in tree.get("assembly", {}):
         write_card(Path(spec.output), tree, model_folder(spec.model, weights=False))
 

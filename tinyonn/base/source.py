@@ -32,6 +32,7 @@ QUANTIZED_FILES = {
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 CHUNK = 1 << 22
+LARGEST, DEEPEST = 64 << 20, 32  # bytes and levels of a config.json
 
 logger = logging.getLogger(__name__)
 
@@ -199,22 +200,41 @@ def config_folder(config: ModelConfig) -> Path:
     return folder
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path, remedy: str = "save the model again") -> dict[str, Any]:
     """Read ``config.json`` as a dict.
 
     Raises
     ------
     InputError
-        It is not a JSON object.
+        It is not a JSON object, larger than `LARGEST` bytes, or nests deeper than `DEEPEST` levels.
     """
     path = folder / "config.json"
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise InputError(f"{path}: {size:,} bytes, a configuration has at most {LARGEST:,}; {remedy}")
         tree = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); save the model again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); {remedy}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(tree).__name__}; save the model again")
+        raise InputError(f"{path}: expected a JSON object, got {type(tree).__name__}; {remedy}")
+    if _nests_deeper(tree, DEEPEST):
+        raise InputError(f"{path}: nests deeper than {DEEPEST} levels; {remedy}")
     return tree
+
+
+def _nests_deeper(tree: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other more than so many levels deep."""
+    level: list[Any] = [tree]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def quantized_by(folder: Path, tree: dict[str, Any]) -> str | None:

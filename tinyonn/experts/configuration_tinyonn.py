@@ -22,23 +22,18 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-# Settings with a digest in ``config.json``; the others are the library's.
-SEALED = (
-    "base_config",
-    "experts",
-    "sparse_layers",
-    "expert_sizes",
-    "expert_prior",
-    "experts_top_k",
-    "reroute_every",
-    "router",
-    "gate_rule",
-    "gates_per",
-    "forward_path",
-    "assembly",
-    "model_type",
-    "tie_word_embeddings",
-    *SIZES,
+# Settings of the library's, which other programs and people may change in ``config.json``: they have no digest there.
+FREE = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
 )
 MAX_LAYERS = 10_000  # of a base: more are a turned bit
 PATHS = ("auto", "dense", "sparse")
@@ -175,7 +170,11 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
             )
 
     def _check_kinds(self) -> None:
-        numbers = {"experts": self.experts, "experts_top_k": self.experts_top_k, "reroute_every": self.reroute_every}
+        numbers = {
+            "experts": self.experts,
+            "experts_top_k": self.experts_top_k,
+            "reroute_every": self.reroute_every,
+        }
         for name, value in numbers.items():
             if not (_whole(value) or (value is None and name != "experts")):
                 raise ValueError(f"{name} = {value!r}; give a whole number")
@@ -208,9 +207,9 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         return tree
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """As in ``transformers``, with digests of our own settings and of the base's."""
+        """As in ``transformers``, with a digest of every setting but the library's own, which are `FREE`."""
         tree = json.loads(super().to_json_string(use_diff))
-        return json.dumps(sealed_settings(tree, SEALED), indent=2, sort_keys=True) + "\n"
+        return json.dumps(sealed_settings(tree, FREE), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -229,7 +228,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         """
         place = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
         path = f"{place}/config.json" if place else "config.json"
-        check_settings(cls._encode_special_floats(config_dict), SEALED, path)
+        check_settings(cls._encode_special_floats(config_dict), path)
         plain = {name: value for name, value in config_dict.items() if name != DIGESTS}
         try:
             return super().from_dict(plain, **kwargs)

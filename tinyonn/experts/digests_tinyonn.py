@@ -6,17 +6,16 @@ A file of tensors (safetensors) has two entries more among its metadata:
     seal      ``blake2b:`` and 32 digits, of the header as canonical JSON without this entry: names, types, shapes,
               places, all other metadata, the digests
 
-``config.json`` has ``digests``: by the name of each setting of ours the BLAKE2b-128 of its value as canonical JSON
-(sorted keys, no spaces, ASCII). Settings that are the library's own, such as ``dtype``, have none and may be changed.
+``config.json`` has ``digests``: by the name of a setting the BLAKE2b-128 of its value as canonical JSON (sorted keys,
+no spaces, ASCII). Those of the library, such as ``dtype``, have none and may be changed.
 
 CRC-32, because it finds every turned bit and every damage of up to 32 bits in a row, and all other in all but one of
-four billion cases, at the speed of memory. Files without digests, of earlier versions or rewritten by other programs, are read as they are.
-``TINYONN_CHECK=off`` leaves out reading the tensors' bytes twice.
+four billion cases, at the speed of memory. Files without digests, of earlier versions or rewritten by other programs,
+are read as they are. ``TINYONN_CHECK=off`` leaves out reading the tensors' bytes twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -56,7 +55,7 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], int]:
     Raises
     ------
     ValueError
-        It is truncated or damaged; names the file.
+        It is truncated or damaged, or not as it was sealed; names the file.
     """
     path = Path(path)
     try:
@@ -76,7 +75,18 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"it has {size} bytes, its header says {8 + length + last}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); {AGAIN}") from None
+    _check_seal(path, header)
     return header, 8 + length
+
+
+def _check_seal(path: Path, header: Mapping[str, Any]) -> None:
+    metadata = header.get(METADATA) or {}
+    if SEAL not in metadata and DIGESTS not in metadata:
+        LOG.debug("%s has no digests: an earlier version or another program wrote it", path)
+        return
+    own = {name: value for name, value in metadata.items() if name != SEAL}
+    if metadata.get(SEAL) != _digest({**header, METADATA: own}):
+        raise ValueError(f"{path} is damaged (its header does not match its seal); {AGAIN}")
 
 
 def sealed_metadata(
@@ -98,23 +108,19 @@ def sealed_metadata(
 
 
 def digests_of(path: str | Path) -> dict[str, Range] | None:
-    """Bytes and digest of every tensor of a file, whose header must be as it was sealed; None if it has no digests.
+    """Bytes and digest of every tensor of a file; None if it has no digests.
 
     Raises
     ------
     ValueError
-        It is truncated or damaged; names the file.
+        As `read_header`.
     """
     path = Path(path)
     header, start = read_header(path)
     metadata = header.get(METADATA) or {}
-    if SEAL not in metadata and DIGESTS not in metadata:
-        LOG.debug("%s has no digests: an earlier version or another program wrote it", path)
+    if DIGESTS not in metadata:
         return None
-    own = {name: value for name, value in metadata.items() if name != SEAL}
-    if metadata.get(SEAL) != _digest({**header, METADATA: own}):
-        raise ValueError(f"{path} is damaged (its header does not match its seal); {AGAIN}")
-    digests = json.loads(metadata.get(DIGESTS, "{}"))
+    digests = json.loads(metadata[DIGESTS])
     places = {name: entry["data_offsets"] for name, entry in header.items() if name != METADATA}
     return {
         name: Range(path, name, start + first, last - first, digests.get(name, ""))
@@ -228,21 +234,21 @@ def _blocks(stream: Any, size: int) -> Iterator[memoryview]:
 # Settings
 
 
-def sealed_settings(tree: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """JSON values with the digests of some of them.
+def sealed_settings(tree: Mapping[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """JSON values with their digests.
 
     Parameters
     ----------
     tree : mapping
-    names : sequence of str
-        Keys that are sealed, where `tree` has them.
+    free : sequence of str
+        Keys that get none.
     """
     plain: dict[str, Any] = json.loads(json.dumps({name: tree[name] for name in tree if name != DIGESTS}))
-    return {**plain, DIGESTS: {name: _digest(plain[name]) for name in names if name in plain}}
+    return {**plain, DIGESTS: {name: _digest(plain[name]) for name in plain if name not in free}}
 
 
-def check_settings(tree: Mapping[str, Any], names: Sequence[str], path: str | Path) -> None:
-    """Compare settings with their digests.
+def check_settings(tree: Mapping[str, Any], path: str | Path) -> None:
+    """Compare settings with their digests; those that have none may be anything.
 
     Raises
     ------
@@ -256,11 +262,10 @@ def check_settings(tree: Mapping[str, Any], names: Sequence[str], path: str | Pa
         LOG.debug("%s has no digests: an earlier version wrote it", path)
         return
     digests = tree[DIGESTS] if isinstance(tree[DIGESTS], dict) else {}
-    for name in dict.fromkeys((*digests, *names)):
-        if name not in tree and name not in digests:
-            continue
-        wanted = _digest(tree[name]) if name in tree else None
-        if digests.get(name) != wanted:
+    if not digests:
+        raise ValueError(f"{path} is damaged (it says no digests); {AGAIN}")
+    for name, digest in digests.items():
+        if name not in tree or digest != _digest(tree[name]):
             raise ValueError(
                 f"{path}: {name!r} is not what was written, by damage or by hand; {AGAIN}, or change it in Python and "
                 f"save it with save_pretrained(), or take {DIGESTS!r} out of the file if you mean it"

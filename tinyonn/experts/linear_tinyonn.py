@@ -148,7 +148,7 @@ class ExpertLinear(nn.Linear):
         self._checked = True
 
     def _is_unread(self) -> bool:
-        """Whether values were loaded, and where they belong was not: all of them lie where `reset_parameters` put them."""
+        """Whether values were loaded, but not where they belong: all lie where `reset_parameters` puts them."""
         experts, entries, out = self.groups - 1, self.values.numel(), self.out_features
         if not experts or not entries or entries == out * self.in_features or self.row_pointer[experts * out]:
             return False

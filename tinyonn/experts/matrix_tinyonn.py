@@ -122,7 +122,9 @@ def matrix_fault(matrix: ExpertMatrix) -> str | None:
     if columns.numel() != entries:
         return f"there are {columns.numel()} columns but {entries} entries"
     if int(pointer[0]) != 0 or int(pointer[-1]) != entries:
-        return f"row_pointer goes from {int(pointer[0])} to {int(pointer[-1])} but there are {entries} entries"
+        return (
+            f"row_pointer goes from {int(pointer[0])} to {int(pointer[-1])} but there are {entries} entries"
+        )
     if steps.numel() and int(steps.min()) < 0:
         return f"row_pointer falls at {int((steps < 0).nonzero()[0])}"
     starts = pointer[:-1][steps > 0].long()  # ascending, each once
@@ -133,7 +135,9 @@ def matrix_fault(matrix: ExpertMatrix) -> str | None:
         if low < 0 or high >= matrix.inputs:
             return f"a column is {low if low < 0 else high} but there are {matrix.inputs} inputs"
         falls = part.diff() <= 0
-        begin, end = torch.searchsorted(starts, torch.tensor([max(first, 1), last], device=starts.device)).tolist()
+        begin, end = torch.searchsorted(
+            starts, torch.tensor([max(first, 1), last], device=starts.device)
+        ).tolist()
         falls[starts[begin:end] - max(first, 1)] = False  # a row begins there
         if falls.any():
             return f"columns do not rise at entry {int(falls.nonzero()[0]) + max(first, 1)}"

@@ -19,7 +19,13 @@ import torch
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
-from tinyonn.experts.digests_tinyonn import METADATA, crc_of, digests_of, header_text, read_header, sealed_metadata
+from tinyonn.experts.digests_tinyonn import (
+    METADATA,
+    crc_of,
+    header_text,
+    read_header,
+    sealed_metadata,
+)
 from tinyonn.experts.shards_tinyonn import ASSEMBLY
 from tinyonn.store.records import Float64, UInt8
 
@@ -185,7 +191,6 @@ def _bytes(tensor: torch.Tensor) -> Any:
 def read_content(path: Path, assembly: str) -> list[Layer] | None:
     """What is known of a shard's matrices; None if it is not there, damaged or of another assembly."""
     try:
-        digests_of(path)
         metadata = read_header(path)[0].get(METADATA) or {}
         if metadata.get(ASSEMBLY) != assembly or CONTENT not in metadata:
             return None

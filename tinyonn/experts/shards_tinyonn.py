@@ -42,8 +42,8 @@ def check_shards(
         A shard is missing, damaged or of another assembly; a tensor is missing or has another shape.
     """
     found: set[str] = set()
-    files = [Path(path) for path in files]
-    for path in files:
+    places = [Path(path) for path in files]
+    for path in places:
         if not path.is_file():
             raise ValueError(f"{path} is missing; fetch the model again, all shards of its index are needed")
         header, _ = read_header(path)
@@ -72,7 +72,7 @@ def check_shards(
             f"{len(lost)} tensors are in none of the shards, {lost[0]} first; "
             "fetch or assemble the model again, with all its shards"
         )
-    check_files(files)
+    check_files(places)
 
 
 def check_index(folder: str | Path, variant: str | None = None) -> None:
@@ -95,7 +95,9 @@ def check_index(folder: str | Path, variant: str | None = None) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); {AGAIN}") from None
     if lost := [name for name in files if not (Path(folder) / name).is_file()]:
-        raise ValueError(f"{path.parent / lost[0]} is missing, which {path.name} names; {AGAIN}, with all its shards")
+        raise ValueError(
+            f"{path.parent / lost[0]} is missing, which {path.name} names; {AGAIN}, with all its shards"
+        )
     if places != index_of(Path(folder) / name for name in files):
         raise ValueError(f"{path} is damaged (it names other tensors than its shards hold); {AGAIN}")
 
@@ -117,4 +119,6 @@ def check_finite(model: Any, place: str) -> None:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and tensor.itemsize > 1:
             low, high = tensor.detach().aminmax()
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"{place}: {name} has values that are not finite; its file is damaged, {AGAIN}")
+                raise ValueError(
+                    f"{place}: {name} has values that are not finite; its file is damaged, {AGAIN}"
+                )

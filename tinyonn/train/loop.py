@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
+from tinyonn.experts.folder import read_settings
 from tinyonn.files import line_of, write_json
 from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
@@ -91,7 +91,7 @@ def train_loop(
 
 def _write_card(spec: Spec) -> None:
     """Beside a model that was assembled from a run."""
-    tree = json.loads((Path(spec.output) / "config.json").read_text("utf-8"))
+    tree = read_settings(Path(spec.output), "train it again")
     if "report" in tree.get("assembly", {}):
         write_card(Path(spec.output), tree, model_folder(spec.model, weights=False))
 

@@ -12,6 +12,8 @@ import torch
 
 from tinyonn.errors import CapacityError
 from tinyonn.experts.assemble import TOKENIZER
+from tinyonn.experts.digests_tinyonn import seal_file
+from tinyonn.experts.folder import seal_model
 from tinyonn.experts.source import digest
 from tinyonn.store.faults import is_full
 
@@ -59,9 +61,13 @@ def save_model(
                 f"{target}: no space left for the trained model; free some and run again"
             ) from None
         raise
+    if not hasattr(model, "sparse_layers"):
+        for path in side.glob("model*.safetensors"):
+            seal_file(path)
     for pattern in TOKENIZER if source is not None else ():
         for path in Path(str(source)).glob(pattern):
             shutil.copyfile(path, side / path.name)
+    seal_model(side)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

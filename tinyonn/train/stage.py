@@ -8,6 +8,7 @@ moment and called again it goes on from the newest checkpoint; a second trainer 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from typing import Any
 
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.experts.folder import model_faults, read_settings
 from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
@@ -33,6 +36,7 @@ from tinyonn.train.spec import Spec
 
 __all__ = ["TrainStageOptions", "train_run"]
 
+LOG = logging.getLogger(__name__)
 DONE = "done.json"  # in the training's folder: what was trained to the end
 
 Tell = Callable[[str], None]
@@ -120,7 +124,21 @@ def _stored(spec: Spec) -> dict[str, Any] | None:
     if tree is None:
         return None
     whole = (Path(spec.output) / "config.json").is_file() and tree["report"]["model"] == spec.output
-    return dict(tree["report"]) if whole and tree["identity"] == _identity(spec) else None
+    if not whole or tree["identity"] != _identity(spec):
+        return None
+    return None if _is_damaged(Path(spec.output)) else dict(tree["report"])
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether a trained model is not as it was written; warns, naming the file."""
+    try:
+        read_settings(folder, "it is written again")
+        faults = [f"{fault}; it is written again" for fault in model_faults(folder)]
+    except InputError as error:
+        faults = [str(error)]
+    for fault in faults:
+        LOG.warning("%s, from the last checkpoint", fault)
+    return bool(faults)
 
 
 def _forget(folder: Path) -> None:

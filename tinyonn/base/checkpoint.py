@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,21 +110,32 @@ def open_tensors(path: Path, remedy: str = AGAIN) -> Iterator[Any]:
 
 
 def check_tensors(files: list[Path]) -> None:
-    """Refuse files that cannot be read as tensors, or whose values are scaled by others.
+    """Refuse files that cannot be read as tensors, are not what this package wrote, or are scaled by others.
 
     Raises
     ------
     InputError
         Names the file, and the tensor.
     """
+    from tinyonn.experts.digests_tinyonn import check_files
+
     for path in files:
         with open_tensors(path) as file:
+            if path.suffix != ".bin":
+                _compare(check_files, path)
             for key in file.keys():  # noqa: SIM118
                 if (kind := file.get_slice(key).get_dtype()).startswith(SCALED):
                     raise InputError(
                         f"{path}: {key} is {kind}, so the model is quantized already and its values are scaled by "
                         "others; give the original model, it is quantized here"
                     )
+
+
+def _compare(check: Callable[[list[Path]], None], path: Path) -> None:
+    try:
+        check([path])
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 @lru_cache(maxsize=1)  # a file of the old kind is in memory whole, and is asked for tensor after tensor

@@ -23,6 +23,7 @@ import torch
 
 from tinyonn.base.gguf_file import GGUFFile, GGUFTensors
 from tinyonn.base.quiet import quiet
+from tinyonn.base.sealed_folder import FILE, folder_fault, seal_folder
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_disk
 from tinyonn.sizes import format_size
@@ -30,6 +31,7 @@ from tinyonn.sizes import format_size
 HEAD = 64 << 20  # bytes, more than any configuration and vocabulary take
 SHARD = 1 << 30  # bytes of a file of weights: what is held in memory beside the tensor that is read
 FACTS = "gguf.json"
+_WHOLE: set[Path] = set()  # folders that this process has made or compared
 LICENCE = "---\nlicense: {}\n---\n"
 
 logger = logging.getLogger(__name__)
@@ -109,19 +111,21 @@ def cache_folder() -> Path:
 def _made(name: str, write: Callable[[Path], None]) -> Path:
     """The cache's folder of a name; written where it is not there, by one process while others wait."""
     place = cache_folder() / name
-    if place.is_dir():
+    if _is_whole(place):
         return place
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(place.with_name(f"{name}.lock")):
-            if place.is_dir():
+            if _is_whole(place):
                 return place
+            shutil.rmtree(place, ignore_errors=True)
             for left in place.parent.glob(f"{name}.*.part"):
                 shutil.rmtree(left, ignore_errors=True)
             side = place.with_name(f"{name}.{os.getpid()}.part")
             side.mkdir()
             try:
                 write(side)
+                seal_folder(side, side.iterdir())
                 with contextlib.suppress(OSError):  # where locks do not hold, another was first with the same
                     side.rename(place)
             finally:
@@ -132,7 +136,21 @@ def _made(name: str, write: Callable[[Path], None]) -> Path:
             "set HF_HOME or HF_ASSETS_CACHE to a disk with room"
         ) from None
     assert place.is_dir()
+    _WHOLE.add(place)
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a folder of the cache is there and as it was written; read once by a process."""
+    if place in _WHOLE and place.is_dir():
+        return True
+    if not place.is_dir():
+        return False
+    if fault := folder_fault(place):
+        logger.warning("%s; it is made again", fault)
+        return False
+    _WHOLE.add(place)
+    return True
 
 
 @contextlib.contextmanager
@@ -173,7 +191,7 @@ def _write_weights(file: GGUFFile, shell: Path, folder: Path, dtype: torch.dtype
     logger.info(
         "%s: converting it to %s of %s in %s, once", file.path.name, format_size(needed), dtype, folder.parent
     )
-    shutil.copytree(shell, folder, dirs_exist_ok=True)
+    shutil.copytree(shell, folder, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
     tree = json.loads((folder / "config.json").read_text("utf-8"))
     tree["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")

@@ -244,6 +244,10 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
 
         model = replace_with_bnb_linear(model, get_keys_to_not_convert(model), _nf4(dtype))
     assert isinstance(model, torch.nn.Module)
+    if empty := [name for name, parameter in model.named_parameters() if not parameter.numel()]:
+        raise InputError(
+            f"{folder / 'config.json'}: {empty[0]} would have no weights; give the sizes that its weights have"
+        )
     return model.eval().requires_grad_(False)
 
 

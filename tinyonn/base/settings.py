@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from tinyonn.base.source import read_model_config
 from tinyonn.errors import InputError
 
@@ -17,6 +19,7 @@ TEXT_NAMES = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
     r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
 }
+MOST_LAYERS = 10_000
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
@@ -30,8 +33,19 @@ def text_settings(folder: Path) -> tuple[Any, bool]:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    whole = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    text = whole.get_text_config(decoder=True)
+    tree = read_model_config(folder)
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        text = whole.get_text_config(decoder=True)
+        if not isinstance(text, transformers.PretrainedConfig):
+            raise TypeError(f"its text part is a {type(text).__name__}")
+    except Exception as error:  # every architecture checks, or trips over, its own
+        raise InputError(
+            f"{folder / 'config.json'}: not the settings of a model_type {tree.get('model_type')!r} as transformers "
+            f"{transformers.__version__} reads them ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "save the model again, or choose another"
+        ) from None
+    _check_layers(folder, text)
     if text is whole:
         return whole, False
     if type(text) not in AutoModelForCausalLM._model_mapping:
@@ -46,6 +60,15 @@ def text_settings(folder: Path) -> tuple[Any, bool]:
     apart = any(key.endswith("lm_head.weight") for key in stored)
     text.tie_word_embeddings = not apart if stored else bool(getattr(whole, "tie_word_embeddings", False))
     return text, True
+
+
+def _check_layers(folder: Path, text: Any) -> None:
+    """Refuse numbers of layers that cannot be meant: every one is built, if only to be listed."""
+    layers = getattr(text, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= MOST_LAYERS:
+        raise InputError(
+            f"{folder / 'config.json'}: num_hidden_layers = {layers!r}; give the model's own, at most {MOST_LAYERS:,}"
+        )
 
 
 def context_length(folder: Path) -> int | None:

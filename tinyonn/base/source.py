@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from tinyonn.base.checkpoint import BIN, SAFETENSORS, weight_files
 from tinyonn.base.copies import check_regular
 from tinyonn.base.hub import fetch, fetch_weights
 from tinyonn.errors import InputError
+from tinyonn.files import read_derived, write_json
 from tinyonn.progress import Bar
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ QUANTIZED_FILES = {
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)
 CHUNK = 1 << 22
+LARGEST, DEEPEST = 64 << 20, 32  # bytes and levels of a config.json
 
 logger = logging.getLogger(__name__)
 
@@ -201,22 +202,41 @@ def config_folder(config: ModelConfig) -> Path:
     return folder
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
+def read_model_config(folder: Path, remedy: str = "save the model again") -> dict[str, Any]:
     """Read ``config.json`` as a dict.
 
     Raises
     ------
     InputError
-        It is not a JSON object.
+        It is not a JSON object, larger than `LARGEST` bytes, or nests deeper than `DEEPEST` levels.
     """
     path = folder / "config.json"
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise InputError(f"{path}: {size:,} bytes, a configuration has at most {LARGEST:,}; {remedy}")
         tree = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); save the model again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); {remedy}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(tree).__name__}; save the model again")
+        raise InputError(f"{path}: expected a JSON object, got {type(tree).__name__}; {remedy}")
+    if _nests_deeper(tree, DEEPEST):
+        raise InputError(f"{path}: nests deeper than {DEEPEST} levels; {remedy}")
     return tree
+
+
+def _nests_deeper(tree: Any, levels: int) -> bool:
+    """Whether lists and objects lie in each other more than so many levels deep."""
+    level: list[Any] = [tree]
+    for _ in range(levels):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def quantized_by(folder: Path, tree: dict[str, Any]) -> str | None:
@@ -309,23 +329,22 @@ class _Remembered:
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
-        try:
-            self._known: dict[str, Any] = json.loads(memory.read_text("utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+        self._known: dict[str, Any] = read_derived(memory) or {}
 
     def digest(self, path: Path) -> str:
         state = path.stat()
         key, mark = str(path.resolve()), [state.st_size, state.st_mtime_ns]
         entry = self._known.get(key)
-        if isinstance(entry, dict) and entry.get("mark") == mark:
+        if isinstance(entry, dict) and entry.get("mark") == mark and _is_sha256(entry.get("sha256")):
             return str(entry["sha256"])
         self._known[key] = {"mark": mark, "sha256": sha256(path)}
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        side = self._memory.with_suffix(f".{os.getpid()}.part")
-        side.write_text(json.dumps(self._known), "utf-8")
-        side.replace(self._memory)
+        write_json(self._memory, self._known)
         return str(self._known[key]["sha256"])
+
+
+def _is_sha256(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def sha256(path: Path) -> str:

@@ -30,6 +30,16 @@ from tinyonn.experts.card import write_card
 from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
 from tinyonn.experts.effort import call_effort, effort_of
 from tinyonn.experts.ending import with_turn_ends
+from tinyonn.experts.folder import (
+    CONFIG,
+    INDEX,
+    MARKER,
+    check_model,
+    model_faults,
+    read_settings,
+    seal_model,
+    shard_fault,
+)
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
 from tinyonn.experts.report import AssembleReport
@@ -47,6 +57,7 @@ from tinyonn.experts.shards import (
 )
 from tinyonn.experts.source import RunSource, digest, tensors_outside
 from tinyonn.experts.totals import totals
+from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
@@ -58,7 +69,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 FORMAT = 1  # of the assembled folder
 NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
-MARKER = "selection.json"  # says that a folder is ours
 GATE_RULE = (
     "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
     "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1, all if null"
@@ -149,7 +159,7 @@ class _Assembly:
                 **stored | {"location": self.location, "folder": str(self.folder), "fresh": False}
             )
         self._take_folder()
-        for name in ("config.json", "model.safetensors.index.json"):
+        for name in (CONFIG, INDEX):
             (self.folder / name).unlink(missing_ok=True)
         inside = tensors_outside(self.run.parameters, self.choice.trunk)
         weights = sum(parameter.size for parameter in inside)
@@ -163,6 +173,7 @@ class _Assembly:
         sources = Sources(self.id, self.source, self.base, selection, self._quantized())
         shards = plan_shards(self.folder, self.run.parameters, list(selection.tensors), self._buffers())
         self._drop_others(shards)
+        self._drop_damaged(shards)
         layers, workers = self._write(shards, sources)
         report = self._report(
             selection, shards, sources, workers, selected - started, time.monotonic() - selected
@@ -183,30 +194,30 @@ class _Assembly:
 
     def _stored(self) -> dict[str, Any] | None:
         """The report of the same assembly, if it is complete."""
+        if not (self.folder / CONFIG).is_file():
+            return None
         try:
-            tree = json.loads((self.folder / "config.json").read_text("utf-8"))["assembly"]
-        except (OSError, ValueError, KeyError, TypeError):
+            tree = read_settings(self.folder, "it is made again").get("assembly")
+        except InputError as error:
+            LOG.warning("%s", error)
             return None
-        if tree.get("id") != self.id or "needs" not in tree:
+        if not isinstance(tree, dict) or tree.get("id") != self.id or "needs" not in tree:
             return None
-        files = json.loads((self.folder / "model.safetensors.index.json").read_text("utf-8"))[
-            "weight_map"
-        ].values()
-        return dict(tree["report"]) if all((self.folder / name).is_file() for name in files) else None
+        faults = list(model_faults(self.folder))
+        for fault in faults:
+            LOG.warning("%s; it is made again", fault)
+        return None if faults else dict(tree["report"])
 
     def _selection(self) -> Selection:
         """Made, or taken from a call that was killed."""
         path = self.folder / MARKER
-        text = path.read_text("utf-8")
-        tree = json.loads(text) if text else {}
+        tree = (read_derived(path) if path.stat().st_size else None) or {}
         if tree.get("assembly") == self.id and (self.needs is None or self.needs.made):
             return Selection.from_tree(tree)
         need = select_bytes(self.source, self.choice) + (self.needs.bytes if self.needs else 0)
         with self._computing(need, "selecting") as compute:
             selection = self.needs.make(compute) if self.needs else select(self.source, self.choice, compute)
-        side = path.with_suffix(".part")
-        side.write_text(json.dumps({"assembly": self.id, **selection.tree()}), "utf-8")
-        side.replace(path)
+        write_json(path, {"assembly": self.id, **selection.tree()})
         return selection
 
     def _computing(self, need: int, what: str) -> Any:
@@ -233,6 +244,13 @@ class _Assembly:
         ours = {shard.path.name for shard in shards}
         for path in (*self.folder.glob("model*.safetensors"), *self.folder.glob("*.part")):
             if path.name not in ours and path.is_file():
+                path.unlink()
+
+    def _drop_damaged(self, shards: Sequence[Shard]) -> None:
+        """Remove shards of an earlier call that are not what was written; the others are kept."""
+        for path in (shard.path for shard in shards if shard.path.is_file()):
+            if fault := shard_fault(path):
+                LOG.warning("%s; it is made again", fault)
                 path.unlink()
 
     def _write(self, shards: Sequence[Shard], sources: Sources) -> tuple[list[Layer], int]:
@@ -290,7 +308,7 @@ class _Assembly:
             "metadata": {"total_size": sum(sum(its.values()) for its in sizes.values()), "assembly": self.id},
             "weight_map": {name: file for file, its in sizes.items() for name in its},
         }
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
+        (self.folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
         for path in tokenizer_files(self.base.folder):
             copy_file(path, self.folder)
         shell = self._shell(selection, layers, report)
@@ -298,8 +316,11 @@ class _Assembly:
         side = self.folder / "config.part"
         shutil.rmtree(side, ignore_errors=True)
         shell.save_shell(side)
-        for path in sorted(side.iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(self.folder / path.name)
+        for path in sorted(side.iterdir()):
+            if path.name != CONFIG:
+                path.replace(self.folder / path.name)
+        seal_model(self.folder)
+        (side / CONFIG).replace(self.folder / CONFIG)
         side.rmdir()
 
     def _shell(self, selection: Selection, layers: Sequence[Layer], report: AssembleReport) -> Any:
@@ -362,14 +383,15 @@ def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
     Raises
     ------
     InputError
-        It is not there or not complete.
+        It is not there, not complete or not as it was written; names the file.
     """
     from transformers import AutoModelForCausalLM
 
     path = Path(folder)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")
+    check_model(path)
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
-    except (ValueError, OSError) as error:
+    except Exception as error:  # transformers, safetensors and the base's class each have their own
         raise InputError(f"{path} cannot be loaded: {error}") from None

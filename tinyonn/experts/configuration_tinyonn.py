@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .digests_tinyonn import AGAIN, DIGESTS, check_settings, sealed_settings
 from .router_options_tinyonn import RouterOptions
 
 MAX_EXPERTS = 254
@@ -20,6 +22,20 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+# Settings of the library's, which other programs and people may change in ``config.json``: they have no digest there.
+FREE = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "quantization_config",
+)
+MAX_LAYERS = 10_000  # of a base: more are a turned bit
 PATHS = ("auto", "dense", "sparse")
 GATES_PER = ("prompt", "token")
 GATE_RULE = (
@@ -89,9 +105,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if isinstance(base_config, dict):
-            if "model_type" not in base_config:
-                raise ValueError("base_config has no model_type; give the base model's whole config.json")
-            base_config = AutoConfig.for_model(**base_config)
+            base_config = _base_of(base_config)
         self.base_config = base_config
         self.experts = experts
         self.sparse_layers = sparse_layers or {}
@@ -113,6 +127,7 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
 
     def _check(self) -> None:
         k = self.experts
+        self._check_kinds()
         if not 0 <= k <= MAX_EXPERTS:
             raise ValueError(f"experts = {k}; from 0 to {MAX_EXPERTS} fit, labels are bytes")
         for name, values, wanted in (
@@ -154,6 +169,26 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
                 "assemble the model again"
             )
 
+    def _check_kinds(self) -> None:
+        numbers = {
+            "experts": self.experts,
+            "experts_top_k": self.experts_top_k,
+            "reroute_every": self.reroute_every,
+        }
+        for name, value in numbers.items():
+            if not (_whole(value) or (value is None and name != "experts")):
+                raise ValueError(f"{name} = {value!r}; give a whole number")
+        lists = {"expert_sizes": self.expert_sizes, "expert_prior": self.expert_prior}
+        for name, values in lists.items():
+            if not isinstance(values, list | tuple) or not all(_number(value) for value in values):
+                raise ValueError(f"{name} is not a list of numbers; {AGAIN}")
+        for name, tree in {"sparse_layers": self.sparse_layers, "assembly": self.assembly}.items():
+            if not isinstance(tree, dict):
+                raise ValueError(f"{name} is a {type(tree).__name__}, not an object; {AGAIN}")
+        for name, layer in self.sparse_layers.items():
+            if not isinstance(layer, dict) or not all(_whole(value) for value in layer.values()):
+                raise ValueError(f"sparse_layers[{name!r}] holds something else than whole numbers; {AGAIN}")
+
     @property
     def chosen_experts(self) -> list[int]:
         """Numbers of the experts that the stated rule switches on, ascending."""
@@ -171,6 +206,36 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
             tree["base_config"].pop("_name_or_path", None)
         return tree
 
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As in ``transformers``, with a digest of every setting but the library's own, which are `FREE`."""
+        tree = json.loads(super().to_json_string(use_diff))
+        return json.dumps(sealed_settings(tree, FREE), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in ``transformers``; errors name the file."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in ``transformers``; what has a digest must fit it.
+
+        Raises
+        ------
+        ValueError
+            A setting is not what was written, or of the wrong kind; names the file.
+        """
+        place = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        path = f"{place}/config.json" if place else "config.json"
+        check_settings(cls._encode_special_floats(config_dict), path)
+        plain = {name: value for name, value in config_dict.items() if name != DIGESTS}
+        try:
+            return super().from_dict(plain, **kwargs)
+        except Exception as error:  # of the base's configuration every version of the library has its own
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{path}: {kind}{error}") from None
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
         """The base's configuration, which caches and generation read."""
         return self if self.base_config is None else self.base_config
@@ -180,6 +245,24 @@ class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(base, name)
+
+
+def _base_of(tree: dict[str, Any]) -> PretrainedConfig:
+    if "model_type" not in tree:
+        raise ValueError("base_config has no model_type; give the base model's whole config.json")
+    base = AutoConfig.for_model(**tree)
+    layers = getattr(base, "num_hidden_layers", 0)
+    if not _whole(layers) or layers > MAX_LAYERS:
+        raise ValueError(f"base_config.num_hidden_layers = {layers!r}; from 0 to {MAX_LAYERS:,} can be built")
+    return base
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 TinyONNConfig.register_for_auto_class()

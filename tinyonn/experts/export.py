@@ -26,6 +26,9 @@ from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
 from tinyonn.experts.ending import stop_at_turns
+from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, read_settings
+from tinyonn.experts.matrix_tinyonn import ExpertMatrix, matrix_fault
+from tinyonn.experts.shards import write_tensors
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_size
 
@@ -33,8 +36,6 @@ if TYPE_CHECKING:
     from tinyonn.run import Run
 
 FORMATS = ("hub", "dense", "npz", "parquet")
-MARKER = "selection.json"  # of the assembled folder; of no use elsewhere
-INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 OWN = ("config.json", GENERATION, INDEX, "model*.safetensors", "*_tinyonn.py", "LICENSE*", "NOTICE*")
 PARTS = ("values", "columns", "row_pointer")
@@ -82,19 +83,20 @@ class Assembled:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
-            tensors = tensor_files(folder, "assemble or train it again")
-        except (OSError, ValueError):
+            tensors = tensor_files(folder, AGAIN) if (folder / "config.json").is_file() else {}
+        except OSError:
             tensors = {}
         if not tensors:
             raise InputError(
                 f"{folder} holds no assembled model and no trained one; run `tinyonn assemble` or `tinyonn train` first"
             )
+        self.config = read_settings(folder)
         if self.config.get("model_type") != "tiny_onn":
             raise InputError(
                 f"{folder} holds a model of type {self.config.get('model_type')!r}, not tiny_onn; give a folder that "
                 "`tinyonn assemble` wrote, or `tinyonn train` from one"
             )
+        check_model(folder)
         self.experts: int = self.config["experts"]
         self.layers: dict[str, dict[str, int]] = self.config["sparse_layers"]
         self.units: dict[int, dict[Path, list[str]]] = {}  # by layer, -1 is outside: keys by file
@@ -116,6 +118,9 @@ class Assembled:
             for module, layer in self.layers.items():
                 if f"{module}.values" in tensors:
                     values, columns, pointer = (tensors.pop(f"{module}.{part}") for part in PARTS)
+                    matrix = ExpertMatrix(values, columns, pointer, layer["out"], layer["in"])
+                    if fault := matrix_fault(matrix):
+                        raise InputError(f"{self.folder}: {module}: {fault}; {AGAIN}")
                     sizes = np.diff(pointer[:: layer["out"]].numpy())
                     matrices[module] = Compressed(values, columns, pointer, sizes)
             yield f"model-{number:05d}-of-{len(self.units):05d}.safetensors", matrices, tensors
@@ -126,6 +131,7 @@ class Assembled:
         try:
             with safe_open(path, framework="pt") as stream:
                 self._check(path, stream.metadata() or {})
+                compare(path, list(keys))
                 return {key.removeprefix("base."): stream.get_tensor(key) for key in keys}
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} is missing or damaged ({error}); assemble or train it again") from None
@@ -184,6 +190,8 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
     if format == "hub":
+        for path in sorted(source.glob("model*.safetensors")):
+            compare(path)
         _copy(source, folder)
         write_card(folder, assembled.config, base or source, figures)
         weights = sum(assembled.config["expert_sizes"])
@@ -308,8 +316,6 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
     """A checkpoint of the base architecture; weights in it that were kept."""
-    from safetensors.torch import save_file
-
     across = _conv1d(assembled.config["base_config"])
     weight_map: dict[str, str] = {}
     weights = total = 0
@@ -319,8 +325,7 @@ def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
             dense, _ = expand(matrix, layer["out"], layer["in"], chosen)
             tensors[f"{module}.weight"] = dense.T.contiguous() if module in across else dense
             weights += int(matrix.sizes[chosen].sum())
-        save_file(tensors, folder / file, {"format": "pt"})
-        (folder / file).chmod(0o644)
+        write_tensors(folder / file, tensors, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -376,7 +381,10 @@ def _write_parquet(assembled: Assembled, folder: Path, chosen: np.ndarray) -> in
             ]
         )
         with pq.ParquetWriter(
-            folder / file.replace(".safetensors", ".parquet"), schema, compression="zstd"
+            folder / file.replace(".safetensors", ".parquet"),
+            schema,
+            compression="zstd",
+            write_page_checksum=True,
         ) as out:
             for module, matrix in matrices.items():
                 rows, expert = _places(matrix, assembled.layers[module]["out"])

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .dense_tinyonn import DenseWeight
 from .gates_tinyonn import Active, Pattern, Switch
-from .matrix_tinyonn import on_gpu
+from .matrix_tinyonn import matrix_fault, on_gpu
 from .sparse_tinyonn import (
     ExpertMatrix,
     Form,
@@ -73,6 +73,8 @@ class ExpertLinear(nn.Linear):
     columns : uint16 [entries], int32 where there are more than 65,536 inputs
     row_pointer : int32 [groups * out + 1]
     bias : Parameter [out] or None
+    name : str
+        In the base.
     """
 
     values: nn.Parameter
@@ -99,6 +101,8 @@ class ExpertLinear(nn.Linear):
         self.register_buffer("columns", torch.empty(entries, dtype=number))
         self.register_buffer("row_pointer", torch.empty(groups * out_features + 1, dtype=torch.int32))
         self.bias = bias  # type: ignore[assignment]
+        self.name = "a sparse layer"
+        self._checked = False
         self._kept: dict[bytes, Kept] = {}
         self._stamp: tuple[Any, ...] = ()
 
@@ -109,11 +113,8 @@ class ExpertLinear(nn.Linear):
             self.values.zero_()
             if self.bias is not None:
                 self.bias.zero_()
-        device = self.values.device
-        row_starts = torch.arange(out + 1, device=device) * entries // max(out, 1)
-        places = torch.arange(entries, device=device)
-        rows = torch.searchsorted(row_starts, places, right=True) - 1
-        self.columns = (places - row_starts[rows]).to(self.columns.dtype)
+        row_starts, columns = _places(entries, out, self.values.device)
+        self.columns = columns.to(self.columns.dtype)
         self.row_pointer = functional.pad(row_starts, ((self.groups - 1) * out, 0)).int()
 
     @property
@@ -130,25 +131,31 @@ class ExpertLinear(nn.Linear):
         """The compressed weight, as the kernels take it."""
         return ExpertMatrix(self.values, self.columns, self.row_pointer, self.out_features, self.in_features)
 
-    def check(self, name: str) -> None:
-        """Raise ValueError, naming the layer, if its entries do not lie in its matrix."""
-        if self.values.is_meta or self.columns.is_meta:
-            return
-        steps = self.row_pointer.diff()
-        wrong = None
-        if int(self.row_pointer[0]) != 0 or int(self.row_pointer[-1]) != self.values.numel():
-            wrong = (
-                f"row_pointer ends at {int(self.row_pointer[-1])} but there are {self.values.numel()} entries"
-            )
-        elif steps.numel() and int(steps.min()) < 0:
-            wrong = f"row_pointer falls at {int((steps < 0).nonzero()[0])}"
-        elif self.values.numel() and not 0 <= self._last_column() < self.in_features:
-            wrong = f"a column is {self._last_column()} but there are {self.in_features} inputs"
-        if wrong:
-            raise ValueError(f"{name}: {wrong}; the shard is damaged, fetch or assemble it again")
+    def check(self) -> None:
+        """Raise ValueError, naming the layer, if its entries do not lie in its matrix; once, and at the first pass.
 
-    def _last_column(self) -> int:
-        return int(self.columns.int().max())
+        What loads a model in another way than ``from_pretrained`` may leave out buffers.
+        """
+        if self.values.is_meta or self.columns.is_meta or self.row_pointer.is_meta:
+            return
+        if fault := matrix_fault(self.matrix):
+            raise ValueError(f"{self.name}: {fault}; the shard is damaged, fetch or assemble it again")
+        if self._is_unread():
+            raise ValueError(
+                f"{self.name}: values were loaded but columns and row_pointer, its buffers, were not; load the model "
+                "with from_pretrained(), or give accelerate offload_buffers=True"
+            )
+        self._checked = True
+
+    def _is_unread(self) -> bool:
+        """Whether values were loaded, but not where they belong: all lie where `reset_parameters` puts them."""
+        experts, entries, out = self.groups - 1, self.values.numel(), self.out_features
+        if not experts or not entries or entries == out * self.in_features or self.row_pointer[experts * out]:
+            return False
+        row_starts, columns = _places(entries, out, self.values.device)
+        same = torch.equal(self.row_pointer[experts * out :].long(), row_starts)
+        same = same and torch.equal(self.columns.int(), columns.int())
+        return same and bool(self.values.detach().any())
 
     def forget(self) -> None:
         """Drop what is kept for inference."""
@@ -164,6 +171,8 @@ class ExpertLinear(nn.Linear):
         return self._run(X)
 
     def _run(self, X: torch.Tensor) -> torch.Tensor:
+        if not self._checked:
+            self.check()
         active = self.switch.active(X.device)
         batch = not active.per_token and (not active.patterns or self._makes_dense(X, active.gates_RG))
         if batch:
@@ -313,6 +322,14 @@ class ExpertLinear(nn.Linear):
         return {**self.__dict__, "_kept": {}, "_stamp": ()}
 
 
+def _places(entries: int, out: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row starts [out + 1] and columns [entries], int64, of entries dealt evenly to rows, from the left."""
+    row_starts = torch.arange(out + 1, device=device) * entries // max(out, 1)
+    places = torch.arange(entries, device=device)
+    rows = torch.searchsorted(row_starts, places, right=True) - 1
+    return row_starts, places - row_starts[rows]
+
+
 def swap(base: nn.Module, layers: dict[str, dict[str, int]], groups: int, switch: Switch) -> None:
     """Put sparse layers in the place of the base's linear ones, in place.
 
@@ -353,4 +370,5 @@ def swap(base: nn.Module, layers: dict[str, dict[str, int]], groups: int, switch
         sparse = ExpertLinear(
             out, inputs, sizes["entries"], groups, switch, layer.bias, transposed, layer.weight.dtype
         )
+        sparse.name = name
         setattr(parent, own, sparse)

@@ -29,6 +29,7 @@ except ImportError:
     TRITON = False
 
 COMPILED_ENTRIES = 1 << 15  # fewer are not worth the second that Numba takes to compile
+CHECKED = 1 << 22  # entries looked at together
 # The GPU's kernels run without one, slowly
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -108,6 +109,39 @@ def check_input(X: torch.Tensor, inputs: int) -> None:
     """Raise ValueError if the input does not fit the layer."""
     if not X.dim() or X.shape[-1] != inputs:
         raise ValueError(f"an input of shape {list(X.shape)} does not fit a layer of {inputs} inputs")
+
+
+def matrix_fault(matrix: ExpertMatrix) -> str | None:
+    """What is wrong with the places of a matrix's entries, if anything.
+
+    Row pointers must rise from 0 to the number of entries, and the columns of a row rise within the inputs. Reads
+    `CHECKED` entries at a time.
+    """
+    pointer, columns, entries = matrix.row_pointer, matrix.columns, matrix.values.numel()
+    steps = pointer.diff()
+    if columns.numel() != entries:
+        return f"there are {columns.numel()} columns but {entries} entries"
+    if int(pointer[0]) != 0 or int(pointer[-1]) != entries:
+        return (
+            f"row_pointer goes from {int(pointer[0])} to {int(pointer[-1])} but there are {entries} entries"
+        )
+    if steps.numel() and int(steps.min()) < 0:
+        return f"row_pointer falls at {int((steps < 0).nonzero()[0])}"
+    starts = pointer[:-1][steps > 0].long()  # ascending, each once
+    for first in range(0, entries, CHECKED):
+        last = min(first + CHECKED, entries)
+        part = columns[max(first - 1, 0) : last].int()
+        low, high = (int(bound) for bound in part.aminmax())
+        if low < 0 or high >= matrix.inputs:
+            return f"a column is {low if low < 0 else high} but there are {matrix.inputs} inputs"
+        falls = part.diff() <= 0
+        begin, end = torch.searchsorted(
+            starts, torch.tensor([max(first, 1), last], device=starts.device)
+        ).tolist()
+        falls[starts[begin:end] - max(first, 1)] = False  # a row begins there
+        if falls.any():
+            return f"columns do not rise at entry {int(falls.nonzero()[0]) + max(first, 1)}"
+    return None
 
 
 def rows_and_groups(matrix: ExpertMatrix) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, TinyONNConfig
+from .digests_tinyonn import seal_file
 from .expert_tinyonn import TinyONNExpert
 from .gates_tinyonn import Switch, read_gates
 from .generation_tinyonn import TinyONNGenerationMixin
@@ -31,7 +32,7 @@ from .linear_tinyonn import ExpertLinear, swap
 from .router_options_tinyonn import RouterOptions
 from .router_tinyonn import PromptRouter
 from .routing_tinyonn import Routing, follow_result, routing_of
-from .shards_tinyonn import ASSEMBLY, check_shards, stamp
+from .shards_tinyonn import ASSEMBLY, check_finite, check_index, check_shards
 
 Gates = torch.Tensor | Sequence[Any]
 
@@ -425,12 +426,15 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
         Raises
         ------
         ValueError
-            Names the shard that is missing, damaged or of another assembly.
+            Names the shard or index that is missing, damaged or of another assembly.
         """
+        folder = Path(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
+        check_index(folder / (kwargs.get("subfolder") or ""), kwargs.get("variant"))
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, layer in model.sparse_layers.items():
-            layer.check(name)
+        for layer in model.sparse_layers.values():
+            layer.check()
+        check_finite(model, str(folder))
         return loaded
 
     @staticmethod
@@ -456,16 +460,16 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As in ``transformers``, with the modelling code and the assembly's id in every shard."""
+        """As in ``transformers``, with the modelling code, and the assembly's id and digests in every shard."""
         if isinstance(self.router, PromptRouter):  # its options may have changed
             self.config.router = self.router.options.tree()
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         identity = self.config.assembly.get("id")
-        if identity is not None and is_main_process:
+        if is_main_process:
             stem = "model" if kwargs.get("variant") is None else f"model.{kwargs['variant']}"
             for path in sorted(Path(save_directory).glob("model*.safetensors")):
                 if re.fullmatch(re.escape(stem) + r"(-\d{5}-of-\d{5})?", path.stem):
-                    stamp(path, {ASSEMBLY: identity})
+                    seal_file(path, {} if identity is None else {ASSEMBLY: identity})
         if push_to_hub:  # what is pushed is saved once more, by this method
             self.push_to_hub(kwargs.get("repo_id") or Path(save_directory).name, token=kwargs.get("token"))
 

@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
+from tinyonn.experts.digests_tinyonn import (
+    METADATA,
+    crc_of,
+    header_text,
+    read_header,
+    sealed_metadata,
+)
 from tinyonn.experts.shards_tinyonn import ASSEMBLY
 from tinyonn.store.records import Float64, UInt8
 
@@ -33,6 +39,9 @@ TYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.uint16: "U16",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int16: "I16",
     torch.int32: "I32",
     torch.int64: "I64",
     torch.uint8: "U8",
@@ -139,7 +148,7 @@ def write_shard(shard: Shard, sources: Sources) -> list[Layer]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all.
+    """Write a safetensors file with digests, whole or not at all.
 
     The library's own writer puts metadata in another order each time; here equal tensors and metadata give equal files.
 
@@ -152,40 +161,42 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     order = sorted(
         tensors, key=lambda name: (-tensors[name].element_size(), name)
     )  # keeps all of them aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {}
+    digests: dict[str, str] = {}
     end = 0
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
-        header[name] = {
+        entries[name] = {
             "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        digests[name] = crc_of(_bytes(tensor))
+    text = header_text(entries, sealed_metadata(entries, metadata, digests))
     side = path.with_suffix(".part")
     with side.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(text)
         for name in order:
-            if tensors[name].numel():
-                content: Any = tensors[name].reshape(-1).view(torch.uint8).numpy()
-                stream.write(content)
+            stream.write(_bytes(tensors[name]))
         stream.flush()
         os.fsync(stream.fileno())
     side.replace(path)
 
 
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+
+
 def read_content(path: Path, assembly: str) -> list[Layer] | None:
     """What is known of a shard's matrices; None if it is not there, damaged or of another assembly."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError):
+        metadata = read_header(path)[0].get(METADATA) or {}
+        if metadata.get(ASSEMBLY) != assembly or CONTENT not in metadata:
+            return None
+        return [Layer(**layer) for layer in json.loads(metadata[CONTENT])]
+    except (ValueError, TypeError):
         return None
-    if metadata.get(ASSEMBLY) != assembly or CONTENT not in metadata:
-        return None
-    return [Layer(**layer) for layer in json.loads(metadata[CONTENT])]
 
 
 def _cut(parameter: Parameter, sources: Sources) -> tuple[Layer, dict[str, torch.Tensor]]:
@@ -260,9 +271,8 @@ def task_bytes(shard: Shard, sources: Sources, sizes: Mapping[str, int]) -> int:
 
 def tensor_bytes(shard: Shard) -> dict[str, int]:
     """Bytes of every tensor of a written shard, from its header."""
-    with shard.path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    header, _ = read_header(shard.path)
+    ranges = {name: entry["data_offsets"] for name, entry in header.items() if name != METADATA}
     return {name: last - first for name, (first, last) in ranges.items()}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from .digests_tinyonn import AGAIN, METADATA, check_files, read_header
 
 ASSEMBLY = "assembly"
+SHARD = re.compile(r"model[\w.-]*\.safetensors")
 
 
 def check_shards(
@@ -19,7 +22,7 @@ def check_shards(
     tied: Mapping[str, str],
     optional: str | None = None,
 ) -> None:
-    """Read the headers of all shards and compare them with what the model needs.
+    """Compare the headers of all shards with what the model needs, and the tensors' bytes with their digests.
 
     Parameters
     ----------
@@ -36,25 +39,21 @@ def check_shards(
     Raises
     ------
     ValueError
-        A shard is missing, truncated or of another assembly; a tensor is missing or has another shape.
+        A shard is missing, damaged or of another assembly; a tensor is missing or has another shape.
     """
     found: set[str] = set()
-    for path in map(Path, files):
+    places = [Path(path) for path in files]
+    for path in places:
         if not path.is_file():
             raise ValueError(f"{path} is missing; fetch the model again, all shards of its index are needed")
-        try:
-            with safe_open(path, framework="pt") as shard:
-                metadata = shard.metadata() or {}
-                sizes = {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} ({path.stat().st_size} bytes) is truncated or damaged ({error}); fetch it again"
-            ) from None
+        header, _ = read_header(path)
+        metadata = header.pop(METADATA, {})
         if assembly is not None and metadata.get(ASSEMBLY) != assembly:
             raise ValueError(
                 f"{path} belongs to assembly {metadata.get(ASSEMBLY, 'unknown')} but config.json to {assembly}; "
                 "put all files of one assembly into the folder"
             )
+        sizes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         for name, size in sizes.items():
             if name in shapes and size != tuple(shapes[name]):
                 raise ValueError(
@@ -73,24 +72,53 @@ def check_shards(
             f"{len(lost)} tensors are in none of the shards, {lost[0]} first; "
             "fetch or assemble the model again, with all its shards"
         )
+    check_files(places)
 
 
-def stamp(path: str | Path, entries: Mapping[str, str]) -> None:
-    """Add entries to a safetensors file's metadata; the tensors stay as they are.
+def check_index(folder: str | Path, variant: str | None = None) -> None:
+    """Compare the index of a folder's shards, if there is one, with the shards' own headers.
 
-    The file is written anew beside itself and takes the old one's place whole.
+    Raises
+    ------
+    ValueError
+        It is truncated or damaged, or names other tensors than its shards hold; names the file.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    of = "" if variant is None else f".{variant}"
+    path = Path(folder) / f"model.safetensors.index{of}.json"
+    if not path.is_file() or (Path(folder) / f"model{of}.safetensors").is_file():
+        return
     try:
-        with path.open("rb") as source, partial.open("wb") as target:
-            header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
-            header["__metadata__"] = {**header.get("__metadata__", {}), **entries}
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # the format aligns tensors to 8 bytes
-            target.write(len(text).to_bytes(8, "little"))
-            target.write(text)
-            shutil.copyfileobj(source, target, 1 << 22)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        places = json.loads(path.read_text("utf-8"))["weight_map"]
+        files = sorted(set(places.values()))
+        if strange := [name for name in files if not SHARD.fullmatch(name)]:
+            raise ValueError(f"it names {strange[0]!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}); {AGAIN}") from None
+    if lost := [name for name in files if not (Path(folder) / name).is_file()]:
+        raise ValueError(
+            f"{path.parent / lost[0]} is missing, which {path.name} names; {AGAIN}, with all its shards"
+        )
+    if places != index_of(Path(folder) / name for name in files):
+        raise ValueError(f"{path} is damaged (it names other tensors than its shards hold); {AGAIN}")
+
+
+def index_of(files: Iterable[Path]) -> dict[str, str]:
+    """File's name of every tensor, from the headers of the files.
+
+    Raises
+    ------
+    ValueError
+        One is truncated or damaged; names it.
+    """
+    return {name: path.name for path in files for name in read_header(path)[0] if name != METADATA}
+
+
+def check_finite(model: Any, place: str) -> None:
+    """Raise ValueError, naming the tensor, if a loaded model's weights are not finite."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta and tensor.itemsize > 1:
+            low, high = tensor.detach().aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(
+                    f"{place}: {name} has values that are not finite; its file is damaged, {AGAIN}"
+                )

@@ -6,7 +6,6 @@ a path or as a snapshot of the store, which their machines must reach.
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,8 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.base.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.compress import DROPPED
-from tinyonn.experts.shards_tinyonn import ASSEMBLY
+from tinyonn.experts.folder import compare, read_settings
+from tinyonn.experts.shards_tinyonn import ASSEMBLY, index_of
 from tinyonn.experts.source import RunSource, check_labels, tensors_outside
 from tinyonn.store.records import UInt8
 
@@ -108,8 +108,12 @@ class AssemblyGroups:
             The shard is not there, damaged, or of another assembly.
         """
         module = f"base.{name.removesuffix('.weight')}"
-        path = self.folder / self._files.get(f"{module}.columns", "config.json")
+        file = self._files.get(f"{module}.columns")
+        if file is None:
+            raise _unreadable(self.folder, f"no shard has {module}.columns")
+        path = self.folder / file
         try:
+            compare(path, [f"{module}.columns", f"{module}.row_pointer"])
             with safe_open(path, framework="np") as shard:
                 found = (shard.metadata() or {}).get(ASSEMBLY)
                 columns, pointer = (
@@ -124,7 +128,14 @@ class AssemblyGroups:
             )
         shape = next(parameter.shape for parameter in self.tensors if parameter.name == name)
         out, inputs = shape[::-1] if name in self.across else shape
-        if pointer.size != self.identity.groups * out + 1 or (columns.size and int(columns.max()) >= inputs):
+        falls = pointer.size and (
+            (np.diff(pointer) < 0).any() or pointer[0] != 0 or pointer[-1] != columns.size
+        )
+        if (
+            falls
+            or pointer.size != self.identity.groups * out + 1
+            or (columns.size and int(columns.max()) >= inputs)
+        ):
             raise InputError(
                 f"{path}: {module} does not have {self.identity.groups} groups of a matrix [{out}, {inputs}]; "
                 "run `tinyonn assemble` again"
@@ -136,14 +147,13 @@ class AssemblyGroups:
     @cached_property
     def _files(self) -> dict[str, str]:
         """File of every tensor."""
-        path = self.folder / "model.safetensors.index.json"
         try:
-            return dict(json.loads(path.read_text("utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError) as error:
-            raise _unreadable(path, error) from None
+            return index_of(sorted(self.folder.glob("model*.safetensors")))
+        except ValueError as error:
+            raise InputError(f"{error}, on {platform.node()}") from None
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path, error: object) -> InputError:
     return InputError(
         f"{path} cannot be read on {platform.node()} ({error}); assemble again, or put the run's folder where all "
         "workers reach it"
@@ -202,7 +212,9 @@ def find_groups(run: Run, folder: Path, model: ModelConfig, wanted: Wanted = "au
     if wanted == "labels" or (wanted == "auto" and not folder.exists()):
         return LabelGroups(RunSource(run))
     try:
-        tree: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError
+        tree = read_settings(folder, "run `tinyonn assemble` again")
         identity = Identity("assembly", str(tree["assembly"]["id"]), int(tree["experts"]) + 1)
         modules = set(tree["sparse_layers"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

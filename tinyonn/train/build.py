@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tinyonn.train.teacher import Cached, Live, Teacher, cache_key, cache_teache
 from tinyonn.train.trainer import Trainer
 from tinyonn.train.workers import Workers
 
+LOG = logging.getLogger(__name__)
 CACHE = "teacher"  # in the training's folder
 POLL = 2.0  # seconds between looks for a cache that another worker writes
 
@@ -98,14 +100,25 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
     folder = Path(spec.folder) / CACHE
     fingerprint = str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
     target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
-    if (target / "teacher.json").exists():
-        return Cached(target)
-    if not Workers.found().first:  # no barrier: a large corpus takes longer than any of them waits
-        while not (target / "teacher.json").exists():
-            time.sleep(POLL)
-        return Cached(target)
+    first = Workers.found().first
+    while (cached := _cached(target, warn=first)) is None and not first:
+        time.sleep(POLL)  # no barrier: a large corpus takes longer than any of them waits
+    if cached is not None:
+        return cached
     teacher = Live(load_model(spec.teacher, device).model)
     return cache_teacher(teacher, corpus, folder, fingerprint, spec.teacher_k)
+
+
+def _cached(target: Path, warn: bool) -> Cached | None:
+    """The teacher's cache, if it is complete and as it was written."""
+    if not (target / "teacher.json").exists():
+        return None
+    try:
+        return Cached(target)
+    except InputError as error:
+        if warn:
+            LOG.warning("%s: what is damaged is made again", error)
+        return None
 
 
 def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:

@@ -12,6 +12,8 @@ import torch
 
 from tinyonn.base.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError
+from tinyonn.experts.digests_tinyonn import seal_file
+from tinyonn.experts.folder import seal_model
 from tinyonn.experts.source import digest
 from tinyonn.store.faults import is_full
 
@@ -59,8 +61,12 @@ def save_model(
                 f"{target}: no space left for the trained model; free some and run again"
             ) from None
         raise
+    if not hasattr(model, "sparse_layers"):
+        for path in side.glob("model*.safetensors"):
+            seal_file(path)
     for path in tokenizer_files(Path(source)) if source is not None else ():
         copy_file(path, side)
+    seal_model(side)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

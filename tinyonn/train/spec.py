@@ -5,7 +5,6 @@ Paths are those of a folder that all workers reach. Shape suffixes: S samples, E
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tinyonn.config import ModelConfig, TrackConfig
 from tinyonn.errors import InputError
+from tinyonn.experts.folder import read_settings
 from tinyonn.experts.router_options_tinyonn import RouterOptions
 from tinyonn.train.branches import find_branches, shared_experts
 from tinyonn.train.options import TrainOptions, flat
@@ -190,15 +190,10 @@ def read_student(folder: Path) -> dict[str, Any]:
     InputError
         There is no model.
     """
-    try:
-        tree = json.loads((folder / "config.json").read_text("utf-8"))
-    except OSError:
-        raise InputError(f"{folder} holds no model to train; run `tinyonn assemble` first") from None
-    except ValueError as error:
-        raise InputError(
-            f"{folder / 'config.json'} cannot be read ({error}); assemble the model again"
-        ) from None
-    if not isinstance(tree, dict) or "model_type" not in tree:
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no model to train; run `tinyonn assemble` first")
+    tree = read_settings(folder, "assemble the model again")
+    if "model_type" not in tree:
         raise InputError(f"{folder / 'config.json'} is not of a model; assemble the model again")
     return tree
 

@@ -8,6 +8,7 @@ moment and called again it goes on from the newest checkpoint; a second trainer 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +18,9 @@ from typing import Any
 
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
+from tinyonn.errors import InputError
+from tinyonn.experts.folder import model_faults, read_settings
+from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
 from tinyonn.record.alive import Waiting
 from tinyonn.sizes import format_size
@@ -33,6 +37,7 @@ from tinyonn.train.spec import Spec
 
 __all__ = ["TrainStageOptions", "train_run"]
 
+LOG = logging.getLogger(__name__)
 DONE = "done.json"  # in the training's folder: what was trained to the end
 
 Tell = Callable[[str], None]
@@ -100,7 +105,7 @@ def train_run(
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell, waiting)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
         report = replace(report, restarts=max(0, _starts(folder) - before - 1))
-        _keep(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
+        write_json(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
         return report
 
 
@@ -122,12 +127,25 @@ def _identity(spec: Spec) -> dict[str, Any]:
 
 def _stored(spec: Spec) -> dict[str, Any] | None:
     """The report of the same training, if it came to its end and its model is there."""
-    try:
-        tree = json.loads((Path(spec.folder) / DONE).read_text("utf-8"))
-    except (OSError, ValueError):
+    tree = read_derived(Path(spec.folder) / DONE)
+    if tree is None:
         return None
     whole = (Path(spec.output) / "config.json").is_file() and tree["report"]["model"] == spec.output
-    return dict(tree["report"]) if whole and tree["identity"] == _identity(spec) else None
+    if not whole or tree["identity"] != _identity(spec):
+        return None
+    return None if _is_damaged(Path(spec.output)) else dict(tree["report"])
+
+
+def _is_damaged(folder: Path) -> bool:
+    """Whether a trained model is not as it was written; warns, naming the file."""
+    try:
+        read_settings(folder, "it is written again")
+        faults = [f"{fault}; it is written again" for fault in model_faults(folder)]
+    except InputError as error:
+        faults = [str(error)]
+    for fault in faults:
+        LOG.warning("%s, from the last checkpoint", fault)
+    return bool(faults)
 
 
 def _forget(folder: Path) -> None:
@@ -143,10 +161,7 @@ def _report(
     lines = list(read_lines(folder / FILE))
     last = lines[-1]["values"] if lines else {}
     loads = {name: last[name] for name in ("load_cv", "load_dead", "load_entropy") if name in last}
-    try:
-        peak = int(json.loads((folder / USE).read_text("utf-8"))["peak_bytes"])
-    except (OSError, ValueError, KeyError):
-        peak = 0
+    peak = int((read_derived(folder / USE) or {}).get("peak_bytes", 0))
     main = [line for line in lines if line["values"].get("stage", 1)]
     spent = sum(line["seconds"] for line in main)
     picture = folder / HEAT_MAP
@@ -173,21 +188,10 @@ def _report(
 
 
 def _starts(folder: Path) -> int:
-    try:
-        return len((folder / STARTS).read_text("utf-8").splitlines())
-    except OSError:
-        return 0
+    return sum(1 for _ in read_log(folder / STARTS))
 
 
 def _step_seconds(folder: Path) -> float | None:
     """Of a step after the warm start, as the last start has tried."""
-    try:
-        return float(json.loads((folder / STARTS).read_text("utf-8").splitlines()[-1])["step_seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _keep(path: Path, tree: dict[str, Any]) -> None:
-    side = path.with_suffix(".part")
-    side.write_text(json.dumps(tree), "utf-8")
-    side.replace(path)
+    seconds = [start.get("step_seconds") for start in read_log(folder / STARTS)]
+    return float(seconds[-1]) if seconds and seconds[-1] is not None else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from safetensors import SafetensorError, safe_open
 from tinyonn.base.corpus_file import Corpus, Sample
 from tinyonn.base.head import Head, head_of
 from tinyonn.base.tokens import UNLABELLED
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
+from tinyonn.experts.digests_tinyonn import check_files
 from tinyonn.experts.shards import write_tensors
+from tinyonn.files import read_json, write_json
 from tinyonn.progress import Bar
 from tinyonn.train.data import Batch, collate
 from tinyonn.train.states import decoder_states
 
+LOG = logging.getLogger(__name__)
 PART = 64  # samples of a part of the cache
 HEAD_BYTES = 64 << 20  # of logits held at a time, in float32
 
@@ -96,9 +100,11 @@ class Cached:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            self.about = json.loads((self.folder / "teacher.json").read_text("utf-8"))
-            self._parts = [_open(path) for path in sorted(self.folder.glob("part-*.safetensors"))]
-        except (OSError, ValueError, SafetensorError) as error:
+            self.about = read_json(self.folder / "teacher.json", "run the same command again")
+            paths = sorted(self.folder.glob("part-*.safetensors"))
+            check_files(paths)
+            self._parts = [_open(path) for path in paths]
+        except (OSError, ValueError, SafetensorError, StoreDamagedError) as error:
             raise InputError(
                 f"{folder} holds no teacher cache that can be read ({error}); make it anew"
             ) from None
@@ -190,7 +196,7 @@ def cache_teacher(
     with Bar("caching the teacher", len(starts), "parts") as bar:
         for number, start in enumerate(starts):
             path = target / f"part-{number:06d}.safetensors"
-            if path.exists():
+            if path.exists() and _is_whole(path):
                 bar.skip(1)
             else:
                 samples = [corpus.sample(*place) for place in places[start : start + PART]]
@@ -199,9 +205,7 @@ def cache_teacher(
             if tell is not None:
                 tell(number + 1, len(starts))
     about = {"parts": len(starts), "k": k, "vocabulary": teacher.vocabulary, "model": model}
-    side = target / "teacher.part"
-    side.write_text(json.dumps(about), "utf-8")
-    side.replace(target / "teacher.json")
+    write_json(target / "teacher.json", about)
     return Cached(target)
 
 
@@ -262,6 +266,16 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """Digest of a tokenizer's tokens and their numbers."""
     pairs = sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a part is what was written; warns if it is not."""
+    try:
+        check_files([path])
+    except ValueError as error:
+        LOG.warning("%s: it is made again", str(error).rpartition(";")[0])
+        return False
+    return True
 
 
 def _open(path: Path) -> Any:

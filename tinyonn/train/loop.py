@@ -12,13 +12,13 @@ from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
 from tinyonn.experts.folder import read_settings
 from tinyonn.files import line_of, write_json
-from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
 from tinyonn.train.monitor import Monitor, StepFacts
 from tinyonn.train.save import save_model
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import Trainer
+from tinyonn.usage import Meter, measured
 
 STARTS = "starts.jsonl"  # in the training's folder: the step that every start went on from
 USE = "use.json"  # in the training's folder: what the first worker used
@@ -53,6 +53,11 @@ def train_loop(
     CapacityError
         No memory on the GPU, or no space for a checkpoint.
     """
+    with measured() as meter:
+        _loop(spec, report, tell, observe, meter)
+
+
+def _loop(spec: Spec, report: Report, tell: Tell, observe: Observe, meter: Meter) -> None:
     trainer = build_trainer(spec)
     if trainer.step:
         tell(f"going on from step {trainer.step} of {trainer.steps}")
@@ -83,7 +88,7 @@ def train_loop(
             monitor.close()
     finally:
         tracker.close()
-    write_json(folder / USE, {"peak_bytes": peak_bytes(spec.device)})
+    write_json(folder / USE, {"peak_bytes": peak_bytes(spec.device, meter)})
     save_model(trainer.student.model, spec.output, provenance(spec, trainer), spec.student)
     _write_card(spec)
     trainer.workers.wait()
@@ -115,8 +120,8 @@ def provenance(spec: Spec, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def peak_bytes(device: str) -> int:
-    """Most memory that this process had: of the GPU, or RAM."""
+def peak_bytes(device: str, meter: Meter) -> int:
+    """Most memory that this worker had: of the GPU, or RAM."""
     if device == "cuda":
         return int(torch.cuda.max_memory_reserved())
-    return peak_rss()
+    return meter.usage.peak

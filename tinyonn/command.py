@@ -86,7 +86,9 @@ def run_stage(
 
         settings = load_config(config)
         location = run_location(run, settings.storage.root)
-        with _console(stage, location, as_json, log):
+        from tinyonn.usage import measured
+
+        with measured() as meter, _console(stage, location, as_json, log):
             report = body(location, settings)
     except KeyboardInterrupt:
         screen.complain("interrupted; what was committed stays, and the same command goes on from there")
@@ -112,12 +114,13 @@ def run_stage(
         _crash()
         raise
     if as_json:
-        from tinyonn.machine import peak_rss
-
         own = {"stage": stage, "run": location, "seconds": round(time.monotonic() - started, 3)}
-        print(json.dumps({**own, "peak_rss_bytes": peak_rss(), **report.figures(), **own}), flush=True)
+        memory = {"peak_rss_bytes": meter.usage.peak, "peak_parts_bytes": meter.usage.parts()}
+        print(json.dumps({**own, **memory, **report.figures(), **own}), flush=True)
     else:
-        show(report)
+        sheet = report.table()
+        sheet.notes += [f"memory held at most, all processes together: {meter.usage}"] if log else []
+        screen.show(sheet)
     return report
 
 

@@ -21,7 +21,7 @@ from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import InputError
 from tinyonn.experts.choice import check_base
-from tinyonn.machine import free_ram, gpus, peak_rss, usable_cpus
+from tinyonn.machine import free_ram, gpus, usable_cpus
 from tinyonn.memory import DataFacts, Machine
 from tinyonn.places import local_folder
 from tinyonn.planning import cluster_ram, describe_model
@@ -40,6 +40,7 @@ from tinyonn.record.identity import recorded_corpus
 from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
 from tinyonn.store.lock import RunLock
+from tinyonn.usage import Meter, measured, total_peak
 
 LOG = logging.getLogger(__name__)
 SAMPLE_TOKENS = 100  # that a sample costs like, beside its own: its weights' gradients and levels
@@ -123,10 +124,9 @@ def profile_run(
         Another process works on the run.
     """
     run = open_run(location)
-    with RunLock(local_folder(location)) as lock:
-        return _Profiling(run, location, config, options, tell, lock.check).carry_out(
-            cluster_address(address)
-        )
+    with RunLock(local_folder(location)) as lock, measured() as meter:
+        profiling = _Profiling(run, location, config, options, tell, lock.check, meter)
+        return profiling.carry_out(cluster_address(address))
 
 
 class _Profiling:
@@ -140,9 +140,10 @@ class _Profiling:
         options: ProfileOptions,
         tell: Callable[[str], None],
         check: Callable[[], None],
+        meter: Meter,
     ) -> None:
         self.run, self.location, self.config, self.options = run, location, config, options
-        self.tell, self.check = tell, check
+        self.tell, self.check, self.meter = tell, check, meter
         self.folder = local_folder(location)
         self.started = time.monotonic()
         self.measured = 0
@@ -248,7 +249,6 @@ class _Profiling:
     def _report(self, profile: Profile, uses: list[WorkerUse]) -> ProfileReport:
         identity = profile.manifest.groups
         seconds = sum(use.recording for use in uses)
-        own = peak_rss()
         core_share, effective = spread(profile)
         return ProfileReport(
             location=self.location,
@@ -268,7 +268,7 @@ class _Profiling:
             workers=len(uses),
             seconds_measuring=round(seconds, 3),
             samples_per_second=round(len(uses) * self.measured / seconds, 3) if seconds else 0.0,
-            peak_rss_bytes=max([own, *(use.peak_rss for use in uses)]),
+            peak_rss_bytes=total_peak(self.meter, ((use.host, use.pid, use.peak_rss) for use in uses)),
             peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
             seconds=round(time.monotonic() - self.started, 3),
         )

@@ -20,13 +20,13 @@ from tinyonn.base.prompts import prompt_length
 from tinyonn.base.tokens import UNLABELLED
 from tinyonn.config import ModelConfig
 from tinyonn.errors import CapacityError
-from tinyonn.machine import peak_rss
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.measure import Measurer
 from tinyonn.profile.tables import PartProfile, SampleProfile
 from tinyonn.record.recorder import BadSampleError
 from tinyonn.record.worker import WorkerFacts, WorkerUse
 from tinyonn.store.records import TensorCalibration
+from tinyonn.usage import process_meter
 
 TOKENS_PER_CHARACTER = 4  # at most, of an excerpt
 
@@ -65,6 +65,7 @@ class ProfileWorker:
     """
 
     def __init__(self, job: Job) -> None:
+        process_meter()
         self._job = job
         self._done = 0
         self._seconds = 0.0
@@ -126,8 +127,7 @@ class ProfileWorker:
     def use(self) -> WorkerUse:
         """What has been used so far; may be called while `measure` runs."""
         vram = torch.cuda.max_memory_reserved() if torch.cuda.is_initialized() else 0
-        rss = peak_rss()
-        return WorkerUse(self._done, self._seconds, 0.0, rss, vram)
+        return WorkerUse.now(self._done, self._seconds, 0.0, vram)
 
     def _profile(self, sample: Sample, position: int) -> SampleProfile:
         measured = self._measurer.run(sample)

@@ -43,6 +43,7 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready, next_segment, ready_merges
 from tinyonn.store.repository import Store
 from tinyonn.track import Tracker
+from tinyonn.usage import Meter, measured
 
 LOG = logging.getLogger(__name__)
 POLL = 1.0  # seconds between looks at progress
@@ -76,7 +77,7 @@ def record(
     """
     folder, place = local_folder(location), store_location(location)
     cluster = cluster_address(address)
-    with RunLock(folder) as lock:
+    with RunLock(folder) as lock, measured() as meter:
         if cluster is None and not ray.is_initialized():
             choose_device(config.model.device)
         shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done
@@ -90,7 +91,8 @@ def record(
         data = {"corpus": corpus.fingerprint}
         identity |= {"data": data, "slices": corpus.slices}
         grown = stored.grow(data, corpus.slices) if stored is not None and stored.data != data else None
-        return _Recording(folder, place, config, corpus, lock, store, progress).run(identity, cluster, grown)
+        recording = _Recording(folder, place, config, corpus, lock, store, progress, meter)
+        return recording.run(identity, cluster, grown)
 
 
 class _Recording:
@@ -105,9 +107,10 @@ class _Recording:
         lock: RunLock,
         store: Store | None,
         progress: bool,
+        meter: Meter,
     ) -> None:
         self.folder, self.location, self.config, self.corpus = folder, location, config, corpus
-        self.lock = lock
+        self.lock, self.meter = lock, meter
         self.progress = Progress(sum(corpus.slices.values()), progress)
         self.tasks: dict[Any, Task] = {}  # by the reference of the call under way
         self.loading: dict[Any, int] = {}  # worker by the reference of its loading
@@ -392,4 +395,5 @@ class _Recording:
             self.progress,
             self.committed,
             time.monotonic() - self.started,
+            self.meter,
         )

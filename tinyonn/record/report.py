@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.base.corpus_file import Corpus
-from tinyonn.machine import peak_rss
 from tinyonn.progress import Bar
 from tinyonn.record.worker import WorkerUse
 from tinyonn.sheet import Sheet, pairs, whole
 from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
+from tinyonn.usage import Meter, total_peak
 
 LOG = logging.getLogger(__name__)
 LOG_SECONDS = 15.0  # between lines about the workers in the log
@@ -117,7 +117,7 @@ class RecordReport:
     samples_per_second : float
         Of this call, all workers together, start-up left out.
     peak_rss_bytes : int
-        Driver and workers together, each at its peak.
+        Of all processes together, Ray's own among them; see `tinyonn.usage`.
     peak_vram_bytes : int
         Of the largest worker.
     """
@@ -140,13 +140,19 @@ class RecordReport:
 
     @classmethod
     def of(
-        cls, folder: Path, store: Store, corpus: Corpus, progress: Progress, recorded: int, seconds: float
+        cls,
+        folder: Path,
+        store: Store,
+        corpus: Corpus,
+        progress: Progress,
+        recorded: int,
+        seconds: float,
+        meter: Meter,
     ) -> RecordReport:
         """Gather the figures."""
         segments = store.segments()
         uses = list(progress.uses.values())
         recording, writing = sum(use.recording for use in uses), sum(use.writing for use in uses)
-        driver = peak_rss()
         return cls(
             run=str(folder),
             samples_recorded=recorded,
@@ -160,7 +166,7 @@ class RecordReport:
             seconds_writing=round(writing, 3),
             commit_share=round(writing / recording, 4) if recording else 0.0,
             samples_per_second=round(len(uses) * recorded / (recording + writing), 3) if recording else 0.0,
-            peak_rss_bytes=driver + sum(use.peak_rss for use in uses),
+            peak_rss_bytes=total_peak(meter, ((use.host, use.pid, use.peak_rss) for use in uses)),
             peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
             seconds=round(seconds, 3),
         )

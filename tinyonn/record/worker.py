@@ -19,13 +19,13 @@ from tinyonn.base.corpus_file import Sample
 from tinyonn.base.load import DenseModel, load_model
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.machine import peak_rss
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, dither_seed
+from tinyonn.usage import process_meter
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig
@@ -43,13 +43,21 @@ class WorkerFacts:
 
 @dataclass(frozen=True)
 class WorkerUse:
-    """What a worker has used so far: seconds of recording and of writing, bytes of memory."""
+    """What a worker has used so far: seconds of recording and of writing, bytes of memory; and which process it is."""
 
     samples: int
     recording: float
     writing: float
     peak_rss: int
     peak_vram: int
+    host: str
+    pid: int
+
+    @classmethod
+    def now(cls, samples: int, recording: float, writing: float, peak_vram: int) -> WorkerUse:
+        """Of this process, with what it holds beside the GPU."""
+        peak = process_meter().usage.peak
+        return cls(samples, recording, writing, peak, peak_vram, platform.node(), os.getpid())
 
 
 class Worker:
@@ -65,6 +73,7 @@ class Worker:
     """
 
     def __init__(self, model: ModelConfig, threads: int, seed: int) -> None:
+        process_meter()
         self._model = model
         self._threads = threads
         self._seed = seed
@@ -164,8 +173,7 @@ class Worker:
     def use(self) -> WorkerUse:
         """What has been used so far; may be called while `record` runs."""
         vram = torch.cuda.max_memory_reserved() if self.recorder.device.type == "cuda" else 0
-        rss = peak_rss()
-        return WorkerUse(self._done, self._recording, self._writing, rss, vram)
+        return WorkerUse.now(self._done, self._recording, self._writing, vram)
 
     def _count(self) -> None:
         self._done += 1

@@ -11,13 +11,13 @@ import torch
 
 from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
-from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
 from tinyonn.train.monitor import Monitor, StepFacts
 from tinyonn.train.save import save_model
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import Trainer
+from tinyonn.usage import Meter, measured
 
 STARTS = "starts.jsonl"  # in the training's folder: the step that every start went on from
 USE = "use.json"  # in the training's folder: what the first worker used
@@ -52,6 +52,11 @@ def train_loop(
     CapacityError
         No memory on the GPU, or no space for a checkpoint.
     """
+    with measured() as meter:
+        _loop(spec, report, tell, observe, meter)
+
+
+def _loop(spec: Spec, report: Report, tell: Tell, observe: Observe, meter: Meter) -> None:
     trainer = build_trainer(spec)
     if trainer.step:
         tell(f"going on from step {trainer.step} of {trainer.steps}")
@@ -82,7 +87,7 @@ def train_loop(
             monitor.close()
     finally:
         tracker.close()
-    (folder / USE).write_text(json.dumps({"peak_bytes": peak_bytes(spec.device)}), "utf-8")
+    (folder / USE).write_text(json.dumps({"peak_bytes": peak_bytes(spec.device, meter)}), "utf-8")
     save_model(trainer.student.model, spec.output, provenance(spec, trainer), spec.student)
     _write_card(spec)
     trainer.workers.wait()
@@ -114,8 +119,8 @@ def provenance(spec: Spec, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def peak_bytes(device: str) -> int:
-    """Most memory that this process had: of the GPU, or RAM."""
+def peak_bytes(device: str, meter: Meter) -> int:
+    """Most memory that this worker had: of the GPU, or RAM."""
     if device == "cuda":
         return int(torch.cuda.max_memory_reserved())
-    return peak_rss()
+    return meter.usage.peak

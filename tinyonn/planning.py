@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tinyonn.base.parameters import Parameter, list_parameters, list_uses
 from tinyonn.config import Config, DataConfig, MixedSource, ModelConfig, SourceConfig
 from tinyonn.cost import Device
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
 from tinyonn.plan import DataFacts, Machine, ModelFacts, RecordPlan, plan_record
 
@@ -121,16 +121,13 @@ def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:
 
 def describe_data(config: DataConfig, folder: Path) -> DataFacts:
     """Samples, tokens, slices: as tokenised if the run has begun, else counted, else assumed and said so."""
-    stored = folder / "corpus.arrow"
-    if stored.is_file():
-        from tinyonn.base.corpus_file import Corpus
-
-        corpus = Corpus(stored)
-        if len(corpus.header.described) in (0, len(config.origins())):  # else sources were added since
-            read = tuple(corpus.header.described)
-            return DataFacts(
-                len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices), forms=read
-            )
+    corpus = _tokenised(folder / "corpus.arrow")
+    if corpus is not None and len(corpus.header.described) in (
+        0,
+        len(config.origins()),
+    ):  # else sources were added
+        read = tuple(corpus.header.described)
+        return DataFacts(len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices), forms=read)
     rows = _rows(config)
     mean = ASSUMED_FILL * config.max_tokens
     assumed = [f"{mean:,.0f} tokens a sample, half of data.max_tokens"]
@@ -175,6 +172,16 @@ def _forms(config: DataConfig) -> tuple[str, ...]:
         origin for origin in config.origins() if origin.path == "reference" or Path(origin.path).exists()
     ]
     return tuple(f"{origin.path}: {Source(origin).form}" for origin in local)
+
+
+def _tokenised(path: Path) -> Corpus | None:
+    """The corpus of a run that has begun; one that is damaged is made anew when it is needed."""
+    from tinyonn.base.corpus_file import Corpus
+
+    try:
+        return Corpus(path) if path.is_file() else None
+    except StoreDamagedError:
+        return None
 
 
 def _rows(config: DataConfig) -> int | None:

@@ -20,7 +20,7 @@ from tinyonn.base.load import load_tokenizer
 from tinyonn.base.rows import REFERENCE_CORPUS, Row
 from tinyonn.base.survey import even_sample
 from tinyonn.config import Config, DataConfig, ModelConfig
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
 
 CHAT = [
     {"role": "user", "content": "Hello"},
@@ -314,7 +314,7 @@ def test_a_damaged_file_is_told_or_made_anew(room: Room) -> None:
     whole = corpus.path.read_bytes()
     fingerprint = corpus.fingerprint
     corpus.path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="not a readable corpus"):
+    with pytest.raises(StoreDamagedError, match=r"corpus\.arrow is damaged"):
         Corpus(corpus.path)
     assert room.prepare(path, slice="kind").fingerprint == fingerprint
     assert sorted(file.name for file in room.folder.iterdir()) == ["corpus.arrow", "rows.jsonl"]

@@ -29,6 +29,7 @@ from tinyonn.evaluate.trained import (
     evaluate_trained,
     trained_card_figures,
 )
+from tinyonn.files import read_json, write_json
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import read_curve
@@ -207,9 +208,9 @@ def test_what_is_missing_is_named(world: World, tmp_path: Path) -> None:
         train_run(world.run, world.config, world.options(tmp_path, student=tmp_path / "none"))
     copy = world.copy(tmp_path / "copy")
     manifest = copy.folder / "run" / "profile" / "manifest.json"
-    tree = json.loads(manifest.read_text("utf-8"))
+    tree = read_json(manifest, "")
     tree["groups"]["id"] = "another"
-    manifest.write_text(json.dumps(tree), "utf-8")
+    write_json(manifest, tree)
     with pytest.raises(InputError, match="is a profile of assembly another, not of"):
         train_run(copy.run, copy.config, copy.options(tmp_path))
     shutil.rmtree(manifest.parent)

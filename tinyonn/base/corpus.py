@@ -44,8 +44,8 @@ from tinyonn.base.settings import context_length, vocabulary_size
 from tinyonn.base.source import model_folder
 from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
-from tinyonn.config import Config
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.config import Config, ModelConfig
+from tinyonn.errors import CapacityError, InputError, StoreDamagedError
 from tinyonn.progress import counted
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
@@ -98,9 +98,11 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
         try:
             existing = Corpus(path)
             if existing.header.key == key and (earlier is None or existing.begins_with(earlier.fingerprint)):
-                return existing
+                return existing.check()
         except InputError:
-            pass  # unreadable or of another version: made anew
+            pass  # of another version: made anew
+        except StoreDamagedError as error:
+            LOG.warning("%s; it is made anew now", str(error).partition("; ")[0])
     if earlier is not None and not _made_alike(earlier, *makings):
         earlier = None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
             LOG.info("data: %s", line)
         for note, rows in sorted(found.notes.items()):
             LOG.info("data: %s row(s): %s", f"{rows:,}", note)
-        return _Writing(path, mixture, survey, found, scratch).write(
+        return _Writing(path, config.model, mixture, survey, found, scratch).write(
             earlier, first, key=key, making=makings[0], described=described, max_tokens=limit
         )
     except OSError as error:
@@ -288,6 +290,7 @@ class _Writing:
     """The last step: the tokenised rows that are taken, in their stored order."""
 
     path: Path
+    model: ModelConfig
     mixture: Mixture
     survey: Survey
     found: Tokenised
@@ -304,6 +307,7 @@ class _Writing:
             fingerprint=self._fingerprint(earlier, taken, slices),
             slices=slices,
             set_aside=sorted(survey.set_aside + found.set_aside, key=lambda item: item.index),
+            vocabulary=vocabulary_size(model_folder(self.model, weights=False)) or 0,
             truncated=int(np.array(found.truncated)[rows].sum()),
             tokens=int(np.array(found.lengths, np.int64)[rows].sum()),
             grown_from=[] if earlier is None else earlier.line[: -1 if slices == earlier.slices else None],

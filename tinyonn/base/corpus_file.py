@@ -1,29 +1,36 @@
 """The tokenised corpus as one Arrow IPC file, memory-mapped: any sample is read without the rest.
 
-Columns ``index`` (int64, row of the source), ``input_ids`` and ``labels`` (lists of int32); rows stand slice
-by slice in their stored order. The schema's metadata holds the rest: ``tinyonn`` (JSON, see `Header`) and,
-where slices were derived, ``slicer`` (compressed NumPy arrays).
+Rows stand slice by slice in their stored order, see `tinyonn.base.corpus_rows`. The schema's metadata holds the rest:
+``tinyonn`` (JSON with a digest, see `Header`) and, where slices were derived, ``slicer`` (compressed NumPy arrays).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import numpy as np
-
+from tinyonn.base.corpus_rows import Int32, Int64, Row, Rows, RowWriter, read_rows
 from tinyonn.errors import InputError
+from tinyonn.files import KEY, opened_text, sealed, sync
+
+__all__ = [
+    "Corpus",
+    "Header",
+    "Int32",
+    "Int64",
+    "RowWriter",
+    "Sample",
+    "SetAside",
+    "read_rows",
+    "write_corpus",
+]
 
 VERSION = 1
-BATCH = 512
-
-Int32 = np.ndarray[Any, np.dtype[np.int32]]
-Int64 = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,10 @@ class Header:
         it is the same.
     grown_from : list of str
         Fingerprints of the corpora that this one begins with, slice by slice, the oldest first.
+    vocabulary : int
+        Tokens are below it; 0 where the model does not say.
+    slicer : str
+        Digest of how slices were derived, empty where they were not.
     """
 
     key: str
@@ -90,6 +101,8 @@ class Header:
     described: list[str] = field(default_factory=list)
     making: str = ""
     grown_from: list[str] = field(default_factory=list)
+    vocabulary: int = 0
+    slicer: str = ""
 
 
 class Corpus:
@@ -103,30 +116,35 @@ class Corpus:
     Raises
     ------
     InputError
-        No such file, or not a readable one.
+        No such file, or one of another version.
+    StoreDamagedError
+        It is not what was written; names the file. What is wrong with samples shows when they are read, or `check`.
     """
 
     def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
         self.path = Path(path)
         remedy = "delete it and record again, the corpus will be tokenised anew"
         try:
-            table = _table(self.path)
-            metadata = table.schema.metadata or {}
-            tree = json.loads(metadata[b"tinyonn"])
+            self._rows = Rows(self.path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: there is no corpus; run `tinyonn record` again") from None
+        metadata = self._rows.metadata
+        self.slicer: bytes | None = metadata.get(b"slicer")
+        try:
+            content = metadata[b"tinyonn"]
+            tree = opened_text(content, self.path)
             if tree["version"] != VERSION:
                 raise InputError(f"{path}: format {tree['version']}, this version reads {VERSION}; {remedy}")
             tree["set_aside"] = [SetAside(**item) for item in tree["set_aside"]]
             self.header = Header(**tree)
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path}: not a readable corpus ({type(error).__name__}: {error}); {remedy}"
-            ) from None
-        self.slicer: bytes | None = metadata.get(b"slicer")
-        self._index = table.column("index")
-        self._input_ids = Lists(table.column("input_ids"))
-        self._labels = Lists(table.column("labels"))
+            if sum(self.slices.values()) != len(self._rows):
+                raise ValueError(f"it has {len(self._rows)} rows and says {sum(self.slices.values())}")
+            self._rows.sealed = KEY in json.loads(content)
+            if self._rows.sealed and self.header.slicer != _slicer_digest(self.slicer):
+                raise ValueError("how slices were derived does not match its digest")
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._rows.damage(error) from None
+        self._rows.vocabulary = self.header.vocabulary
         starts = accumulate(self.slices.values(), initial=0)
         self._starts = dict(zip(self.slices, starts, strict=False))
 
@@ -175,6 +193,17 @@ class Corpus:
         """Most tokens that a sample may have."""
         return self.header.max_tokens
 
+    def check(self) -> Corpus:
+        """Read all of it; itself.
+
+        Raises
+        ------
+        StoreDamagedError
+            It is not what was written.
+        """
+        self._rows.check()
+        return self
+
     def sample(self, slice: str, position: int) -> Sample:
         """Read the sample at a position of a slice's stored order.
 
@@ -182,6 +211,8 @@ class Corpus:
         ------
         InputError
             No such slice or position.
+        StoreDamagedError
+            The sample, or one that lies near it, is not what was written.
         """
         count = self.slices.get(slice)
         if count is None:
@@ -190,13 +221,13 @@ class Corpus:
             raise InputError(
                 f"position {position} of slice {slice!r} in {self.path}: it has 0 to {count - 1}"
             )
-        row = self._starts[slice] + position
-        return Sample(self._index[row].as_py(), slice, self._input_ids[row].copy(), self._labels[row].copy())
+        index, input_ids, labels = self._rows[self._starts[slice] + position]
+        return Sample(index, slice, input_ids.copy(), labels.copy())
 
     def tokens_of(self, slice: str, first: int, last: int) -> int:
         """Tokens of the samples at positions ``first <= position < last``."""
         start = self._starts[slice]
-        return sum(self._input_ids[row].size for row in range(start + first, start + last))
+        return sum(self._rows[row][1].size for row in range(start + first, start + last))
 
     def range(self, slice: str, first: int, last: int) -> list[Sample]:
         """Read the samples at positions ``first <= position < last``."""
@@ -220,71 +251,10 @@ class Corpus:
         return [self.sample(slice, position) for position, slice in turns]
 
 
-class Lists:
-    """Rows of a chunked Arrow column of int32 lists, as NumPy views."""
-
-    def __init__(self, column: Any) -> None:
-        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self._starts = np.array([0, *accumulate(len(chunk) for chunk in column.chunks)], np.int64)
-
-    def __getitem__(self, row: int) -> Int32:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        offsets, values = self._chunks[number]
-        place = row - int(self._starts[number])
-        view: Int32 = values[offsets[place] : offsets[place + 1]]
-        return view
-
-
-class RowWriter:
-    """Appends (index, input_ids, labels) to an Arrow IPC file, in batches."""
-
-    def __init__(self, stream: BinaryIO, metadata: dict[bytes, bytes]) -> None:
-        import pyarrow as pa
-
-        lists = pa.list_(pa.int32())
-        self._schema = pa.schema([("index", pa.int64()), ("input_ids", lists), ("labels", lists)], metadata)
-        self._writer = pa.ipc.new_file(stream, self._schema)
-        self._rows: list[tuple[int, Int32, Int32]] = []
-
-    def append(self, index: int, input_ids: Int32, labels: Int32) -> None:
-        """Add a row."""
-        self._rows.append((index, input_ids, labels))
-        if len(self._rows) == BATCH:
-            self._flush()
-
-    def close(self) -> None:
-        """Write what is left and the footer."""
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        import pyarrow as pa
-
-        index, input_ids, labels = zip(*self._rows, strict=True)
-        arrays = [pa.array(index, pa.int64()), _lists(input_ids), _lists(labels)]
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
-        self._rows = []
-
-
-def read_rows(path: Path, rows: Int64) -> Iterator[tuple[int, Int32, Int32]]:
-    """Read rows of an Arrow IPC file in any order."""
-    table = _table(path)
-    index, input_ids, labels = (
-        table.column("index"),
-        Lists(table.column("input_ids")),
-        Lists(table.column("labels")),
-    )
-    for row in rows.tolist():
-        yield index[row].as_py(), input_ids[row], labels[row]
-
-
-def write_corpus(
-    path: Path, header: Header, slicer: bytes | None, rows: Iterator[tuple[int, Int32, Int32]]
-) -> Corpus:
+def write_corpus(path: Path, header: Header, slicer: bytes | None, rows: Iterator[Row]) -> Corpus:
     """Write a corpus whole: under another name first, renamed when it is on the disk."""
-    metadata = {b"tinyonn": json.dumps(asdict(header)).encode()}
+    header = replace(header, slicer=_slicer_digest(slicer))
+    metadata = {b"tinyonn": json.dumps(sealed(asdict(header))).encode()}
     if slicer is not None:
         metadata[b"slicer"] = slicer
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -294,22 +264,12 @@ def write_corpus(
             for row in rows:
                 writer.append(*row)
             writer.close()
-            stream.flush()
-            os.fsync(stream.fileno())
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return Corpus(path)
 
 
-def _table(path: Path) -> Any:
-    import pyarrow as pa
-
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
-def _lists(rows: Sequence[Int32]) -> Any:
-    import pyarrow as pa
-
-    offsets = np.array([0, *accumulate(len(row) for row in rows)], np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
+def _slicer_digest(slicer: bytes | None) -> str:
+    return "" if slicer is None else blake2b(slicer, digest_size=16).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinyonn.base.checkpoint import BIN, SAFETENSORS, weight_files
 from tinyonn.base.hub import fetch, fetch_weights
 from tinyonn.errors import InputError
+from tinyonn.files import read_derived, write_json
 from tinyonn.progress import Bar
 
 if TYPE_CHECKING:
@@ -327,23 +327,22 @@ class _Remembered:
 
     def __init__(self, memory: Path) -> None:
         self._memory = memory
-        try:
-            self._known: dict[str, Any] = json.loads(memory.read_text("utf-8"))
-        except (OSError, ValueError):
-            self._known = {}
+        self._known: dict[str, Any] = read_derived(memory) or {}
 
     def digest(self, path: Path) -> str:
         state = path.stat()
         key, mark = str(path.resolve()), [state.st_size, state.st_mtime_ns]
         entry = self._known.get(key)
-        if isinstance(entry, dict) and entry.get("mark") == mark:
+        if isinstance(entry, dict) and entry.get("mark") == mark and _is_sha256(entry.get("sha256")):
             return str(entry["sha256"])
         self._known[key] = {"mark": mark, "sha256": sha256(path)}
         self._memory.parent.mkdir(parents=True, exist_ok=True)
-        side = self._memory.with_suffix(f".{os.getpid()}.part")
-        side.write_text(json.dumps(self._known), "utf-8")
-        side.replace(self._memory)
+        write_json(self._memory, self._known)
         return str(self._known[key]["sha256"])
+
+
+def _is_sha256(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def sha256(path: Path) -> str:

@@ -85,7 +85,7 @@ def _spans(
 ) -> Iterator[tuple[int, int, int, bool, UInt16, UInt8]]:
     """Rows and affinity [rows, columns], chunk by chunk and cut at the buckets' edges; bucket, and whether it ends."""
     name, shape = parameter.name, parameter.shape
-    arrays = [(reader.output(group, name), f"{name} of {group}") for group in ("rows", "affinity")]
+    arrays = [(reader.output(group, name), reader.what(group, name)) for group in ("rows", "affinity")]
     edges = bucket_edges(shape[0], grid.rows)
     bucket = 0
     for first, last in bands(shape):
@@ -157,7 +157,8 @@ def label_tensor(
 ) -> np.ndarray:
     """Write one tensor's labels; weights by old and new label, int64 [256, 256]."""
     writer = BandWriter(fork, f"labels/{parameter.name}", parameter.shape, "uint8", {})
-    before = reader.output("labels", parameter.name) if old else None
+    name = parameter.name
+    before = (reader.output("labels", name), reader.what("labels", name)) if old else None
     moves = np.zeros((256, 256), np.int64)
     if not tables:
         for first, last in bands(parameter.shape):
@@ -194,7 +195,7 @@ def label_tensor(
 def _compare(before: Any, parameter: Parameter, first: int, labels: UInt8, moves: np.ndarray) -> None:
     if before is None:
         return
-    (old,) = read_chunks([(before, f"{parameter.name} of labels")], first, first + labels.shape[0])
+    (old,) = read_chunks([before], first, first + labels.shape[0])
     _count_moves(old.reshape(-1), labels.reshape(-1), moves)
 
 

@@ -103,7 +103,10 @@ def draw_sample(run: Run, stored: dict[str, Any], wanted: int, seed: int) -> Sam
     features, cells, kinds, slices = [], [], [], []
     reader = run.store.reader()
     for parameter in inside:
-        arrays = [(reader.output(group, parameter.name), group) for group in ("rows", "affinity", "labels")]
+        arrays = [
+            (reader.output(group, parameter.name), reader.what(group, parameter.name))
+            for group in ("rows", "affinity", "labels")
+        ]
         spans = list(bands(parameter.shape))
         first, last = spans[int(rng.integers(len(spans)))]
         rows, affinity, labels = (part.reshape(-1) for part in read_together(arrays, first, last))

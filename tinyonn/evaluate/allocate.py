@@ -6,9 +6,7 @@ is mostly the best: the first sees all weights but no loss, the second the loss 
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +36,7 @@ from tinyonn.experts.choice import ALLOCATION, check_base, read_allocation
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource, digest
+from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
@@ -216,9 +215,4 @@ class _Kept:
         items = [{"budget": b, "rounds": r, "found": asdict(found)} for (b, r), found in self.found.items()]
         curves = [asdict(curve) for curve in self.curves]
         tree = {"made_of": self._made_of, "scored": self._scored, "curves": curves, "found": items}
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump(tree, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
+        write_json(self.path, tree)

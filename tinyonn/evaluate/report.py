@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tinyonn.errors import InputError
 from tinyonn.evaluate.results import Line
+from tinyonn.files import read_derived
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 
@@ -197,9 +197,9 @@ def card_figures(folder: Path, selection: Any) -> dict[str, dict[str, float]] | 
     """
     path = folder / "evaluate" / CARDS
     try:
-        cards = json.loads(path.read_text("utf-8"))
+        cards = (read_derived(path) or {}).get("cards", [])
         lines = next((card["lines"] for card in cards if card["selection"] == selection), None)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     if lines is None:
         return None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyonn.errors import InputError
 from tinyonn.evaluate.perplexity import Losses
 from tinyonn.experts.source import digest
+from tinyonn.files import damaged, read_json, write_json
 
 VERSION = 1
+REMEDY = "delete it and evaluate again"
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,21 @@ class Results:
 
     Raises
     ------
-    InputError
-        It is there and not readable.
+    StoreDamagedError
+        It is there and not what was written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lines: dict[str, dict[str, Any]] = {}
         if path.exists():
+            tree = read_json(path, REMEDY)
             try:
-                tree = json.loads(path.read_text("utf-8"))
                 self._lines = dict(tree["lines"]) if tree["version"] == VERSION else {}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{path}: not a readable file of results ({type(error).__name__}: {error}); "
-                    "delete it and evaluate again"
-                ) from None
+                for line in self._lines.values():
+                    Line.from_tree(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise damaged(path, repr(error), REMEDY) from None
 
     def get(self, decided_by: Any) -> Line | None:
         """The line that was evaluated from the same, if there is one."""
@@ -86,9 +84,4 @@ class Results:
         """Keep a line: on the disk when this returns."""
         self._lines[digest(decided_by)] = line.tree()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        with partial.open("w", encoding="utf-8") as stream:
-            json.dump({"version": VERSION, "lines": self._lines}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
+        write_json(self.path, {"version": VERSION, "lines": self._lines})

@@ -8,7 +8,6 @@ whose inputs have not changed is not evaluated again, so a killed call goes on a
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from tinyonn.experts.choice import check_base, select_options, stored_shares
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import RunSource
+from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
@@ -276,7 +276,7 @@ class _Evaluation:
         ]
         path = self.folder / "evaluate" / CARDS
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(cards), "utf-8")
+        write_json(path, {"cards": cards})
 
     def _whole(self) -> Iterator[Line]:
         """The model as it was published, and as it was recorded."""

@@ -5,7 +5,6 @@ Experts are chosen from each sample's prompt; losses count the labelled tokens a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tinyonn.evaluate.perplexity import Losses
 from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
+from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.sheet import Sheet, whole
@@ -180,7 +180,7 @@ def evaluate_trained(
 
 def _remember(path: Path, assembly: str, lines: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"assembly": assembly, "lines": lines}), "utf-8")
+    write_json(path, {"assembly": assembly, "lines": lines})
 
 
 def trained_card_figures(folder: Path, assembly: str) -> dict[str, dict[str, float]] | None:
@@ -193,8 +193,10 @@ def trained_card_figures(folder: Path, assembly: str) -> dict[str, dict[str, flo
     assembly : str
         Id of the trained model.
     """
+    tree = read_derived(folder / "evaluate" / CARD)
+    if tree is None:
+        return None
     try:
-        tree = json.loads((folder / "evaluate" / CARD).read_text("utf-8"))
         if tree["assembly"] != assembly:
             return None
         figures = {}
@@ -204,7 +206,7 @@ def trained_card_figures(folder: Path, assembly: str) -> dict[str, dict[str, flo
                 name = f"this model, {line['experts']:.0f} experts on ({line['active_share']:.1%} active)"
             figures[name] = {**line["by_slice"], "mean": line["loss"]}
         return figures
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tinyonn.config import ExpertsConfig, ModelConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.source import digest
+from tinyonn.files import damaged, read_json
 from tinyonn.places import local_folder
 from tinyonn.run import Run
 
@@ -104,14 +104,16 @@ def read_allocation(path: Path) -> dict[str, Any]:
 
     Raises
     ------
-    InputError
-        It is not readable.
+    StoreDamagedError
+        It is not what was written, or holds shares that cannot be; names it.
     """
+    remedy = "delete it and search again"
+    tree = read_json(path, remedy)
     try:
-        tree = json.loads(path.read_text("utf-8"))
-        assert isinstance(tree["found"], list)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(
-            f"{path}: not a readable allocation ({type(error).__name__}: {error}); delete it and search again"
-        ) from None
-    return dict(tree)
+        shares = [share for item in tree["found"] for share in dict(item["found"]["shares"]).values()]
+        odd = [share for share in shares if not 0 < float(share) <= 1]
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, f"it is no allocation: {error!r}", remedy) from None
+    if odd:
+        raise damaged(path, f"it gives a tensor the share {odd[0]}, beyond 0 to 1", remedy)
+    return tree

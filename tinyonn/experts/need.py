@@ -18,7 +18,6 @@ Shape suffixes: ``S`` slices, ``T`` tensors, ``L`` budgets, ``K`` experts.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +44,7 @@ from tinyonn.experts.need_passes import (
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.select import Spread, allocate, select
 from tinyonn.experts.source import MOST_CELLS, Band, RunSource, digest, tensors_outside
+from tinyonn.files import read_derived, read_json, write_json
 from tinyonn.run import Run
 from tinyonn.score.stage import task_groups
 
@@ -165,7 +165,7 @@ class ByNeed:
     @property
     def made(self) -> bool:
         """Whether all labels are there."""
-        return all((self.folder / self.identity / name).is_file() for name in (COUNTS, NEEDS))
+        return self._counts() is not None
 
     def labelled(self) -> NeedSource:
         """The source with labels, which `make` writes."""
@@ -177,8 +177,8 @@ class ByNeed:
         The budget under which the slice would keep them, as a multiple of the selection's, geometric mean over the
         expert's weights; e at most, and of experts without weights. Slices without samples are left out.
         """
-        tree: dict[str, list[float]] = json.loads((self.folder / self.identity / NEEDS).read_text("utf-8"))
-        return tree
+        tree = read_json(self.folder / self.identity / NEEDS, "delete the folder and assemble again")
+        return dict(tree.get("needs", tree))
 
     def make(self, compute: Compute) -> Selection:
         """Find the experts and write every weight's label, unless they are there already.
@@ -201,22 +201,26 @@ class ByNeed:
         )  # of the whole budget, the largest there is
         core_T = shares_under(self.selection.core * total / curves.weights, curves) * sizes
         plain = select(self.source, self.selection, compute, Spread(kept_T, core_T))
-        own = self.folder / self.identity
-        done = own / COUNTS
-        if self.made:
-            counts = json.loads(done.read_text("utf-8"))
-        else:
+        counts = self._counts()
+        if counts is None:
+            own = self.folder / self.identity
             shutil.rmtree(own, ignore_errors=True)
             own.mkdir(parents=True)
             counts = self._label(plain, curves, own, compute)
-            side = done.with_suffix(".part")
-            side.write_text(json.dumps(counts), "utf-8")
-            side.replace(done)
+            write_json(own / COUNTS, {"counts": counts})
         cuts = {
             name: replace(its, kept=np.append(np.array(counts[name], np.int64), its.kept[-1]))
             for name, its in plain.tensors.items()
         }
         return Selection(self.selection, self.identity, self.options.experts, plain.budget, cuts)
+
+    def _counts(self) -> dict[str, list[int]] | None:
+        """Weights of every expert by tensor, if all labels are there and as they were written."""
+        own = self.folder / self.identity
+        tree = read_derived(own / COUNTS)
+        if tree is None or read_derived(own / NEEDS) is None:
+            return None
+        return dict(tree.get("counts", tree))
 
     def _label(self, plain: Selection, curves: Curves, own: Path, compute: Compute) -> dict[str, list[int]]:
         reader = self.run.store.reader()
@@ -244,7 +248,7 @@ class ByNeed:
         logs_KS = np.where(weights_K1 > 0, sums_KS / np.maximum(weights_K1, 1), HEIGHT)
         needs_KS = np.exp(np.pad(logs_KS, ((0, missing), (0, 0)), constant_values=HEIGHT))
         needs = {name: needs_KS[:, number].tolist() for number, name in enumerate(slices)}
-        (own / NEEDS).write_text(json.dumps(needs), "utf-8")
+        write_json(own / NEEDS, {"needs": needs})
         counts_TK = np.pad(counts_TK, ((0, 0), (0, missing)))
         return dict(zip(labelled, counts_TK.tolist(), strict=True))
 

@@ -74,8 +74,9 @@ class NeedTensor:
             parts = []
             for segment, share in zip(segments, shares(segments), strict=True):
                 array = data.reader.array(segment, name)
-                table = (codebooks_of(array)[STATISTICS.index("grad")] * share).astype(np.float32)
-                parts.append((array, f"{name} of segment {segment.name}", table))
+                what = data.reader.what(segment, name)
+                table = (codebooks_of(array, what)[STATISTICS.index("grad")] * share).astype(np.float32)
+                parts.append((array, what, table))
             self._slices.append(parts)
 
     def bins(self, first: int, last: int, weights: Float32) -> UInt16:

@@ -159,7 +159,7 @@ class RunSource:
         for field, folder in self._folders:
             if field in needs:
                 array = self._reader.output(folder, name)
-                what = f"{name} of {folder}"
+                what = self._reader.what(folder, name)
                 chunk = array.chunks[0]
                 if first % chunk == 0 and last == min(first + chunk, array.shape[0]):
                     found[field] = np.empty((last - first, *array.shape[1:]), array.dtype)

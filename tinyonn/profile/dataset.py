@@ -13,14 +13,14 @@ Samples that were set aside stand in the metadata ``set_aside`` of that file, as
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from tinyonn.errors import InputError
+from tinyonn.files import write_json
 from tinyonn.profile.manifest import MANIFEST, TABLES, Manifest, Part, read_manifest
-from tinyonn.profile.tables import PartProfile, holds, write_part, write_whole
+from tinyonn.profile.tables import PartProfile, holds, write_part
 
 
 class Dataset:
@@ -59,8 +59,7 @@ class Dataset:
         self.manifest = manifest
         if manifest != stored:
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(asdict(manifest), indent=1)
-            write_whole(folder / MANIFEST, lambda side: side.write_text(text, "utf-8"))
+            write_json(folder / MANIFEST, asdict(manifest), indent=1)
         self._drop_others()
 
     def missing(self) -> list[Part]:

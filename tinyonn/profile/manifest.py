@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from tinyonn.errors import InputError
+from tinyonn.files import damaged, read_json
 from tinyonn.profile.groups import Identity
 
 FORMAT = 1
@@ -93,22 +93,21 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises
     ------
     InputError
-        It cannot be read.
+        It is of another version.
+    StoreDamagedError
+        It is not what was written.
     """
     path = folder / MANIFEST
     if not path.exists():
         return None
+    remedy = "measure all of it again with --fresh"
+    tree = read_json(path, remedy)
     try:
-        tree = json.loads(path.read_text("utf-8"))
         if tree["format"] != FORMAT:
-            raise InputError(
-                f"{path}: format {tree['format']}, this version reads {FORMAT}; measure all of it again with --fresh"
-            )
+            raise InputError(f"{path}: format {tree['format']}, this version reads {FORMAT}; {remedy}")
         return Manifest.from_tree(tree)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a readable manifest ({type(error).__name__}: {error}); measure all of it again with --fresh"
-        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"it is no manifest: {error!r}", remedy) from None
 
 
 def _short(value: Any, other: Any) -> str:

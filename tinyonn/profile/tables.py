@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tinyonn.errors import StoreDamagedError
+from tinyonn.files import write_whole
 from tinyonn.profile.kernel import Totals
 from tinyonn.profile.manifest import TABLES, Part
 
 STATISTICS = ("act", "grad", "contribution", "pull")
 SET_ASIDE = b"set_aside"
 GROUPS = b"groups"
+DIGEST = b"digest"
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,28 @@ def _values(table: pa.Table, name: str) -> Any:
 
 def _read_table(path: Path) -> pa.Table:
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, str(error).splitlines()[0]) from None
+    metadata = dict(table.schema.metadata or {})
+    digest = metadata.pop(DIGEST, None)  # earlier versions wrote none
+    if digest is not None and digest != _digest(table, metadata):
+        raise _damaged(path, "its content does not match its digest")
+    return table
+
+
+def _digest(table: pa.Table, metadata: Mapping[bytes, bytes]) -> bytes:
+    """BLAKE2b-128 over the names, the values and what the metadata say; pages have checksums, their footer has none."""
+    found = blake2b(digest_size=16)
+    for name in sorted(name for name in metadata if name in (GROUPS, SET_ASIDE)):
+        found.update(name + b"=" + metadata[name] + b"\n")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        found.update(f"{name}:{column.type}:{len(column)}\n".encode())
+        if pa.types.is_string(column.type):
+            found.update(json.dumps(column.to_pylist()).encode())
+        else:
+            found.update(column.to_numpy().tobytes())
+    return found.hexdigest().encode()
 
 
 def _damaged(path: Path, reason: str) -> StoreDamagedError:
@@ -151,19 +172,5 @@ def _damaged(path: Path, reason: str) -> StoreDamagedError:
 
 def _write_table(path: Path, table: pa.Table, metadata: dict[bytes, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = table.replace_schema_metadata(metadata)
+    table = table.replace_schema_metadata({**metadata, DIGEST: _digest(table, metadata)})
     write_whole(path, lambda side: pq.write_table(table, side, compression="zstd", write_page_checksum=True))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Beside, synced, renamed."""
-    side = path.with_name(f"{path.name}.part")
-    write(side)
-    with side.open("rb") as stream:
-        os.fsync(stream.fileno())
-    side.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -11,8 +12,10 @@ from tinyonn.base.corpus import Corpus, prepare_corpus
 from tinyonn.base.growth import Earlier
 from tinyonn.base.load import fingerprint_model, load_tokenizer
 from tinyonn.config import Config
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.store.manifest import Manifest
+
+LOG = logging.getLogger(__name__)
 
 
 def identity_of(config: Config) -> dict[str, Any]:
@@ -62,9 +65,12 @@ def corpus_of_run(folder: Path, config: Config, identity: dict[str, Any], stored
         with suppress(OSError):  # no corpus there, or a disk without links: it is tokenised anew when needed
             os.link(path, kept)
     try:
-        earlier = None if stored is None else _earlier(path, stored)
+        damage = _damage(path)
+        earlier = None if stored is None or damage is not None else _earlier(path, stored)
         corpus = prepare_corpus(config, load_tokenizer(config.model), path, earlier)
         if stored is not None and not corpus.begins_with(str(stored.data.get("corpus"))):
+            if damage is not None:
+                raise _not_again(damage)
             data = {"data": {"corpus": corpus.fingerprint}, "slices": corpus.slices}
             check_same(folder, stored, config, identity | data)
     except BaseException:
@@ -91,10 +97,14 @@ def recorded_corpus(folder: Path, config: Config, stored: Manifest) -> Corpus:
     ------
     InputError
         What is there, or what the configuration makes, is another corpus.
+    StoreDamagedError
+        What is there is damaged, and what the configuration makes is another corpus.
     """
     path = folder / "corpus.arrow"
     recorded = str(stored.data.get("corpus"))
     there = path.exists()
+    if there and (damage := _damage(path)) is not None:
+        return _tokenised_again(path, config, recorded, damage)
     corpus = Corpus(path) if there else prepare_corpus(config, load_tokenizer(config.model), path)
     if corpus.fingerprint == recorded:
         return corpus
@@ -114,6 +124,38 @@ def recorded_corpus(folder: Path, config: Config, stored: Manifest) -> Corpus:
     raise InputError(
         f"{path} has the fingerprint {corpus.fingerprint[:12]} and the corpus that was recorded had "
         f"{recorded[:12]}; {remedy}"
+    )
+
+
+def _damage(path: Path) -> StoreDamagedError | None:
+    """What is wrong with the bytes of a corpus, if it is there."""
+    try:
+        Corpus(path).check()
+    except InputError:  # none there, or of another version
+        return None
+    except StoreDamagedError as error:
+        return error
+    return None
+
+
+def _tokenised_again(path: Path, config: Config, recorded: str, damage: StoreDamagedError) -> Corpus:
+    """The corpus in place of a damaged file, if it comes out the same."""
+    LOG.warning("%s; it is made anew now", str(damage).partition("; ")[0])
+    side = path.with_name(f"{path.name}.again")
+    try:
+        if prepare_corpus(config, load_tokenizer(config.model), side).fingerprint != recorded:
+            raise _not_again(damage)
+        side.replace(path)
+    finally:
+        side.unlink(missing_ok=True)
+    return Corpus(path)
+
+
+def _not_again(damage: StoreDamagedError) -> StoreDamagedError:
+    return StoreDamagedError(
+        f"{str(damage).partition('; ')[0]}, and what the data and the configuration give now is another corpus; put "
+        "the file back from a copy, or give what the run was recorded with (a corpus that has grown cannot be "
+        "tokenised anew)"
     )
 
 

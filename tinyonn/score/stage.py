@@ -257,12 +257,10 @@ def score_tensors(reader: Reader, fork: ForkSession, task: ScoreTask) -> ForkSes
 
 def _score_tensor(reader: Reader, fork: ForkSession, task: ScoreTask, parameter: Parameter) -> None:
     name, shape = parameter.name, parameter.shape
-    arrays = [
-        (reader.array(segment, name), f"{name} of segment {segment.name}") for segment, _ in task.segments
-    ]
+    arrays = [(reader.array(segment, name), reader.what(segment, name)) for segment, _ in task.segments]
     parts = [
-        Part(number, segment.samples, codebooks_of(array))
-        for (segment, number), (array, _) in zip(task.segments, arrays, strict=True)
+        Part(number, segment.samples, codebooks_of(array, what))
+        for (segment, number), (array, what) in zip(task.segments, arrays, strict=True)
     ]
     spans = list(bands(shape))
     chosen = spread(spans, LOOKED_AT_BANDS)

@@ -7,9 +7,7 @@ that is needed to read the codes without this package.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
 from math import ceil, prod
 from typing import Any
 
@@ -18,14 +16,15 @@ import numpy as np
 import zarr
 from icechunk import ForkSession
 from numcodecs import blosc
-from zarr.core.buffer import cpu, default_buffer_prototype
+from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import StorePath
 
 from tinyonn.errors import StoreDamagedError
 from tinyonn.store.faults import translated
 from tinyonn.store.manifest import Segment
-from tinyonn.store.records import SHIFTS, STATISTICS, Float64, TensorCalibration, UInt16
+from tinyonn.store.nodes import REMEDY, read_node, write_node
+from tinyonn.store.records import CODES, SHIFTS, STATISTICS, Float64, TensorCalibration, UInt16
 
 # A segment is written by one process beside others; a few requests at a time fill a disk or a link.
 # Chunks of zeros are stored like all others: what is absent must be an error, never a zero.
@@ -136,10 +135,25 @@ def _field(name: str, unit: str, codebooks: Float64) -> dict[str, Any]:
     return {"shift": SHIFTS[name], "bits": 4, "unit": unit, "codebook": codebook}
 
 
-def codebooks_of(array: zarr.Array[Any]) -> Float64:
-    """The codebooks in an array's attributes: float64 [3, 16], in the order of ``STATISTICS``."""
-    fields: Any = array.attrs["fields"]
-    return np.array([fields[name]["codebook"] for name in STATISTICS], dtype=np.float64)
+def codebooks_of(array: zarr.Array[Any], what: str) -> Float64:
+    """The codebooks in an array's attributes: float64 [3, 16], in the order of ``STATISTICS``.
+
+    Raises
+    ------
+    StoreDamagedError
+        They are not 16 finite, increasing entries each; names `what`.
+    """
+    try:
+        fields: Any = array.attrs["fields"]
+        books = np.array([fields[name]["codebook"] for name in STATISTICS], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreDamagedError(f"{what} has no codebooks ({error!r}); {REMEDY}") from None
+    whole = books.shape == (len(STATISTICS), CODES) and np.isfinite(books).all()
+    if not whole or not (np.diff(books) > 0).all():
+        raise StoreDamagedError(
+            f"the codebooks of {what} are not {CODES} finite, increasing means each; {REMEDY}"
+        )
+    return books
 
 
 def create_array(
@@ -166,24 +180,28 @@ def create_array(
         "codecs": CODECS if dtype == "uint16" else BYTE_CODECS,
         "attributes": attributes,
     }
-    sync(store.set(f"{path}/zarr.json", cpu.Buffer.from_bytes(json.dumps(metadata).encode())))
-    return zarr.Array.from_dict(StorePath(store, path), metadata)
+    return zarr.Array.from_dict(StorePath(store, path), write_node(store, path, metadata))
 
 
-def open_array(store: Any, path: str) -> zarr.Array[Any]:
+def open_array(store: Any, path: str, where: str) -> zarr.Array[Any]:
     """Open an array for reading, in one request.
+
+    Parameters
+    ----------
+    store : zarr Store
+    path : str
+    where : str
+        The store's location, for messages.
 
     Raises
     ------
     StoreDamagedError
-        If it is not there.
+        It is not there, or its metadata are not what was written.
     """
-    data = sync(store.get(f"{path}/zarr.json", default_buffer_prototype()))
-    if data is None:
-        raise StoreDamagedError(
-            f"{path} is missing from the store; restore it from a copy, or record into another folder"
-        )
-    return zarr.Array.from_dict(StorePath(store, path), json.loads(data.to_bytes()))
+    metadata = read_node(store, path, where)
+    if metadata is None:
+        raise StoreDamagedError(f"{where}: {path} is missing from the store; {REMEDY}")
+    return zarr.Array.from_dict(StorePath(store, path), metadata)
 
 
 class SegmentWriter:
@@ -255,18 +273,14 @@ class SegmentWriter:
 
 
 def read_rows(array: zarr.Array[Any], first: int, last: int, what: str) -> UInt16:
-    """Read rows of an array.
+    """Read rows of an array, chunk by chunk: one that is missing is an error, where Zarr would read zeros.
 
     Raises
     ------
     StoreDamagedError
         Names `what` and the first damaged chunk.
     """
-    try:
-        with translated(f"reading {what}"):
-            return np.asarray(array[first:last])
-    except StoreDamagedError as error:
-        raise StoreDamagedError(_locate(array, first, last, what) or str(error)) from error
+    return read_together([(array, what)], first, last)[0]
 
 
 def read_chunk(array: zarr.Array[Any], first: int, last: int, out: np.ndarray, what: str) -> None:
@@ -278,21 +292,9 @@ def read_chunk(array: zarr.Array[Any], first: int, last: int, out: np.ndarray, w
     rows = array.chunks[0]
     assert first % rows == 0 and last == min(first + rows, array.shape[0]) and out.flags.c_contiguous
     number = first // rows
-    key = f"{array.store_path.path}/c/{number}{'/0' * (array.ndim - 1)}"
-    with translated(f"reading {what}, chunk {number}"):
-        data = sync(array.store_path.store.get(key, default_buffer_prototype()))
-        if data is None:
-            raise StoreDamagedError(
-                f"reading {what}: chunk {number} is missing from the store; restore it from a copy, "
-                "or record into another folder"
-            )
-        stored = np.asarray(data.as_numpy_array())
-        if int(google_crc32c.value(stored[:-4])) != int.from_bytes(stored[-4:].tobytes(), "little"):
-            raise ValueError("stored and computed checksum do not match")
-        whole = out if last - first == rows else np.empty(rows * (out.size // (last - first)), array.dtype)
-        blosc.decompress(stored[:-4], whole)
-        if whole is not out:  # the last chunk is stored in full
-            out.reshape(-1)[:] = whole[: out.size]
+    with translated(_chunk_of(array, number, what)):
+        data = sync(array.store_path.store.get(_key(array, number), default_buffer_prototype()))
+        _decode(array, data, last - first, out)
 
 
 def read_chunks(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last: int) -> list[np.ndarray]:
@@ -306,29 +308,58 @@ def read_chunks(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last:
 
 
 def read_together(arrays: Sequence[tuple[zarr.Array[Any], str]], first: int, last: int) -> list[UInt16]:
-    """Read the same rows of several (array, name) at once; errors as in `read_rows`."""
+    """Read the same rows of several (array, name), their chunks fetched at once; errors as in `read_rows`."""
+    found = [np.empty((last - first, *array.shape[1:]), array.dtype) for array, _ in arrays]
+    rows = arrays[0][0].chunks[0]
+    for number in range(first // rows, ceil(last / rows)):
+        begin, end = number * rows, min((number + 1) * rows, arrays[0][0].shape[0])
+        low, high = max(first, begin), min(last, end)
+        for (array, what), data, out in zip(arrays, _fetch(arrays, number), found, strict=True):
+            with translated(_chunk_of(array, number, what)):
+                if isinstance(data, BaseException):
+                    raise data
+                if (low, high) == (begin, end):
+                    _decode(array, data, end - begin, out[low - first : high - first])
+                    continue
+                whole = np.empty((end - begin, *array.shape[1:]), array.dtype)
+                _decode(array, data, end - begin, whole)
+                out[low - first : high - first] = whole[low - begin : high - begin]
+    return found
+
+
+def _fetch(arrays: Sequence[tuple[zarr.Array[Any], str]], number: int) -> list[Any]:
+    """Bytes of a chunk of every array, or what was raised instead."""
 
     async def gather() -> list[Any]:
-        rows = (array.async_array.getitem((slice(first, last),)) for array, _ in arrays)
-        return await asyncio.gather(*rows)
+        prototype = default_buffer_prototype()
+        reads = (array.store_path.store.get(_key(array, number), prototype) for array, _ in arrays)
+        return await asyncio.gather(*reads, return_exceptions=True)
 
-    try:
-        with translated(f"reading rows {first}-{last}"):
-            return [np.asarray(part) for part in sync(gather())]
-    except StoreDamagedError:
-        return [read_rows(array, first, last, what) for array, what in arrays]
+    return sync(gather())
 
 
-def _locate(array: zarr.Array[Any], first: int, last: int, what: str) -> str | None:
-    """Find the first damaged chunk among rows by reading them one by one."""
-    sizes = array.chunks
-    counts = [ceil(extent / size) for extent, size in zip(array.shape, sizes, strict=True)]
-    places = [range(first // sizes[0], ceil(last / sizes[0])), *(range(count) for count in counts[1:])]
-    for place in product(*places):
-        window = tuple(slice(i * size, (i + 1) * size) for i, size in zip(place, sizes, strict=True))
-        try:
-            with translated(f"reading {what}, chunk {'/'.join(map(str, place))}"):
-                array[window]
-        except StoreDamagedError as error:
-            return str(error)
-    return None
+def _decode(array: zarr.Array[Any], data: Any, count: int, out: np.ndarray) -> None:
+    """Undo the codecs of a chunk of `count` rows into a contiguous array of as many elements."""
+    if data is None:
+        raise ValueError("the chunk is not there")
+    stored = np.asarray(data.as_numpy_array())
+    if int(google_crc32c.value(stored[:-4])) != int.from_bytes(stored[-4:].tobytes(), "little"):
+        raise ValueError("stored and computed checksum do not match")
+    rows = array.chunks[0]
+    whole = out if count == rows else np.empty(rows * (out.size // count), array.dtype)
+    blosc.decompress(stored[:-4], whole)
+    if whole is not out:  # the last chunk is stored in full
+        out.reshape(-1)[:] = whole[: out.size]
+
+
+def _key(array: zarr.Array[Any], number: int) -> str:
+    return f"{array.store_path.path}/c/{_place(array, number)}"
+
+
+def _place(array: zarr.Array[Any], number: int) -> str:
+    """Chunks are bands of whole rows."""
+    return f"{number}{'/0' * (array.ndim - 1)}"
+
+
+def _chunk_of(array: zarr.Array[Any], number: int, what: str) -> str:
+    return f"reading {what}, chunk {_place(array, number)}"

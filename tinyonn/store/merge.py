@@ -113,10 +113,9 @@ def average(
     segments = [segment for segment in segments if segment.samples]
     weights = shares(segments)
     arrays = [
-        (reader.array(segment, parameter.name), f"{parameter.name} of segment {segment.name}")
-        for segment in segments
+        (reader.array(segment, parameter.name), reader.what(segment, parameter.name)) for segment in segments
     ]
-    parts = [codebooks_of(array) for array, _ in arrays]
+    parts = [codebooks_of(array, what) for array, what in arrays]
     codebooks = averaged_codebooks(parts, weights)
     values = weighted_values(parts, weights)
     return codebooks, _averaged_bands(arrays, values, codebooks, parameter, seed, nearest)

@@ -19,14 +19,14 @@ import icechunk
 import numpy as np
 import zarr
 from icechunk import ForkSession
-from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
 from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreError
-from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array
+from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array, open_array, read_rows
 from tinyonn.store.faults import newer_store, translated
 from tinyonn.store.location import storage_of
 from tinyonn.store.manifest import Manifest, Segment, parse_segment
+from tinyonn.store.nodes import GROUPS, Content, read_attributes, write_group
 from tinyonn.store.reader import Reader, list_names, list_segments
 from tinyonn.store.records import TensorCalibration
 
@@ -94,10 +94,11 @@ class Store:
                 Path(text).mkdir(parents=True, exist_ok=True)
             repository = icechunk.Repository.open_or_create(storage_of(text), **_OLDEST)
             session = repository.writable_session("main")
-            root = zarr.create_group(session.store, attributes={"tinyonn": manifest.to_json()})
+            write_group(session.store, "", {"tinyonn": manifest.to_json()})
+            write_group(session.store, "segments", {})
             for name in manifest.slices:
-                root.create_group(f"segments/{name}")
-            snapshot = session.commit("manifest")
+                write_group(session.store, f"segments/{name}", {})
+            snapshot = session.commit("manifest", Content((), ()).tree())
             repository.create_branch("base", snapshot)
         return cls(text, repository, manifest, read_only=False)
 
@@ -117,8 +118,8 @@ class Store:
             raise InputError(f"{text}: no run is stored there; `tinyonn record` makes one")
         with translated(f"opening the store {text}"):
             repository = icechunk.Repository.open(storage_of(text))
-            root = zarr.open_group(repository.readonly_session("main").store, mode="r")
-            tree = root.attrs.asdict().get("tinyonn")
+            root = read_attributes(repository.readonly_session("main").store, "", text)
+            tree = (root or {}).get("tinyonn")
             if tree is not None and not read_only and "base" not in repository.list_branches():
                 # A kill between the manifest's commit and the branch: nothing else has been committed yet.
                 repository.create_branch("base", repository.lookup_branch("main"))
@@ -142,12 +143,14 @@ class Store:
         with self._lock, translated(f"growing the corpus of {self.location}"):
             for branch in ("base", "main"):
                 session = self._repository.writable_session(branch)
-                root = zarr.open_group(session.store, mode="r+")
-                root.attrs["tinyonn"] = manifest.to_json()
+                before = read_attributes(session.store, "", self.location) or {}
+                write_group(session.store, "", {**before, "tinyonn": manifest.to_json()})
                 for name in manifest.slices:
-                    root.require_group(f"segments/{name}")
+                    if name not in self.manifest.slices:
+                        write_group(session.store, f"segments/{name}", {})
                 if session.has_uncommitted_changes:
-                    session.commit("manifest of a corpus that has grown")
+                    live = self.segments() if branch == "main" else []
+                    self._commit_session(session, "manifest of a corpus that has grown", live)
             self.manifest = manifest
             self._listed = ("", [])
 
@@ -155,10 +158,13 @@ class Store:
     def calibration(self) -> dict[str, TensorCalibration] | None:
         """Every tensor's bases and threshold, or None before they are committed."""
         with translated(f"reading the calibration of {self.location}"):
-            root = zarr.open_group(self._repository.readonly_session("main").store, mode="r")
-            if "calibration" not in root:
+            session = self._repository.readonly_session("main")
+            reader = Reader(session.store, [], self.location, self._content(session))
+            if reader.stage("calibration") is None:
                 return None
-            tree = json.loads(np.asarray(root["calibration"]).tobytes())
+            array = open_array(session.store, "calibration", self.location)
+            data = read_rows(array, 0, array.shape[0], f"the calibration of {self.location}")
+            tree = json.loads(data.tobytes())
             return {name: TensorCalibration(**item) for name, item in tree.items()}
 
     def commit_calibration(self, calibration: dict[str, TensorCalibration]) -> None:
@@ -185,15 +191,21 @@ class Store:
                 session.store, "calibration", data.shape, "uint8", data.shape, {"content": "JSON"}
             )
             array[...] = data
-            session.commit("calibration")
+            self._commit_session(session, "calibration", self.segments())
 
     def segments(self, slice: str | None = None) -> list[Segment]:
         """Live segments by slice and position."""
         with self._lock, translated(f"listing the segments of {self.location}"):
-            session = self._repository.readonly_session("main")
-            if self._listed[0] != session.snapshot_id:
-                self._listed = (session.snapshot_id, sorted(list_segments(session.store, self.manifest)))
-            return [segment for segment in self._listed[1] if slice in (None, segment.slice)]
+            live = self._segments_of(self._repository.readonly_session("main"))
+            return [segment for segment in live if slice in (None, segment.slice)]
+
+    def _segments_of(self, session: icechunk.Session) -> list[Segment]:
+        if self._listed[0] != session.snapshot_id:
+            found = sorted(list_segments(session.store, self.manifest, self.location))
+            if (content := self._content(session)) is not None:
+                content.check([segment.name for segment in found], self.location)
+            self._listed = (session.snapshot_id, found)
+        return self._listed[1]
 
     def covered(self, slice: str) -> list[tuple[int, int]]:
         """Half-open ranges of positions that are committed, joined where they touch."""
@@ -258,15 +270,16 @@ class Store:
                     f"segment {segment.name} was not committed: not live {missing}, overlapping {overlapping}"
                 )
             attributes = {"samples": segment.samples, "set_aside": list(segment.set_aside)}
-            zarr.create_group(fork.store, path=segment.path, attributes=attributes)
+            write_group(fork.store, segment.path, attributes)
             self._check_complete(fork, segment)
             session = self._repository.writable_session("main")
             for child in children:
                 sync(session.store.delete_dir(child.path))
             session.merge(fork)
-            snapshot = session.commit(f"merge {segment.name}" if children else f"segment {segment.name}")
             rest = [other for other in self.segments() if other not in children and other != segment]
-            self._listed = (snapshot, sorted([*rest, segment]))
+            message = f"merge {segment.name}" if children else f"segment {segment.name}"
+            live = sorted([*rest, segment])
+            self._listed = (self._commit_session(session, message, live), live)
             self.drop(segment)
             return True
 
@@ -315,17 +328,16 @@ class Store:
                 sync(session.store.delete_dir(path))
             session.merge(*forks)
             for path, attributes in groups.items():
-                metadata = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-                data = cpu.Buffer.from_bytes(json.dumps(metadata).encode())
-                sync(session.store.set(f"{path}/zarr.json", data))
-            session.commit(stage)
+                write_group(session.store, path, attributes)
+            self._commit_session(session, stage, self.segments())
             self.drop_stage(stage)
 
     def reader(self) -> Reader:
         """A view of what is committed now, that later commits do not change."""
         with self._lock, translated(f"opening {self.location} for reading"):
             session = self._repository.readonly_session("main")
-            return Reader(session.store, self.segments())
+            live = list(self._segments_of(session))
+            return Reader(session.store, live, self.location, self._content(session))
 
     def records(self, segment: Segment, name: str) -> zarr.Array[Any]:
         """The uint16 records of one tensor of a live segment, in the tensor's own shape."""
@@ -356,6 +368,17 @@ class Store:
             until = min([now - grace, *(begin - CLOCK_SKEW for begin in begun)])
             self._repository.expire_snapshots(older_than=now - grace)
             return int(self._repository.garbage_collect(until).bytes_deleted)
+
+    def _commit_session(self, session: icechunk.Session, message: str, live: list[Segment]) -> str:
+        """Commit with the names of what there is then; the snapshot's id."""
+        groups = [name for name in GROUPS if sync(session.store.exists(f"{name}/zarr.json"))]
+        content = Content(tuple(segment.name for segment in live), tuple(groups))
+        return session.commit(message, content.tree())
+
+    def _content(self, session: icechunk.Session) -> Content | None:
+        """What the session's snapshot says that it holds."""
+        metadata = self._repository.lookup_snapshot(session.snapshot_id).metadata
+        return Content.of(metadata, self.location)
 
     def _check_writable(self) -> None:
         if self.read_only:

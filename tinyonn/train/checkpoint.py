@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -24,7 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.errors import CapacityError, InputError, StoreDamagedError
+from tinyonn.files import line_of, read_json, read_log, sync, write_json, write_whole
 from tinyonn.store.faults import is_full
 
 LOG = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Checkpoints:
             side.mkdir()
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(content, side / TENSORS)
-            _sync(side / TENSORS)
+            sync(side / TENSORS)
             about = {
                 "format": FORMAT,
                 "step": step,
@@ -94,11 +94,10 @@ class Checkpoints:
                 "bytes": (side / TENSORS).stat().st_size,
                 "crc32": _checksum(side / TENSORS),
             }
-            (side / ABOUT).write_text(json.dumps(about), "utf-8")
-            _sync(side / ABOUT)
+            write_json(side / ABOUT, about)
             shutil.rmtree(target, ignore_errors=True)
             side.rename(target)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(side, ignore_errors=True)
             if is_full(error):
@@ -128,7 +127,7 @@ class Checkpoints:
             shutil.rmtree(side, ignore_errors=True)
         for path in reversed(self.paths()):
             try:
-                about = json.loads((path / ABOUT).read_text("utf-8"))
+                about = read_json(path / ABOUT, "an older one is used")
                 if about["format"] != FORMAT:
                     raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
                 self._compare(path, about["identity"])
@@ -136,7 +135,7 @@ class Checkpoints:
                 if size != about["bytes"] or _checksum(path / TENSORS) != about["crc32"]:
                     raise ValueError(f"{TENSORS} has other bytes than were written")
                 return Checkpoint(about["step"], load_file(path / TENSORS), about["state"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError, StoreDamagedError) as error:
                 LOG.warning("%s is damaged (%s) and is passed over", path, error)
         return None
 
@@ -169,34 +168,22 @@ class Curve:
     def __init__(self, path: str | Path, step: int = 0) -> None:
         self.path = Path(path)
         kept = [line for line in read_curve(self.path) if line["step"] < step]
-        side = self.path.with_suffix(".part")
-        side.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        side.replace(self.path)
+        write_whole(self.path, "".join(map(line_of, kept)))
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append the figures of a step."""
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(line)) + "\n")
+            stream.write(line_of(line))
 
     def sync(self) -> None:
         """Bring it to the disk, before a checkpoint that counts on it."""
         if self.path.exists():
-            _sync(self.path)
+            sync(self.path)
 
 
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """Figures of all steps so far; a line that was cut off by a kill ends them."""
-    found: list[dict[str, Any]] = []
-    try:
-        text = Path(path).read_text("utf-8")
-    except FileNotFoundError:
-        return found
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break
-    return found
+    """Figures of all steps so far; damaged lines are left out with a warning, one that a kill cut off without."""
+    return list(read_log(Path(path)))
 
 
 def _checksum(path: Path) -> int:
@@ -205,11 +192,3 @@ def _checksum(path: Path) -> int:
         while part := stream.read(1 << 22):
             found = zlib.crc32(part, found)
     return found
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

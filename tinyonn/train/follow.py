@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tinyonn.files import NotSealedError, opened_text
 from tinyonn.pace import Phase
 from tinyonn.progress import Bar
 from tinyonn.train.report import step_facts
@@ -117,7 +117,10 @@ class Follower:
         whole = text[: text.rfind(b"\n") + 1]
         self._state = (inode, place + len(whole))
         for line in whole.splitlines():
-            tree = json.loads(line)
+            try:
+                tree = opened_text(line)
+            except NotSealedError:
+                continue  # who reads the whole file names it
             if tree["step"] <= self._step or silent:  # steps that are done again after a loss
                 self._step = max(self._step, tree["step"])
                 continue

@@ -8,7 +8,6 @@ in a row end the training. An error of ours is raised here as itself and is not 
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from tinyonn import errors
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.files import read_derived, write_json
 
 LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # of workers, one after another without a checkpoint in between
@@ -91,7 +91,7 @@ def run_group(
     storage = folder / FOLDER
     storage.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
-    (storage / TOKEN).write_text(json.dumps({"token": token}), "utf-8")
+    write_json(storage / TOKEN, {"token": token})
     threads = str(options.threads)
     lost_rounds = 0
     while True:
@@ -157,11 +157,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     folder, token = Path(config["folder"]), config["token"]
     storage = folder / FOLDER
-    try:
-        known = json.loads((storage / TOKEN).read_text("utf-8")).get("token")
-    except (OSError, ValueError):
-        known = None
-    if known != token:
+    if (read_derived(storage / TOKEN) or {}).get("token") != token:
         raise InputError(
             f"{folder} is not the same folder on every machine of the cluster; give a run on storage that all of them "
             "reach, or use one machine"
@@ -177,17 +173,14 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _keep_failure(storage: Path, token: str, error: TinyONNError) -> None:
     path = storage / f"failure-{token}.json"
-    side = path.with_suffix(f".{secrets.token_hex(4)}")
     with suppress(OSError):  # Ray hands the error over too, after its tries
-        side.write_text(json.dumps({"kind": _known(error), "message": str(error)}), "utf-8")
-        side.replace(path)
+        write_json(path, {"kind": _known(error), "message": str(error)})
 
 
 def _failure(storage: Path, token: str) -> TinyONNError | None:
     """The error of ours that ended the group."""
-    try:
-        tree = json.loads((storage / f"failure-{token}.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    tree = read_derived(storage / f"failure-{token}.json")
+    if tree is None:
         return None
     kind: type[TinyONNError] = getattr(errors, tree["kind"], TinyONNError)
     return kind(tree["message"])

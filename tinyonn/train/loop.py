@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from tinyonn.base.source import model_folder
 from tinyonn.experts.card import write_card
 from tinyonn.experts.folder import read_settings
+from tinyonn.files import line_of, write_json
 from tinyonn.machine import peak_rss
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
@@ -67,7 +67,7 @@ def train_loop(
     shared = () if router is None else router.options.shared
     with (folder / STARTS).open("a", encoding="utf-8") as file:
         start = {"step": trainer.step, "workers": trainer.workers.world, "step_seconds": seconds}
-        file.write(json.dumps(start) + "\n")
+        file.write(line_of(start))
     tracker = Tracker(spec.track, folder, f"{folder.absolute().parent.name}-{folder.name}")
     try:
         monitor = Monitor(folder, tracker, spec.window, tell, shared, trainer.step)
@@ -83,7 +83,7 @@ def train_loop(
             monitor.close()
     finally:
         tracker.close()
-    (folder / USE).write_text(json.dumps({"peak_bytes": peak_bytes(spec.device)}), "utf-8")
+    write_json(folder / USE, {"peak_bytes": peak_bytes(spec.device)})
     save_model(trainer.student.model, spec.output, provenance(spec, trainer), spec.student)
     _write_card(spec)
     trainer.workers.wait()

@@ -8,9 +8,7 @@ value. One process writes it, the first of a group.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tinyonn.files import line_of, read_log, write_whole
 from tinyonn.train.alarms import Alarm, Int64, Watch, finite_alarm, load_alarms, spike_alarm
 
 FILE = "monitor.jsonl"
@@ -151,7 +150,7 @@ class Monitor:
             line["load"] = [int(count) for count in facts.load_E]
         if new:
             line["alarms"] = [alarm.message for alarm in new]
-        self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.write(line_of(line))
         self._file.flush()
         if self._tracker is not None:
             self._tracker.log(
@@ -208,15 +207,8 @@ class Monitor:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a monitor's file; one that a kill left unfinished is left out."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                yield json.loads(text)
-            except ValueError:
-                return
+    """The lines of a monitor's file; damaged ones are left out with a warning, one that a kill cut off without."""
+    return read_log(path)
 
 
 def cut_lines(path: Path, done: int) -> None:
@@ -224,12 +216,7 @@ def cut_lines(path: Path, done: int) -> None:
     if not path.is_file():
         return
     kept = [line for line in read_lines(path) if line["step"] <= done]
-    side = path.with_suffix(".part")
-    with side.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    side.replace(path)
+    write_whole(path, "".join(map(line_of, kept)))
 
 
 def load_over_time(path: Path, columns: int = COLUMNS) -> tuple[np.ndarray[Any, Any], int, int]:

@@ -149,7 +149,7 @@ def training_corpus(config: Config, folder: Path) -> Corpus:
     recorded = folder / "corpus.arrow"
     tokenizer = load_tokenizer(config.model)
     if data == config.data and recorded.exists() and not _changed(config, tokenizer, recorded):
-        return Corpus(recorded)
+        return Corpus(recorded).check()
     settings = config.model_copy(update={"data": data})
     return prepare_corpus(settings, tokenizer, folder / "train.arrow")
 

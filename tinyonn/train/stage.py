@@ -20,6 +20,7 @@ from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import model_faults, read_settings
+from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
@@ -102,7 +103,7 @@ def train_run(
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
         report = replace(report, restarts=max(0, _starts(folder) - before - 1))
-        _keep(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
+        write_json(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
         return report
 
 
@@ -119,9 +120,8 @@ def _identity(spec: Spec) -> dict[str, Any]:
 
 def _stored(spec: Spec) -> dict[str, Any] | None:
     """The report of the same training, if it came to its end and its model is there."""
-    try:
-        tree = json.loads((Path(spec.folder) / DONE).read_text("utf-8"))
-    except (OSError, ValueError):
+    tree = read_derived(Path(spec.folder) / DONE)
+    if tree is None:
         return None
     whole = (Path(spec.output) / "config.json").is_file() and tree["report"]["model"] == spec.output
     if not whole or tree["identity"] != _identity(spec):
@@ -154,10 +154,7 @@ def _report(
     lines = list(read_lines(folder / FILE))
     last = lines[-1]["values"] if lines else {}
     loads = {name: last[name] for name in ("load_cv", "load_dead", "load_entropy") if name in last}
-    try:
-        peak = int(json.loads((folder / USE).read_text("utf-8"))["peak_bytes"])
-    except (OSError, ValueError, KeyError):
-        peak = 0
+    peak = int((read_derived(folder / USE) or {}).get("peak_bytes", 0))
     main = [line for line in lines if line["values"].get("stage", 1)]
     spent = sum(line["seconds"] for line in main)
     picture = folder / HEAT_MAP
@@ -184,21 +181,10 @@ def _report(
 
 
 def _starts(folder: Path) -> int:
-    try:
-        return len((folder / STARTS).read_text("utf-8").splitlines())
-    except OSError:
-        return 0
+    return sum(1 for _ in read_log(folder / STARTS))
 
 
 def _step_seconds(folder: Path) -> float | None:
     """Of a step after the warm start, as the last start has tried."""
-    try:
-        return float(json.loads((folder / STARTS).read_text("utf-8").splitlines()[-1])["step_seconds"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def _keep(path: Path, tree: dict[str, Any]) -> None:
-    side = path.with_suffix(".part")
-    side.write_text(json.dumps(tree), "utf-8")
-    side.replace(path)
+    seconds = [start.get("step_seconds") for start in read_log(folder / STARTS)]
+    return float(seconds[-1]) if seconds and seconds[-1] is not None else None

@@ -21,6 +21,7 @@ from typing import Any
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.errors import InputError
+from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.store.lock import RunLock
@@ -208,16 +209,14 @@ def _check_study(folder: Path, spec: Spec, options: TuneOptions) -> None:
     about = json.loads(json.dumps({**spec.identity, **fixed, "ranges": ranges}))
     path = folder / "study.json"
     if path.is_file() and (folder / JOURNAL).is_file():
-        before = json.loads(path.read_text("utf-8"))
+        before = read_json(path, f"remove {folder} to search anew")
         for name in sorted({*before, *about}):
             if before.get(name) != about.get(name):
                 raise InputError(
                     f"{folder / JOURNAL} was begun with {name} = {before.get(name)!r}, now it is {about.get(name)!r}; "
                     "give the same, or remove the folder to search anew"
                 )
-    side = path.with_suffix(".part")
-    side.write_text(json.dumps(about), "utf-8")
-    side.replace(path)
+    write_json(path, about)
 
 
 def _in_tasks(spec: Spec, options: TuneOptions, folder: Path, places: Places) -> None:

@@ -36,7 +36,7 @@ class StoreBusyError(StoreError):
 
 
 class StoreDamagedError(StoreError):
-    """Bytes of the store are missing or fail their checksum."""
+    """Bytes of the store, or of a file beside it, are missing or are not what was written."""
 
 
 class EngineLostError(TinyONNError):

@@ -8,7 +8,7 @@ import pytest
 from tinyonn.base.corpus import Corpus
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import Config
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import batches_of, losses
@@ -111,7 +111,7 @@ def test_what_was_found_is_kept(recorded: tuple[Path, Config]) -> None:
     assert more.figures()["found"]["0.5"]["loss"] == more.found[0.5].loss
     assert len(more.table().rows) == 2
     (place / "allocation.json").write_text('{"found": 3}')
-    with pytest.raises(InputError, match="not a readable allocation"):
+    with pytest.raises(StoreDamagedError, match=r"allocation\.json is damaged .*no allocation"):
         allocate_run(str(place), config, options)
     with pytest.raises(InputError, match="a budget of 5 is no share"):
         allocate_run(str(place), config, AllocateOptions((5.0,)))

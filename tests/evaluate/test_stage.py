@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tinyonn.config import Config, DataConfig
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.report import EvaluateReport
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
 from tinyonn.experts.options import SelectOptions
@@ -124,7 +124,7 @@ def test_what_cannot_be_evaluated(
     lines = place / "evaluate" / "lines.json"
     kept = lines.read_text()
     lines.write_text("{")
-    with pytest.raises(InputError, match="not a readable file of results"):
+    with pytest.raises(StoreDamagedError, match=r"lines\.json is damaged .*delete it and evaluate again"):
         evaluate_run(str(place), config, options)
     lines.write_text(kept)
 

@@ -9,6 +9,7 @@ that names it, or as an error that names it. What is only looked at, such as pic
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import random
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +53,7 @@ from tinyonn.train.plan import make_spec, training_corpus
 from tinyonn.train.stage import TrainStageOptions, _starts, _stored, train_run
 from tinyonn.train.teacher import Cached
 
+T = TypeVar("T")
 EXPERTS = ExpertsConfig(budget=0.6)
 OUTCOMES = ("same", "remade or left out, named", "error, named", "unnamed", "silent")
 SAME, REMADE, ERROR, UNNAMED, SILENT = OUTCOMES
@@ -169,9 +171,14 @@ def allocation(world: World) -> Any:
 
 
 def experts(world: World) -> Any:
-    """Assembled once more: what is damaged is made again."""
+    """Assembled once more: what is damaged is made again. The card and the report tell of the call itself."""
     assemble_run(str(world.run), world.config.model, EXPERTS)
-    return contents(world.run / "experts")
+    folder = world.run / "experts"
+    state, settings = loaded(folder)
+    assembly = {name: value for name, value in settings["assembly"].items() if name != "report"}
+    told = ("README.md", "config.json", "digests.json", "selection.json")
+    files = {name: its for name, its in contents(folder).items() if name not in told}
+    return state, {**settings, "assembly": assembly}, files
 
 
 def loaded(folder: Path) -> Any:
@@ -258,6 +265,7 @@ KINDS = (
         "experts: config and index, loaded",
         ("experts/config.json", "experts/model.safetensors.index.json"),
         lambda w: loaded(w.run / "experts"),
+        True,
     ),
     Kind("profile manifest", ("profile/manifest.json",), profile),
     Kind("profile tables", ("profile/*/*/*.parquet",), profile),
@@ -271,6 +279,7 @@ KINDS = (
         "model: config and index",
         ("model/config.json", "model/model.safetensors.index.json"),
         lambda w: loaded(w.run / "model"),
+        True,
     ),
     Kind("evaluation", ("evaluate/*.json",), evaluated, True),
 )
@@ -310,10 +319,9 @@ class Flips:
             path for pattern in kind.patterns for path in world.run.glob(pattern) if path.is_file()
         )
         path = chance.choice([path for path in paths if path.stat().st_size])
-        content = bytearray(path.read_bytes())
+        content = path.read_bytes()
         bit = chance.randrange(8 * len(content))
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
+        path.write_bytes(flipped(content, bit))
         try:
             outcome, said = self._read(kind, path)
         finally:
@@ -346,16 +354,30 @@ class _Heard(logging.Handler):
         self.said.append(record.getMessage())
 
 
-class warnings_of:
+@contextlib.contextmanager
+def warnings_of() -> Iterator[list[str]]:
     """What the package warns of inside, as a list."""
+    heard = _Heard()
+    logging.getLogger("tinyonn").addHandler(heard)
+    try:
+        yield heard.said
+    finally:
+        logging.getLogger("tinyonn").removeHandler(heard)
 
-    def __enter__(self) -> list[str]:
-        self._heard = _Heard()
-        logging.getLogger("tinyonn").addHandler(self._heard)
-        return self._heard.said
 
-    def __exit__(self, *error: object) -> None:
-        logging.getLogger("tinyonn").removeHandler(self._heard)
+def outcome(read: Callable[..., T], *given: Any) -> T | TinyONNError:
+    """What is read, or the error of ours that ends it."""
+    try:
+        return read(*given)
+    except TinyONNError as error:
+        return error
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    """The content with one bit turned."""
+    found = bytearray(content)
+    found[bit // 8] ^= 1 << bit % 8
+    return bytes(found)
 
 
 def contents(folder: Path) -> dict[str, str]:

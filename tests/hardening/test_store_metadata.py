@@ -14,6 +14,7 @@ import pytest
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
 
+from tests.hardening.flips import flipped, outcome
 from tests.invariants import small_manifest
 from tests.store.worlds import new_store, record_leaf
 from tinyonn.errors import StoreDamagedError, TinyONNError
@@ -163,15 +164,13 @@ def flips(store: Store, count: int, seed: int) -> tuple[int, int]:
     errors = silent = 0
     try:
         for _ in range(count):
-            place = chance.randrange(len(whole))
-            path.write_bytes(
-                whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :]
-            )
-            try:
-                silent += everything(location) != before
-            except TinyONNError as error:
+            path.write_bytes(flipped(whole, chance.randrange(8 * len(whole))))
+            found = outcome(everything, location)
+            if isinstance(found, TinyONNError):
                 errors += 1
-                assert store.location in str(error), error
+                assert store.location in str(found), found
+            else:
+                silent += found != before
     finally:
         path.write_bytes(whole)
     return errors, silent

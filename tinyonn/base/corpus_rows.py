@@ -1,19 +1,19 @@
 """Rows of tokens and labels in an Arrow IPC file, memory-mapped, with a checksum for each record batch.
 
 Columns ``index`` (int64, row of the source), ``input_ids`` and ``labels`` (lists of int32). The metadata of a batch
-say ``crc32c``: of the batch's number and its rows (int64 each), then of the values of ``index``, and for both lists
+say ``crc32``: of the batch's number and its rows (int64 each), then of the values of ``index``, and for both lists
 of the offsets (int32) and the values, all little endian. A batch is checked when something is first read of it, so
 that opening a file stays cheap and what is used is what was written.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 
 from tinyonn.base.tokens import UNLABELLED
@@ -21,7 +21,7 @@ from tinyonn.errors import StoreDamagedError
 from tinyonn.files import damaged
 
 BATCH = 512  # rows
-CHECKSUM = b"crc32c"
+CHECKSUM = b"crc32"
 REMEDY = "delete it and run again what made it, its data will be tokenised anew"
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
@@ -177,9 +177,9 @@ def _parts(batch: Any) -> tuple[Any, ...]:
 
 
 def _checksum(number: int, parts: Sequence[Any]) -> int:
-    found = int(google_crc32c.value(np.array([number, len(parts[0])], "<i8").tobytes()))
+    found = zlib.crc32(np.array([number, len(parts[0])], "<i8").tobytes())
     for part in parts:
-        found = int(google_crc32c.extend(found, part))
+        found = zlib.crc32(part, found)
     return found
 
 

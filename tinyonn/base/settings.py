@@ -41,9 +41,9 @@ def text_settings(folder: Path) -> tuple[Any, bool]:
             raise TypeError(f"its text part is a {type(text).__name__}")
     except Exception as error:  # every architecture checks, or trips over, its own
         raise InputError(
-            f"{folder / 'config.json'}: not the settings of a model_type {tree.get('model_type')!r} as transformers "
-            f"{transformers.__version__} reads them ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "save the model again, or choose another"
+            f"{folder / 'config.json'}: model_type {tree.get('model_type')!r} is not a causal language model that "
+            f"transformers {transformers.__version__} can build from these settings ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); save the model again, or choose another"
         ) from None
     _check_layers(folder, text)
     if text is whole:

@@ -61,6 +61,7 @@ from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
+from tinyonn.runtime import bound_memory
 from tinyonn.store.lock import RunLock
 
 if TYPE_CHECKING:
@@ -387,6 +388,7 @@ def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
     """
     from transformers import AutoModelForCausalLM
 
+    bound_memory()
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")

@@ -21,6 +21,7 @@ from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.files import read_derived, write_json
 from tinyonn.record.alive import Waiting, patience, patiently
+from tinyonn.runtime import worker_environment
 
 LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # of workers, one after another without a checkpoint in between
@@ -100,7 +101,6 @@ def run_group(
     storage.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
     write_json(storage / TOKEN, {"token": token})
-    threads = str(options.threads)
     waiting = waiting or Waiting(tell, lambda: f"step {done()} stays")
     up = storage / UP
     lost_rounds = 0
@@ -122,7 +122,7 @@ def run_group(
                 failure_config=FailureConfig(
                     max_failures=MAX_LOSSES, controller_failure_limit=max(1, int(patience() // START))
                 ),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+                worker_runtime_env={"env_vars": worker_environment(options.threads)},
             ),
         )
         try:

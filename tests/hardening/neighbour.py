@@ -31,16 +31,16 @@ def shared_folder() -> Iterator[Path]:
         yield folder
 
 
-def attack(imports: str, code: str, *arguments: Any, timeout: float = 60.0) -> Any:
+def attack(imports: str, code: str, *arguments: Any, **variables: str) -> Any:
     """What the neighbour's code prints last, as JSON; it imports as root, since Python may lie in a private home."""
     program = f"import json, sys\n{imports}\n{DROP}ARGUMENTS = json.loads(sys.argv[1])\n{code}"
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(arguments)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=90,
         cwd="/",
-        env={**environment(), "HOME": "/nowhere"},
+        env={**environment(), "HOME": "/nowhere", **variables},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])

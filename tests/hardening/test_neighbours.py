@@ -75,7 +75,6 @@ for port in ARGUMENTS[0]:
 print(json.dumps(answers))
 """
 ASK_RAY = """
-os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=ARGUMENTS[1])
 try:
     client = GcsClient(address=ARGUMENTS[0])
     print(json.dumps(str(len(client.get_all_node_info(timeout=10)))))
@@ -107,8 +106,10 @@ async def attack():
     for port in ARGUMENTS[0]:
         calls.append(who_runs(f"tcp://127.0.0.1:{port}", None))
         calls.append(who_runs(f"tls://127.0.0.1:{port}", Security.temporary()))
-    return await asyncio.gather(*calls)
-print(json.dumps([uid for uid in asyncio.run(attack()) if uid is not None]))
+    done, _ = await asyncio.wait([asyncio.ensure_future(call) for call in calls], timeout=30)
+    print(json.dumps([call.result() for call in done if call.result() is not None]), flush=True)
+    os._exit(0)
+asyncio.run(attack())
 """
 LOCAL_DASK = """
 import json, sys
@@ -164,9 +165,11 @@ def test_no_port_of_a_local_ray_tells_a_neighbour_anything(local_ray: LocalRay) 
     assert 401 in answers.values()
     assert not [place for place, answer in answers.items() if isinstance(answer, int) and answer < 400]
     ask = "from ray._raylet import GcsClient"
-    assert attack(ask, ASK_RAY, local_ray.gcs, local_ray.token) == "1"
-    for token in ("0" * 64, ""):
-        assert attack(ask, ASK_RAY, local_ray.gcs, token) != "1"
+    with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": local_ray.token}
+    assert attack(ask, ASK_RAY, local_ray.gcs, **with_token) == "1"
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    for guess in (wrong, {}):
+        assert "InvalidAuthToken" in attack(ask, ASK_RAY, local_ray.gcs, **guess)
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else() -> None:

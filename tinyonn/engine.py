@@ -192,8 +192,11 @@ def _local_cluster(workers: int) -> Iterator[Any]:
 
     dashboard = os.environ.get(DASHBOARD)
     roles = () if dashboard else ("scheduler", "worker")
-    pages: dict[str, Any] = {f"distributed.{role}.http.routes": [] for role in roles}
-    with scratch_folder() as folder, dask.config.set(pages):
+    settings: dict[str, Any] = {f"distributed.{role}.http.routes": [] for role in roles}
+    with ExitStack() as stack:
+        # Of every role, not of the workers alone: Dask looks for modules in these folders.
+        settings["temporary-directory"] = folder = str(stack.enter_context(scratch_folder()))
+        stack.enter_context(dask.config.set(settings))
         cluster = LocalCluster(  # type: ignore[no-untyped-call]
             n_workers=workers,
             threads_per_worker=1,
@@ -201,14 +204,12 @@ def _local_cluster(workers: int) -> Iterator[Any]:
             host=LOOPBACK,
             protocol="tls://",
             security=Security.temporary(),  # type: ignore[no-untyped-call]
-            local_directory=str(folder),
+            local_directory=folder,
             dashboard_address=dashboard or f"{LOOPBACK}:0",
             scheduler_kwargs={"dashboard": bool(dashboard)},
         )
-        try:
-            yield cluster
-        finally:
-            cluster.close()
+        stack.callback(cluster.close)
+        yield cluster
 
 
 @contextmanager

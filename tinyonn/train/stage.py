@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tinyonn.base.copies import TOKENIZER, check_files
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.errors import InputError
@@ -75,6 +76,7 @@ def train_run(
     folder = (options.folder or local_folder(location) / "train").absolute()
     with RunLock(local_folder(location), shared=True, what="train"), RunLock(folder, what="train"):
         spec = make_spec(location, config, options)
+        check_files(Path(spec.student), TOKENIZER)  # they go into the trained model
         if options.fresh:
             _forget(folder)
         stored = _stored(spec)

@@ -69,6 +69,7 @@ ABOUT = (
     "state.json",
 )  # about data, and no data
 BATCH = 256
+UNTOLD = (ValueError, OverflowError, LookupError, TypeError, RecursionError)  # what Arrow's values raise on their way
 CHUNK = 1 << 16
 PEEK = 1000  # rows of a JSON file that are searched for its columns
 ENCODINGS = (  # by mark; then by where the zeros of the first two characters lie
@@ -350,6 +351,8 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
     number = 0
     with _table(path) as (names, batches):
         wanted = names if columns is None else [name for name in columns if name in names]
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise InputError(f"{path}: it has {names.count(twice[0])} columns called {twice[0]!r}; rename all but one")
         try:
             for batch in batches(wanted):
                 for record in table_records(batch) if wanted else [{}] * batch.num_rows:
@@ -362,18 +365,23 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
 
 
 def table_records(batch: Any) -> Iterator[Record | str]:
-    """Make records of a batch or table of Arrow's; a row whose strings are not UTF-8 is the reason."""
+    """Make records of a batch or table of Arrow's; a row with a value that Python has not is the reason.
+
+    Such as strings that are not UTF-8, and times beyond the year 9999 or in a zone that is not known.
+    """
     for place, name in enumerate(batch.schema.names):
         if name.lower() in MEDIA:
             batch = batch.set_column(place, name, _filled(batch.column(place)))
     try:
         yield from map(bare, batch.to_pylist())
-    except UnicodeDecodeError:
-        for row in range(batch.num_rows):  # Arrow does not check its strings: find out which one it is
+    except UNTOLD:
+        for row in range(batch.num_rows):  # Arrow does not check its values: find out which one it is
             try:
                 yield bare(batch.slice(row, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield f"not UTF-8 ({error.reason})"
+            except UNTOLD as error:
+                yield f"a value that cannot be read ({type(error).__name__}: {_reason(error)})"
 
 
 def _filled(column: Any) -> Any:

@@ -226,10 +226,8 @@ def _of_evaluate(config: Config) -> Iterator[str]:
     methods = {"default", "sparsegpt", *get_args(Score)}
     for method in config.evaluate.methods:
         if method not in methods and method.removesuffix(UPDATED) not in methods - {"sparsegpt"}:
-            yield (
-                f"evaluate.methods has {shortened(method)}, which is no method; there are {', '.join(sorted(methods))}, "
-                f"most also with {UPDATED}"
-            )
+            known = ", ".join(sorted(methods))
+            yield f"evaluate.methods has {shortened(method)}, which is no method; there are {known}, and {UPDATED}"
     oracle = config.evaluate.oracle
     if oracle is not None and oracle not in get_args(Score):
         yield f"evaluate.oracle = {shortened(oracle)} is no score; choose one of {', '.join(get_args(Score))}, or null"

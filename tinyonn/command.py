@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 import typer
 
 from tinyonn import endings, screen
-from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.errors import CapacityError, EngineLostError, InputError, TinyONNError
 from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
 
@@ -99,6 +99,10 @@ def run_stage(
             report = body(location, settings)
     except KeyboardInterrupt:
         _end(endings.ending() or endings.Ending.of_signal(signal.SIGINT))
+    except EngineLostError as error:
+        logging.getLogger("tinyonn").debug("failed", exc_info=True)
+        endings.decide(error)
+        _end(endings.Ending.of_error(error))
     except TinyONNError as error:
         fail(error)
     except MemoryError:
@@ -108,6 +112,9 @@ def run_stage(
             )
         )
     except OSError as error:
+        if (reason := endings.ending()) is not None:  # a connection to what has ended
+            _crash()
+            _end(reason)
         if error.errno in UNUSABLE:
             fail(
                 InputError(

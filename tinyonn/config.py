@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tinyonn.checks import Score, contradictions
 from tinyonn.errors import InputError
 from tinyonn.escape import SHOWN, shortened
 from tinyonn.limits import (
@@ -33,7 +34,6 @@ from tinyonn.limits import (
 from tinyonn.yaml_text import read_yaml
 
 Auto = Literal["auto"]
-Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
 
 TOLD = 5  # faults that a message names
 
@@ -394,15 +394,19 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
     Raises
     ------
     InputError
-        Names the key or value, what is allowed, and for an unknown key the nearest known one.
+        Names the key or value, what is allowed, and for an unknown key the nearest known one; or options that
+        contradict each other.
     """
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         wrong = error.errors(include_url=False)
         told = [_explain(item) for item in wrong[:TOLD]]
         more = [f"and {len(wrong) - TOLD:,} more"] if len(wrong) > TOLD else []
         raise InputError(f"{origin}: " + "; ".join([*told, *more])) from None
+    if wrong_together := list(contradictions(config)):
+        raise InputError(f"{origin}: " + "; ".join(wrong_together[:TOLD]))
+    return config
 
 
 def _explain(item: Any) -> str:

@@ -108,13 +108,19 @@ def ending() -> Ending | None:
     return None if _state is None else _state.ending
 
 
+def decide(error: TinyONNError) -> None:
+    """From now on the process has `GRACE` seconds to end with an error that the main thread has in hand."""
+    if _state is not None and _state.since is None:
+        _state.ending, _state.since = Ending.of_error(error), time.monotonic()
+
+
 def end(error: TinyONNError) -> None:
     """From another thread: let the main thread end with an error, wherever it is."""
     state = _state
-    if state is None or state.ending is not None:
+    if state is None or state.since is not None:
         return
-    state.ending = Ending.of_error(error)
-    state.since, state.own = time.monotonic(), True
+    decide(error)
+    state.own = True
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.base.parameters import Parameter, list_parameters, list_uses
+from tinyonn.checks import check_model, check_teacher
 from tinyonn.config import Config, DataConfig, MixedSource, ModelConfig, SourceConfig
 from tinyonn.cost import Device
 from tinyonn.errors import InputError, StoreDamagedError
@@ -36,11 +37,14 @@ def plan_run(location: str, folder: Path, config: Config, limits: dict[str, int]
     Raises
     ------
     InputError
-        The model cannot be recorded, or a GPU is asked for that is not there.
+        The model cannot be recorded, or a GPU is asked for that is not there; options that do not fit the model.
     CapacityError
         It does not fit.
     """
     parameters, model = describe_model(config.model)
+    check_model(config, parameters)
+    if config.train.teacher_model is not None:
+        check_teacher(config, model, describe_model(config.train.teacher_model)[1])
     machine = describe_machine(config.model.device, folder, limits)
     if location.startswith("s3://"):
         machine = replace(machine, disk=limits.get("disk"))

@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from tinyonn.errors import InputError
+from tinyonn.escape import shortened
 
 LARGEST = 1 << 18  # bytes of a file
 DEEPEST = 32
 LONGEST = 8192  # characters of one value
 MOST_VALUES = 20_000  # aliases unfolded
+MERGE = "tag:yaml.org,2002:merge"  # of the key <<
 EXAMPLES = "see configs/ for examples"
 
 
@@ -49,6 +51,7 @@ def parse_yaml(text: str) -> Any:
     """
     try:
         _look_through(text)
+        _refuse_twins(yaml.compose(text, yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _Unfit(str(error)) from None
@@ -96,3 +99,31 @@ def _look_through(text: str) -> None:
             raise _Unfit(f"line {line}: the tag {tag}; values are plain text, numbers, lists and mappings")
         if values > MOST_VALUES:
             raise _Unfit(f"line {line}: over {MOST_VALUES:,} values, aliases unfolded")
+
+
+def _refuse_twins(root: yaml.Node | None) -> None:
+    """Refuse a mapping that has a key twice, of which YAML readers take the last; ``<<`` adds keys and is none."""
+    waiting, seen = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            waiting += [key, value]
+            if isinstance(key, yaml.ScalarNode):
+                name, line = _key(key), key.start_mark.line + 1
+                if name in lines:
+                    raise _Unfit(
+                        f"the key {shortened(key.value)} is there twice, in lines {lines[name]} and {line}; leave one"
+                    )
+                lines[name] = line
+
+
+def _key(node: yaml.ScalarNode) -> Any:
+    """What makes two keys the same: their value."""
+    return MERGE if node.tag == MERGE else yaml.constructor.SafeConstructor().construct_object(node)

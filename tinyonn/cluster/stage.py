@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn.base.parameters import Parameter
+from tinyonn.checks import check_kinds
 from tinyonn.cluster.features import BUCKETS, Space, kind_of, space_of
 from tinyonn.cluster.histogram import (
     Grid,
@@ -149,14 +150,11 @@ def tensors_of(parameters: Sequence[Parameter], config: ClusterConfig) -> Tensor
     Raises
     ------
     InputError
-        All tensors belong to the trunk.
+        All tensors belong to the trunk, or none of a kind that it names.
     """
+    check_kinds(config, parameters)
     trunk = tuple(p for p in parameters if kind_of(p) in config.trunk)
     inside = tuple(p for p in parameters if kind_of(p) not in config.trunk)
-    if not inside:
-        raise InputError(
-            f"cluster.trunk = {list(config.trunk)} takes all tensors; leave some to be clustered"
-        )
     grid = Grid(BUCKETS if config.features.row > 0 else 1, BUCKETS if config.features.column > 0 else 1)
     return Tensors(inside, trunk, grid)
 

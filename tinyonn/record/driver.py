@@ -18,7 +18,9 @@ import ray
 
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.base.load import choose_device, recordable_shape
+from tinyonn.base.parameters import list_parameters
 from tinyonn.base.weights import BaseWeights
+from tinyonn.checks import check_model
 from tinyonn.config import Config
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
@@ -81,6 +83,7 @@ def record(
         if cluster is None and not ray.is_initialized():
             choose_device(config.model.device)
         shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done
+        check_model(config, list_parameters(shape))
         BaseWeights(config.model).check(name for name, _ in shape.named_parameters())
         store = Store.open(place, read_only=False) if Store.exists(place) else None
         identity = identity_of(config)

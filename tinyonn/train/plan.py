@@ -12,6 +12,7 @@ from tinyonn.base.corpus import is_corpus_of, prepare_corpus
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.base.load import choose_device, load_tokenizer
 from tinyonn.base.source import fingerprint_model
+from tinyonn.checks import check_teacher
 from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.machine import usable_cpus
@@ -93,6 +94,9 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
     experts = experts_of(tree)
     output = (options.output or run / "model").absolute()
     _check_output(output)
+    if config.train.teacher_model is not None:
+        own, other = (describe_model(model)[1] for model in (config.model, config.train.teacher_model))
+        check_teacher(config, own, other)
     corpus = training_corpus(config, run)
     router, targets = None, None
     train = options.train

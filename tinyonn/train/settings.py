@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from tinyonn.checks import experts_of, fitting
 from tinyonn.config import Config
 from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.options import (
@@ -38,7 +40,7 @@ def train_options(config: Config) -> TrainOptions:
         prompt_tokens=config.profile.prompt_tokens,
         checkpointing=config.model.checkpointing,
         weights=LossWeights(**given.loss.model_dump()),
-        routing=RoutingOptions(**given.routing.model_dump()),
+        routing=RoutingOptions(**_routing(config)),
         stages=StageOptions(**stages),
         schedule=ScheduleOptions(**given.schedule.model_dump()),
         optimizers=OptimizerOptions(**given.optimizers.model_dump()),
@@ -63,7 +65,7 @@ def train_stage_options(
     """
     return TrainStageOptions(
         train=train_options(config),
-        router=RouterShape(**config.router.model_dump()),
+        router=RouterShape(**_router(config)),
         teacher_k=TEACHER_K if config.train.teacher == "cached" else None,
         output=output,
         workers=workers,
@@ -71,3 +73,19 @@ def train_stage_options(
         memory=memory,
         fresh=fresh,
     )
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    """The section's options; default numbers of experts that there are too few for are left out."""
+    given = config.train.routing
+    tree = given.model_dump()
+    return tree if "ks" in given.model_fields_set else tree | {"ks": fitting(given.ks, experts_of(config))}
+
+
+def _router(config: Config) -> dict[str, Any]:
+    """The section's options; a default `top_k` beyond the experts is all that can be chosen."""
+    given = config.router
+    tree = given.model_dump()
+    if "top_k" not in given.model_fields_set and given.top_k is not None:
+        tree["top_k"] = min(given.top_k, experts_of(config) - given.shared)
+    return tree

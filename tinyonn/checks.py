@@ -1,0 +1,242 @@
+"""Options that contradict each other, or the model, found before anything is done.
+
+`contradictions` needs the configuration alone and is asked when it is read; `check_model` needs the list of the model's
+parameters and is asked by ``tinyonn plan`` and by the first stage; `check_kinds` also by the one that clusters.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from tinyonn.errors import InputError
+from tinyonn.escape import shortened
+
+if TYPE_CHECKING:
+    from tinyonn.base.parameters import Parameter
+    from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig
+    from tinyonn.memory import ModelFacts
+
+Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
+UPDATED = "+update"  # of a method's name
+KINDS = ("norm", "bias", "embedding", "head")  # of every architecture, be there some in this model or not
+MOST_SAMPLES = 65_535 // 15  # of a segment: its sums hold a level of at most 15 of each
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What of a configuration cannot be carried out, a sentence for each.
+
+    What is left out gives way: a default that does not fit the number of experts is fitted to it where it is used.
+    """
+    yield from _of_record(config)
+    yield from _of_experts(config)
+    yield from _of_router(config.router, experts_of(config))
+    yield from _of_train(config, experts_of(config))
+    yield from _of_evaluate(config)
+
+
+def experts_of(config: Config) -> int:
+    """How many experts there will be."""
+    return config.experts.count if config.experts.by == "need" else config.cluster.cells
+
+
+def fitting(given: Sequence[int], experts: int) -> tuple[int, ...]:
+    """The default numbers of experts to train with, those that there are too few experts for left out."""
+    return tuple(k for k in given if k <= experts)
+
+
+def check_kinds(config: ClusterConfig, parameters: Sequence[Parameter]) -> None:
+    """Refuse kinds of modules in ``cluster.trunk`` that the model has not.
+
+    Raises
+    ------
+    InputError
+        Names the kind and those that there are; or nothing would be left to be clustered.
+    """
+    from tinyonn.cluster.features import kind_of
+
+    there = sorted({kind_of(parameter) for parameter in parameters})
+    known = sorted({*KINDS, *there})
+    for kind in config.trunk:
+        if kind not in known:
+            near = difflib.get_close_matches(kind, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"cluster.trunk has {shortened(kind)}, a kind of module that the model has not; {hint}its kinds are "
+                f"{', '.join(known)}"
+            )
+    if set(there) <= set(config.trunk):
+        raise InputError(
+            f"cluster.trunk = {list(config.trunk)} takes all tensors; leave some to be clustered"
+        )
+
+
+def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
+    """Refuse what later stages could not do with this model.
+
+    Raises
+    ------
+    InputError
+        As of `check_kinds`; labels that experts by cells would lack; more weights to keep than there are, or fewer than
+        experts.
+    """
+    from tinyonn.cluster.features import kind_of
+
+    check_kinds(config.cluster, parameters)
+    cut = [p for p in parameters if p.kind == "linear" and kind_of(p) not in KINDS]
+    unlabelled = sorted({kind_of(p) for p in cut} & set(config.cluster.trunk))
+    if config.experts.by == "cells" and unlabelled:
+        raise InputError(
+            f"experts.by = 'cells' needs labels of {', '.join(unlabelled)}, which cluster.trunk leaves without; take "
+            "them out of cluster.trunk, or use experts.by: need"
+        )
+    weights = sum(parameter.size for parameter in cut)
+    least = experts_of(config)
+    named = [
+        ("experts.budget", config.experts.budget),
+        *(("evaluate.budgets", b) for b in config.evaluate.budgets),
+    ]
+    for name, budget in named:
+        kept = round(budget * weights) if budget <= 1 else int(budget)
+        if kept > weights:
+            raise InputError(
+                f"{name}: {kept:,} weights, but only {weights:,} linear weights are outside the trunk; give at most "
+                "as many, or a share such as 0.315"
+            )
+        if (
+            kept < least
+            and name == "experts.budget"
+            and config.experts.model_fields_set & {"budget", "count"}
+        ):
+            raise InputError(
+                f"{name} = {budget:g} keeps {kept:,} weights, below one for each of {_count(config)}; give more, or "
+                "make fewer experts"
+            )
+
+
+def check_teacher(config: Config, student: ModelFacts, teacher: ModelFacts) -> None:
+    """Refuse a teacher of training that cannot teach the model.
+
+    Raises
+    ------
+    InputError
+        Fewer tokens in its head, or other layers where these are compared.
+    """
+    if teacher.vocabulary < student.vocabulary:
+        raise InputError(
+            f"train.teacher_model: {teacher.name} has {teacher.vocabulary:,} tokens in its head and {student.name} "
+            f"{student.vocabulary:,}; give a teacher with the same tokenizer"
+        )
+    ours, theirs = (student.layers, student.hidden), (teacher.layers, teacher.hidden)
+    if config.train.loss.hidden > 0 and ours != theirs:
+        raise InputError(
+            f"train.loss.hidden = {config.train.loss.hidden} compares layers, but {student.name} has {ours[0]} of "
+            f"width {ours[1]} and its teacher {teacher.name} {theirs[0]} of {theirs[1]}; set it to 0"
+        )
+
+
+def _of_record(config: Config) -> Iterator[str]:
+    segment = config.record.segment
+    if isinstance(segment, int) and segment > MOST_SAMPLES:
+        yield f"record.segment = {segment:,}: a segment's sums hold at most {MOST_SAMPLES:,} samples; give fewer"
+
+
+def _of_experts(config: Config) -> Iterator[str]:
+    experts, there = config.experts, experts_of(config)
+    if experts.budget > 1 and experts.budget != int(experts.budget):
+        yield (
+            f"experts.budget = {experts.budget}: a number of weights is whole, a share lies in (0, 1]; "
+            f"give {round(experts.budget)}"
+        )
+    if experts.by == "need" and experts.core == 1:
+        yield "experts.core = 1 leaves nothing for experts; give a smaller core, or experts.by: cells"
+    if experts.top_k is not None and experts.top_k > there:
+        yield f"experts.top_k = {experts.top_k} but there are {_count(config)}; give at most as many, or null for all"
+
+
+def _of_router(router: RouterConfig, experts: int) -> Iterator[str]:
+    given = router.model_fields_set
+    if router.shared >= experts:
+        yield f"router.shared = {router.shared} of {experts} experts leaves none to choose; give fewer"
+        return
+    choices = experts - router.shared
+    for name in ("top_k", "max_k", "branches"):
+        value, limit = getattr(router, name), experts if name == "branches" else choices
+        if name in given and value is not None and value > limit:
+            beside = (
+                f" beside the {router.shared} shared ones" if router.shared and name != "branches" else ""
+            )
+            yield f"router.{name} = {value} but there are {limit} experts{beside}; give at most as many"
+    if router.threshold is not None and router.top_k is None:
+        yield "router.threshold needs router.top_k, the fewest experts; null would be all"
+    if router.max_k is not None and router.threshold is None:
+        yield (
+            f"router.max_k = {router.max_k} bounds what router.threshold chooses, and there is none; give one, or "
+            "leave max_k out"
+        )
+    if router.max_k is not None and router.top_k is not None and router.max_k < router.top_k:
+        yield f"router.max_k = {router.max_k} is below router.top_k = {router.top_k}, the fewest experts; give more"
+
+
+def _of_train(config: Config, experts: int) -> Iterator[str]:
+    train = config.train
+    if "ks" in train.routing.model_fields_set:
+        for k in train.routing.ks:
+            if not 0 <= k <= experts:
+                yield f"train.routing.ks has {k} but there are {_count(config)}; give 0, which is all, to {experts}"
+    for name in ("act_k", "min_k"):
+        if (value := getattr(train.stages, name)) > experts:
+            yield f"train.stages.{name} = {value} but there are {_count(config)}; give at most as many, or 0 for all"
+    if train.stages.act_k and train.stages.min_k > train.stages.act_k:
+        yield (
+            f"train.stages.min_k = {train.stages.min_k} of the train.stages.act_k = {train.stages.act_k} experts "
+            "that may change; give at most as many"
+        )
+    yield from _of_router_lr(train)
+    yield from _of_losses(train)
+
+
+def _of_router_lr(train: TrainConfig) -> Iterator[str]:
+    if train.optimizers.router_lr == 0 and train.optimizers.router != "frozen" and train.warm_start == 0:
+        yield (
+            "train.warm_start = 0 and train.optimizers.router_lr = 0 leave a new router as it was drawn; "
+            "give a warm start of 100 steps or more, or a learning rate"
+        )
+
+
+def _of_losses(train: TrainConfig) -> Iterator[str]:
+    if not any(train.loss.model_dump().values()):
+        yield "train.loss: all weights are 0, so that nothing is learned; give at least one a weight"
+    if train.teacher != "cached":
+        return
+    if train.loss.hidden > 0:
+        yield (
+            f"train.loss.hidden = {train.loss.hidden} needs the teacher's hidden states, which a cache does not hold; "
+            "set it to 0, or train.teacher: live"
+        )
+    if train.temperature != 1:
+        yield (
+            f"train.temperature = {train.temperature} needs all of the teacher's logits, of which a cache holds a few; "
+            "set it to 1, or train.teacher: live"
+        )
+
+
+def _of_evaluate(config: Config) -> Iterator[str]:
+    methods = {"default", "sparsegpt", *get_args(Score)}
+    for method in config.evaluate.methods:
+        if method not in methods and method.removesuffix(UPDATED) not in methods - {"sparsegpt"}:
+            known = ", ".join(sorted(methods))
+            yield f"evaluate.methods has {shortened(method)}, which is no method; there are {known}, and {UPDATED}"
+    oracle = config.evaluate.oracle
+    if oracle is not None and oracle not in get_args(Score):
+        yield f"evaluate.oracle = {shortened(oracle)} is no score; choose one of {', '.join(get_args(Score))}, or null"
+    for budget in config.evaluate.budgets:
+        if not budget > 0 or (budget > 1 and budget != int(budget)):
+            yield f"evaluate.budgets has {budget}; give shares in (0, 1], or whole numbers of weights"
+
+
+def _count(config: Config) -> str:
+    if config.experts.by == "need":
+        return f"{config.experts.count} experts (experts.count)"
+    return f"{config.cluster.cells} experts (cluster.cells)"

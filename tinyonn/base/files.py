@@ -69,7 +69,13 @@ ABOUT = (
     "state.json",
 )  # about data, and no data
 BATCH = 256
-UNTOLD = (ValueError, OverflowError, LookupError, TypeError, RecursionError)  # what Arrow's values raise on their way
+UNTOLD = (
+    ValueError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    RecursionError,
+)  # what Arrow's values raise on their way
 CHUNK = 1 << 16
 PEEK = 1000  # rows of a JSON file that are searched for its columns
 ENCODINGS = (  # by mark; then by where the zeros of the first two characters lie
@@ -352,7 +358,9 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
     with _table(path) as (names, batches):
         wanted = names if columns is None else [name for name in columns if name in names]
         if twice := [name for name in wanted if names.count(name) > 1]:
-            raise InputError(f"{path}: it has {names.count(twice[0])} columns called {twice[0]!r}; rename all but one")
+            raise InputError(
+                f"{path}: it has {names.count(twice[0])} columns called {twice[0]!r}; rename all but one"
+            )
         try:
             for batch in batches(wanted):
                 for record in table_records(batch) if wanted else [{}] * batch.num_rows:

@@ -13,7 +13,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
 
 from tinyonn.base.tokens import UNLABELLED
@@ -177,6 +176,8 @@ def _parts(batch: Any) -> tuple[Any, ...]:
 
 
 def _checksum(number: int, parts: Sequence[Any]) -> int:
+    import google_crc32c
+
     found = int(google_crc32c.value(np.array([number, len(parts[0])], "<i8").tobytes()))
     for part in parts:
         found = int(google_crc32c.extend(found, part))

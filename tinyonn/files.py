@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -63,6 +64,15 @@ def sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def file_checksum(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    found = 0
+    with path.open("rb") as stream:
+        while part := stream.read(1 << 22):
+            found = zlib.crc32(part, found)
+    return found
 
 
 def digest_of(tree: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 LOG = logging.getLogger(__name__)
 DIGESTS, SEAL, KIND = "digests", "seal", "blake2b:"
+TOGETHER = "*"  # in the digests: of all settings that have none of their own
 METADATA = "__metadata__"
 SWITCH = "TINYONN_CHECK"
 BLOCK = 1 << 22  # bytes read at a time
@@ -241,10 +242,17 @@ def sealed_settings(tree: Mapping[str, Any], free: Sequence[str]) -> dict[str, A
     ----------
     tree : mapping
     free : sequence of str
-        Keys that get none.
+        Keys that get none of their own but one together, ``*``, which is not compared by `check_settings`.
     """
     plain: dict[str, Any] = json.loads(json.dumps({name: tree[name] for name in tree if name != DIGESTS}))
-    return {**plain, DIGESTS: {name: _digest(plain[name]) for name in plain if name not in free}}
+    digests = {name: _digest(plain[name]) for name in plain if name not in free}
+    return {**plain, DIGESTS: {**digests, TOGETHER: _free_digest(plain, free)}}
+
+
+def free_settings_differ(tree: Mapping[str, Any], free: Sequence[str]) -> bool:
+    """Whether settings without digests of their own are others than were written."""
+    digests = tree.get(DIGESTS)
+    return isinstance(digests, dict) and digests.get(TOGETHER, found := _free_digest(tree, free)) != found
 
 
 def check_settings(tree: Mapping[str, Any], path: str | Path) -> None:
@@ -265,11 +273,17 @@ def check_settings(tree: Mapping[str, Any], path: str | Path) -> None:
     if not digests:
         raise ValueError(f"{path} is damaged (it says no digests); {AGAIN}")
     for name, digest in digests.items():
+        if name == TOGETHER:
+            continue
         if name not in tree or digest != _digest(tree[name]):
             raise ValueError(
                 f"{path}: {name!r} is not what was written, by damage or by hand; {AGAIN}, or change it in Python and "
                 f"save it with save_pretrained(), or take {DIGESTS!r} out of the file if you mean it"
             )
+
+
+def _free_digest(tree: Mapping[str, Any], free: Sequence[str]) -> str:
+    return _digest({name: tree[name] for name in free if name in tree})
 
 
 def _is_digest(value: Any) -> bool:

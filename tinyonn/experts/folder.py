@@ -7,6 +7,7 @@ which follows from the shards' headers, and ``digests.json`` for all else but th
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 from tinyonn.base.sealed_folder import FILE, check_folder, folder_fault, seal_folder
 from tinyonn.base.source import read_model_config
 from tinyonn.errors import InputError
-from tinyonn.experts.configuration_tinyonn import TinyONNConfig
-from tinyonn.experts.digests_tinyonn import DIGESTS, check_files, check_settings
+from tinyonn.experts.configuration_tinyonn import FREE, TinyONNConfig
+from tinyonn.experts.digests_tinyonn import DIGESTS, check_files, check_settings, free_settings_differ
 from tinyonn.experts.shards_tinyonn import check_index
 
+LOG = logging.getLogger(__name__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MARKER = "selection.json"  # says that a folder is ours, and what its shards are cut by
 AGAIN = "assemble or train it again"
@@ -44,6 +46,12 @@ def read_settings(folder: Path, remedy: str = AGAIN) -> dict[str, Any]:
             check_settings(tree, path)
     except ValueError as error:
         raise InputError(str(error)) from None
+    if sparse and free_settings_differ(tree, FREE):
+        LOG.warning(
+            "%s: one of %s is not what was written, by damage or by hand; it is taken as it is",
+            path,
+            ", ".join(FREE),
+        )
     try:
         if sparse:
             TinyONNConfig.from_dict(copy.deepcopy(tree), name_or_path=str(folder))

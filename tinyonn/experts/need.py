@@ -18,6 +18,7 @@ Shape suffixes: ``S`` slices, ``T`` tensors, ``L`` budgets, ``K`` experts.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -44,10 +45,11 @@ from tinyonn.experts.need_passes import (
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.select import Spread, allocate, select
 from tinyonn.experts.source import MOST_CELLS, Band, RunSource, digest, tensors_outside
-from tinyonn.files import read_derived, read_json, write_json
+from tinyonn.files import file_checksum, read_derived, read_json, write_json
 from tinyonn.run import Run
 from tinyonn.score.stage import task_groups
 
+LOG = logging.getLogger(__name__)
 FORMAT = 1
 POWER = 0.7  # of the gradient; 1 would be the Taylor estimate of the loss, which trusts few samples too much
 DEPTH = 3.5  # needs below e**-3.5 of the budget count as equal: such a weight is kept at all costs
@@ -207,7 +209,8 @@ class ByNeed:
             shutil.rmtree(own, ignore_errors=True)
             own.mkdir(parents=True)
             counts = self._label(plain, curves, own, compute)
-            write_json(own / COUNTS, {"counts": counts})
+            checksums = {name: file_checksum(label_path(own, name)) for name in counts}
+            write_json(own / COUNTS, {"counts": counts, "crc32": checksums})
         cuts = {
             name: replace(its, kept=np.append(np.array(counts[name], np.int64), its.kept[-1]))
             for name, its in plain.tensors.items()
@@ -220,6 +223,11 @@ class ByNeed:
         tree = read_derived(own / COUNTS)
         if tree is None or read_derived(own / NEEDS) is None:
             return None
+        for name, checksum in tree.get("crc32", {}).items():
+            path = label_path(own, name)
+            if not path.is_file() or file_checksum(path) != checksum:
+                LOG.warning("%s is missing or not what was written; the labels are made again", path)
+                return None
         return dict(tree.get("counts", tree))
 
     def _label(self, plain: Selection, curves: Curves, own: Path, compute: Compute) -> dict[str, list[int]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
-from tinyonn.files import line_of, read_json, read_log, sync, write_json, write_whole
+from tinyonn.files import file_checksum, line_of, read_json, read_log, sync, write_json, write_whole
 from tinyonn.store.faults import is_full
 
 LOG = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Checkpoints:
                 "identity": self.identity,
                 "state": dict(state),
                 "bytes": (side / TENSORS).stat().st_size,
-                "crc32": _checksum(side / TENSORS),
+                "crc32": file_checksum(side / TENSORS),
             }
             write_json(side / ABOUT, about)
             shutil.rmtree(target, ignore_errors=True)
@@ -132,7 +131,7 @@ class Checkpoints:
                     raise ValueError(f"format {about['format']}, this version reads {FORMAT}")
                 self._compare(path, about["identity"])
                 size = (path / TENSORS).stat().st_size
-                if size != about["bytes"] or _checksum(path / TENSORS) != about["crc32"]:
+                if size != about["bytes"] or file_checksum(path / TENSORS) != about["crc32"]:
                     raise ValueError(f"{TENSORS} has other bytes than were written")
                 return Checkpoint(about["step"], load_file(path / TENSORS), about["state"])
             except (OSError, ValueError, KeyError, TypeError, SafetensorError, StoreDamagedError) as error:
@@ -184,11 +183,3 @@ class Curve:
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
     """Figures of all steps so far; damaged lines are left out with a warning, one that a kill cut off without."""
     return list(read_log(Path(path)))
-
-
-def _checksum(path: Path) -> int:
-    found = 0
-    with path.open("rb") as stream:
-        while part := stream.read(1 << 22):
-            found = zlib.crc32(part, found)
-    return found

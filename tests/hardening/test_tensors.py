@@ -540,12 +540,13 @@ def test_a_damaged_trained_model_is_written_again(tmp_path: Path, caplog: pytest
     from tinyonn.train.stage import train_run
 
     world = make_world(tmp_path)
-    assert train_run(world.run, world.config, world.options(tmp_path)).fresh
-    path = tmp_path / "model" / "model.safetensors"
-    wanted = load_file(path)
+    (tmp_path / "trained").mkdir()
+    assert train_run(world.run, world.config, world.options(tmp_path / "trained")).fresh
+    path = tmp_path / "trained" / "model" / "model.safetensors"
+    wanted = {name: tensor.clone() for name, tensor in load_file(path).items()}  # which lies in the file
     turn(path, -2)
     with caplog.at_level(logging.WARNING):
-        assert train_run(world.run, world.config, world.options(tmp_path)).fresh
+        assert train_run(world.run, world.config, world.options(tmp_path / "trained")).fresh
     assert f"{path} is damaged" in caplog.text
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_file(path).items())
-    assert not train_run(world.run, world.config, world.options(tmp_path)).fresh
+    assert not train_run(world.run, world.config, world.options(tmp_path / "trained")).fresh

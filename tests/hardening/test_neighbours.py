@@ -106,7 +106,7 @@ async def attack():
     for port in ARGUMENTS[0]:
         calls.append(who_runs(f"tcp://127.0.0.1:{port}", None))
         calls.append(who_runs(f"tls://127.0.0.1:{port}", Security.temporary()))
-    done, _ = await asyncio.wait([asyncio.ensure_future(call) for call in calls], timeout=30)
+    done, _ = await asyncio.wait([asyncio.ensure_future(call) for call in calls], timeout=12)
     print(json.dumps([call.result() for call in done if call.result() is not None]), flush=True)
     os._exit(0)
 asyncio.run(attack())

@@ -83,8 +83,10 @@ def run_group(
         The cluster has not got so many places, or workers are lost again and again.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from tinyonn.train.meeting import meeting_place
 
     cuda = options.device == "cuda"
     check_places(options)
@@ -94,48 +96,54 @@ def run_group(
     (storage / TOKEN).write_text(json.dumps({"token": token}), "utf-8")
     threads = str(options.threads)
     lost_rounds = 0
-    while True:
-        before = done()
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"loop": loop, "spec": spec, "folder": str(folder.absolute()), "token": token},
-            torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=options.workers,
-                use_gpu=cuda,
-                resources_per_worker={"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads},
-            ),
-            run_config=RunConfig(
-                name="group",
-                storage_path=str(storage.absolute()),
-                failure_config=FailureConfig(max_failures=MAX_LOSSES),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
-            ),
-        )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            LOG.debug("the group ended", exc_info=True)
+    with meeting_place("nccl" if cuda else "gloo") as place:
+        while True:
+            before = done()
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={
+                    "loop": loop,
+                    "spec": spec,
+                    "folder": str(folder.absolute()),
+                    "token": token,
+                },
+                torch_config=place,
+                scaling_config=ScalingConfig(
+                    num_workers=options.workers,
+                    use_gpu=cuda,
+                    resources_per_worker={"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads},
+                ),
+                run_config=RunConfig(
+                    name="group",
+                    storage_path=str(storage.absolute()),
+                    failure_config=FailureConfig(max_failures=MAX_LOSSES),
+                    worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+                ),
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                LOG.debug("the group ended", exc_info=True)
+                ours = _failure(storage, token)
+                if ours is not None:
+                    raise ours from None
+                lost = _losses(error)
+                if not lost:  # a fault of the program: no other try will help
+                    raise
+                # Ray Train has tried a lost worker's group again, but not one that died while it was being started.
+                tried = MAX_LOSSES if hasattr(error, "worker_failures") else 1
+                lost_rounds = 0 if done() > before else lost_rounds + tried
+                if lost_rounds >= MAX_LOSSES:
+                    raise CapacityError(
+                        f"workers are lost again and again before the next checkpoint, last {lost}; most often a "
+                        "machine is out of memory: use a smaller train.micro_batch or fewer --workers"
+                    ) from None
+                tell(f"workers were lost ({lost}); going on from step {done()}")
+                continue
             ours = _failure(storage, token)
             if ours is not None:
-                raise ours from None
-            lost = _losses(error)
-            if not lost:  # a fault of the program: no other try will help
-                raise
-            # Ray Train has tried a lost worker's group again, but not one that died while it was being started.
-            tried = MAX_LOSSES if hasattr(error, "worker_failures") else 1
-            lost_rounds = 0 if done() > before else lost_rounds + tried
-            if lost_rounds >= MAX_LOSSES:
-                raise CapacityError(
-                    f"workers are lost again and again before the next checkpoint, last {lost}; most often a machine "
-                    "is out of memory: use a smaller train.micro_batch or fewer --workers"
-                ) from None
-            tell(f"workers were lost ({lost}); going on from step {done()}")
-            continue
-        ours = _failure(storage, token)
-        if ours is not None:
-            raise ours
-        return
+                raise ours
+            return
 
 
 def check_places(options: GroupOptions) -> None:

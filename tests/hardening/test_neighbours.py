@@ -257,8 +257,8 @@ def test_a_scheduler_of_ones_own_is_reached_with_dasks_certificates(certificates
             n_workers=1,
             processes=False,
             protocol="tls://",
-            security=Security(),
-            dashboard_address=None,  # type: ignore[no-untyped-call]
+            security=Security(),  # type: ignore[no-untyped-call]
+            dashboard_address=None,
         )
     with cluster:
         options = EngineOptions("distributed", 1, address=cluster.scheduler_address)

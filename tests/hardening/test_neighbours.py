@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +19,9 @@ import dask.config
 import pytest
 
 from tests.hardening.neighbour import (
+    ROOT,
     attack,
+    environment,
     listening,
     needs_root,
     open_to_all,
@@ -106,7 +111,7 @@ async def attack():
     for port in ARGUMENTS[0]:
         calls.append(who_runs(f"tcp://127.0.0.1:{port}", None))
         calls.append(who_runs(f"tls://127.0.0.1:{port}", Security.temporary()))
-    done, _ = await asyncio.wait([asyncio.ensure_future(call) for call in calls], timeout=30)
+    done, _ = await asyncio.wait([asyncio.ensure_future(call) for call in calls], timeout=12)
     print(json.dumps([call.result() for call in done if call.result() is not None]), flush=True)
     os._exit(0)
 asyncio.run(attack())
@@ -228,7 +233,7 @@ def certificates(tmp_path: Path) -> dict[str, Any]:
     """Dask's configuration with a key of its own, in files."""
     from distributed.security import Security
 
-    made = Security.temporary()
+    made = Security.temporary()  # type: ignore[no-untyped-call]
     for name, text in (("key", made.tls_client_key), ("cert", made.tls_client_cert)):
         (tmp_path / f"{name}.pem").write_text(text)
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
@@ -249,7 +254,11 @@ def test_a_scheduler_of_ones_own_is_reached_with_dasks_certificates(certificates
 
     with dask.config.set(certificates):
         cluster = LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=1, processes=False, protocol="tls://", security=Security(), dashboard_address=None
+            n_workers=1,
+            processes=False,
+            protocol="tls://",
+            security=Security(),  # type: ignore[no-untyped-call]
+            dashboard_address=None,
         )
     with cluster:
         options = EngineOptions("distributed", 1, address=cluster.scheduler_address)
@@ -260,6 +269,17 @@ def test_a_scheduler_of_ones_own_is_reached_with_dasks_certificates(certificates
             computing(options, 1),
         ):
             pass
+
+
+@pytest.mark.slow
+def test_a_group_that_trains_here_listens_for_this_machine_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.hardening.group_child", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    total, addresses = json.loads((tmp_path / "seen.json").read_text())
+    assert total == 1
+    assert len(addresses) > 2, "two workers of Ray, and gloo between them"
+    assert set(addresses) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
 
 
 @needs_root

@@ -92,8 +92,10 @@ def run_group(
         Ray is gone.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from tinyonn.train.meeting import meeting_place
 
     cuda = options.device == "cuda"
     check_places(options)
@@ -104,51 +106,57 @@ def run_group(
     waiting = waiting or Waiting(tell, lambda: f"step {done()} stays")
     up = storage / UP
     lost_rounds = 0
-    while True:
-        before = done()
-        up.unlink(missing_ok=True)
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"loop": loop, "spec": spec, "folder": str(folder.absolute()), "token": token},
-            torch_config=TorchConfig(backend="nccl" if cuda else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=options.workers,
-                use_gpu=cuda,
-                resources_per_worker={"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads},
-            ),
-            run_config=RunConfig(
-                name="group",
-                storage_path=str(storage.absolute()),
-                failure_config=FailureConfig(
-                    max_failures=MAX_LOSSES, controller_failure_limit=max(1, int(patience() // START))
+    with meeting_place("nccl" if cuda else "gloo") as place:
+        while True:
+            before = done()
+            up.unlink(missing_ok=True)
+            trainer = TorchTrainer(
+                _worker,
+                train_loop_config={
+                    "loop": loop,
+                    "spec": spec,
+                    "folder": str(folder.absolute()),
+                    "token": token,
+                },
+                torch_config=place,
+                scaling_config=ScalingConfig(
+                    num_workers=options.workers,
+                    use_gpu=cuda,
+                    resources_per_worker={"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads},
                 ),
-                worker_runtime_env={"env_vars": worker_environment(options.threads)},
-            ),
-        )
-        try:
-            patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
-        except TrainingFailedError as error:
-            LOG.debug("the group ended", exc_info=True)
+                run_config=RunConfig(
+                    name="group",
+                    storage_path=str(storage.absolute()),
+                    failure_config=FailureConfig(
+                        max_failures=MAX_LOSSES, controller_failure_limit=max(1, int(patience() // START))
+                    ),
+                    worker_runtime_env={"env_vars": worker_environment(options.threads)},
+                ),
+            )
+            try:
+                patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
+            except TrainingFailedError as error:
+                LOG.debug("the group ended", exc_info=True)
+                ours = _failure(storage, token)
+                if ours is not None:
+                    raise ours from None
+                lost = _losses(error)
+                if not lost:  # a fault of the program: no other try will help
+                    raise
+                # Ray Train has tried a lost worker's group again, but not one that died while it was being started.
+                tried = MAX_LOSSES if hasattr(error, "worker_failures") else 1
+                lost_rounds = 0 if done() > before else lost_rounds + tried
+                if lost_rounds >= MAX_LOSSES:
+                    raise CapacityError(
+                        f"workers are lost again and again before the next checkpoint, last {lost}; most often a machine "
+                        "is out of memory: use a smaller train.micro_batch or fewer --workers"
+                    ) from None
+                tell(f"workers were lost ({lost}); going on from step {done()}")
+                continue
             ours = _failure(storage, token)
             if ours is not None:
-                raise ours from None
-            lost = _losses(error)
-            if not lost:  # a fault of the program: no other try will help
-                raise
-            # Ray Train has tried a lost worker's group again, but not one that died while it was being started.
-            tried = MAX_LOSSES if hasattr(error, "worker_failures") else 1
-            lost_rounds = 0 if done() > before else lost_rounds + tried
-            if lost_rounds >= MAX_LOSSES:
-                raise CapacityError(
-                    f"workers are lost again and again before the next checkpoint, last {lost}; most often a machine "
-                    "is out of memory: use a smaller train.micro_batch or fewer --workers"
-                ) from None
-            tell(f"workers were lost ({lost}); going on from step {done()}")
-            continue
-        ours = _failure(storage, token)
-        if ours is not None:
-            raise ours
-        return
+                raise ours
+            return
 
 
 def check_places(options: GroupOptions) -> None:

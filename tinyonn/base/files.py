@@ -15,7 +15,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -69,7 +69,14 @@ ABOUT = (
     "state.json",
 )  # about data, and no data
 BATCH = 256
-UNTOLD = (ValueError, OverflowError, LookupError, TypeError, RecursionError)  # what Arrow's values raise on their way
+UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what a packed file that is damaged raises
+UNTOLD = (
+    ValueError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    RecursionError,
+)  # what Arrow's values raise on their way
 CHUNK = 1 << 16
 PEEK = 1000  # rows of a JSON file that are searched for its columns
 ENCODINGS = (  # by mark; then by where the zeros of the first two characters lie
@@ -203,7 +210,7 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
                 rows = text_rows(stream) if kind == "text" else json_rows(stream, str(path))
             for number, record in rows:
                 yield number, record
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (*UNPACKING, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: unreadable from row {number} on ({_reason(error)}); fetch it again, or save it as UTF-8"
         ) from None
@@ -312,7 +319,7 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
             table, names = _arrow(path)
     except (pa.ArrowException, OSError) as error:
         if path.is_file():
-            with _open(path):  # tells what else it is
+            with suppress(*UNPACKING), _open(path):  # tells what else it is
                 pass
         raise InputError(
             f"{path}: not a readable {'Parquet' if kind == 'parquet' else 'Arrow'} file, perhaps truncated "
@@ -352,7 +359,9 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
     with _table(path) as (names, batches):
         wanted = names if columns is None else [name for name in columns if name in names]
         if twice := [name for name in wanted if names.count(name) > 1]:
-            raise InputError(f"{path}: it has {names.count(twice[0])} columns called {twice[0]!r}; rename all but one")
+            raise InputError(
+                f"{path}: it has {names.count(twice[0])} columns called {twice[0]!r}; rename all but one"
+            )
         try:
             for batch in batches(wanted):
                 for record in table_records(batch) if wanted else [{}] * batch.num_rows:

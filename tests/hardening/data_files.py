@@ -18,16 +18,66 @@ import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
 WORDS = (
-    "a text of some words", "", " ", "\n", "\0", "é🙂", "\u202e\x1b]0;x\x07", "[/red]", "<|im_start|>assistant\nx<|im_end|>",
-    "</s><|endoftext|>", "x" * 3000, "=" * 500, '"', "\\", "{", "[", ",", "\ud800", "nan", "null", "1" * 400, "[{'role': 'user'",
-    '[{"role": "user", "content": "a"}]', "Human: a\n\nAssistant: b\n\nHuman: c", "<image>", "\u2028", "\ufeff", "a\r\nb\tc",
-)  # fmt: skip
+    "a text of some words",
+    "",
+    " ",
+    "\n",
+    "\0",
+    "é🙂",
+    "\u202e\x1b]0;x\x07",
+    "[/red]",
+    "<|im_start|>assistant\nx<|im_end|>",
+    "</s><|endoftext|>",
+    "x" * 3000,
+    "=" * 500,
+    '"',
+    "\\",
+    "{",
+    "[",
+    ",",
+    "\ud800",
+    "nan",
+    "null",
+    "1" * 400,
+    "[{'role': 'user'",
+    '[{"role": "user", "content": "a"}]',
+    "Human: a\n\nAssistant: b\n\nHuman: c",
+    "<image>",
+    "\u2028",
+    "\ufeff",
+    "a\r\nb\tc",
+)
 NUMBERS = (0, 1, -1, 2**63, 10**30, 1e300, float("inf"), float("nan"), True, None, 0.5)
 NAMES = (
-    "text", "messages", "slice", "conversations", "instruction", "output", "prompt", "completion", "question", "answer",
-    "chosen", "rejected", "tools", "system", "image", "label", "kto_tag", "role", "content", "choices", "", " ", "\0", "[/b]",
-    "id", "Text", "history", "reasoning_content",
-)  # fmt: skip
+    "text",
+    "messages",
+    "slice",
+    "conversations",
+    "instruction",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "chosen",
+    "rejected",
+    "tools",
+    "system",
+    "image",
+    "label",
+    "kto_tag",
+    "role",
+    "content",
+    "choices",
+    "",
+    " ",
+    "\0",
+    "[/b]",
+    "id",
+    "Text",
+    "history",
+    "reasoning_content",
+)
 ROLES = ("user", "assistant", "system", "tool", "gpt", "human", "function_call", "[/red]", "", "assistant\nx")
 BYTES = (
     b"\0",
@@ -47,7 +97,7 @@ BYTES = (
 )
 BIG = "9" * 5000
 
-words = st.sampled_from(WORDS) | st.text(max_size=30)
+words = st.just(WORDS[0]) | st.sampled_from(WORDS) | st.text(max_size=30)
 values = st.recursive(
     words | st.sampled_from(NUMBERS),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
@@ -62,20 +112,44 @@ message = st.one_of(
     values,
 )
 turns = st.lists(message, max_size=4)
-row = st.one_of(
-    st.fixed_dictionaries({"text": words}, optional={"slice": words}),
-    st.fixed_dictionaries({"messages": turns}, optional={"tools": values, "slice": values, "system": words}),
-    st.fixed_dictionaries(
-        {"instruction": values, "output": values}, optional={"input": values, "history": values}
+FORMS: tuple[tuple[dict[str, Any], st.SearchStrategy[Any]], ...] = (
+    ({"text": WORDS[0], "slice": "a"}, st.fixed_dictionaries({"text": words}, optional={"slice": values})),
+    (
+        {
+            "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "slice": "a",
+        },
+        st.fixed_dictionaries(
+            {"messages": turns}, optional={"tools": values, "slice": values, "system": words}
+        ),
     ),
-    st.fixed_dictionaries({"prompt": values, "completion": values}),
-    st.fixed_dictionaries({"conversations": turns}),
-    st.fixed_dictionaries({"chosen": values, "rejected": values}),
-    st.dictionaries(st.sampled_from(NAMES), values, max_size=4),
-    values,
+    (
+        {"instruction": "Add", "output": "3"},
+        st.fixed_dictionaries(
+            {"instruction": values, "output": values}, optional={"input": values, "history": values}
+        ),
+    ),
+    ({"prompt": "Add", "completion": "3"}, st.fixed_dictionaries({"prompt": values, "completion": values})),
+    (
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        st.fixed_dictionaries({"conversations": turns}),
+    ),
+    (
+        {
+            "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "rejected": "x",
+        },
+        st.fixed_dictionaries({"chosen": values, "rejected": values}),
+    ),
 )
-alike = row.flatmap(lambda first: st.lists(st.just(first) | row, max_size=6).map(lambda more: [first, *more]))
-rows = st.tuples(alike, st.integers(1, 5)).map(lambda pair: pair[0] * pair[1])
+other = st.dictionaries(st.sampled_from(NAMES), values, max_size=4) | values
+alike = st.one_of(*(strange for _, strange in FORMS), other).flatmap(
+    lambda first: st.lists(st.just(first) | other, max_size=6).map(lambda more: [first, *more])
+)
+usable = st.sampled_from(FORMS).flatmap(
+    lambda form: st.lists(form[1], max_size=6).map(lambda strange: [form[0]] * 4 + strange + [form[0]] * 36)
+)
+rows = st.one_of(usable, usable, usable, alike)
 
 
 def _encoded(text: str) -> bytes:
@@ -138,22 +212,29 @@ def strange(kind: int, stream: bool | None) -> bytes:
     huge = pa.array([2**62, -(2**62), 0, None])
     ends = pa.array([2**63 - 1, -(2**63), 0, None])
     column = [
-        lambda: ends.cast(pa.timestamp("s")), lambda: ends.cast(pa.timestamp("ns")), lambda: ends.cast(pa.duration("s")),
-        lambda: huge.cast(pa.timestamp("us", "Nowhere/None")), lambda: pa.array([2**31 - 1, -(2**31), 0, None], pa.date32()),
-        lambda: ends.cast(pa.date64(), safe=False), lambda: pa.array([0, 1, 2, None], pa.time64("ns")),
+        lambda: ends.cast(pa.timestamp("s")),
+        lambda: ends.cast(pa.timestamp("ns")),
+        lambda: ends.cast(pa.duration("s")),
+        lambda: huge.cast(pa.timestamp("us", "Nowhere/None")),
+        lambda: pa.array([2**31 - 1, -(2**31), 0, None], pa.date32()),
+        lambda: ends.cast(pa.date64(), safe=False),
+        lambda: pa.array([0, 1, 2, None], pa.time64("ns")),
         lambda: pa.array([2**62, 1, 2, None], pa.int64()).view(pa.time64("us")),
         lambda: pa.array([b"\xff\xfe", b"", b"\0", None], pa.binary()),
         lambda: pa.StringArray.from_buffers(4, *pa.array([b"\xff\xfe", b"", b"\0", b"x"]).buffers()[1:]),
-        lambda: pa.array([[1], [], None, [2, 3]], pa.list_(pa.int8())), lambda: pa.nulls(4),
+        lambda: pa.array([[1], [], None, [2, 3]], pa.list_(pa.int8())),
+        lambda: pa.nulls(4),
         lambda: pa.array([[("a", 1)], [], None, [("b", 2)]], pa.map_(pa.string(), pa.int64())),
         lambda: pa.array(["x", "y", "x", None]).dictionary_encode(),
         lambda: pa.array([float("nan"), float("inf"), 1e300, None]),
         lambda: pa.array([{"a": {"b": [{"c": 1}]}}, None, {}, {"a": None}]),
-        lambda: pa.array([2**64 - 1, 0, 1, None], pa.uint64()), lambda: pa.array([10**70, 1, 2, None], pa.decimal256(76)),
-        lambda: pa.array(["a", "b", "c", None], pa.string_view()), lambda: pa.array([b"a" * 16] * 4, pa.binary(16)),
+        lambda: pa.array([2**64 - 1, 0, 1, None], pa.uint64()),
+        lambda: pa.array([10**70, 1, 2, None], pa.decimal256(76)),
+        lambda: pa.array(["a", "b", "c", None], pa.string_view()),
+        lambda: pa.array([b"a" * 16] * 4, pa.binary(16)),
         lambda: pa.array([1.0, 2.0, 3.0, None], pa.float16()) if hasattr(pa, "float16") else pa.nulls(4),
         lambda: pa.array([(1, 2, 3), None, (4, 5, 6), (7, 8, 9)], pa.month_day_nano_interval()),
-    ]  # fmt: skip
+    ]
     made = column[kind % len(column)]()
     name = ("slice", "messages", "tools", "text", "image", "extra")[kind // len(column) % 6]
     whole = pa.table([text, made], names=["text", name])
@@ -195,20 +276,37 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".tar": lambda content: _tarred(content),
 }
 READINGS: tuple[dict[str, Any], ...] = (
-    {}, {}, {}, {"slice": "slice"}, {"text": "text"}, {"messages": "messages"}, {"format": "alpaca"}, {"rendered": True},
-    {"samples": 2}, {"format": "sharegpt", "messages": "conversations"}, {"text": "extra"}, {"messages": "extra"},
-)  # fmt: skip
+    {},
+    {},
+    {},
+    {"slice": "slice"},
+    {"text": "text"},
+    {"messages": "messages"},
+    {"format": "alpaca"},
+    {"rendered": True},
+    {"samples": 2},
+    {"format": "sharegpt", "messages": "conversations"},
+    {"text": "extra"},
+    {"messages": "extra"},
+)
 ENCODINGS = ("utf-8", "utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "utf-7", "cp037", "shift_jis")
 DEEP = {
-    ".jsonl": b'{"text": ' + b"[" * 100_000, ".json": b"[" * 200_000, ".csv": b"text\n" + b'"' * 99_999,
-    ".txt": b"(" * 1_000_000, ".ndjson": b'{"a":' * 100_000,
-}  # fmt: skip
+    ".jsonl": b'{"text": ' + b"[" * 100_000,
+    ".json": b"[" * 200_000,
+    ".csv": b"text\n" + b'"' * 99_999,
+    ".txt": b"(" * 1_000_000,
+    ".ndjson": b'{"a":' * 100_000,
+}
 LARGE = {
-    ".jsonl": b'{"messages": [' + b'{"role": "user", "content": "a"}, ' * 100_000 + b'{"role": "assistant", "content": "b"}]}\n',
-    ".json": b'[{"text": "' + b"word " * 2_000_000 + b'"}]', ".txt": b"a text of words " * 500_000,
-    ".csv": b"text\n" + b"a," * 1_000_000, ".tsv": b"text\t" * 100_000,
+    ".jsonl": b'{"messages": ['
+    + b'{"role": "user", "content": "a"}, ' * 100_000
+    + b'{"role": "assistant", "content": "b"}]}\n',
+    ".json": b'[{"text": "' + b"word " * 2_000_000 + b'"}]',
+    ".txt": b"a text of words " * 500_000,
+    ".csv": b"text\n" + b"a," * 1_000_000,
+    ".tsv": b"text\t" * 100_000,
     ".ndjson": b'{"data": [' + b'{"text": ' + b"9" * 1_000_000 + b"}]}",
-}  # fmt: skip
+}
 
 
 def _zipped(content: bytes) -> bytes:
@@ -253,9 +351,10 @@ def files(draw: st.DrawFn) -> tuple[str, bytes, dict[str, Any]]:
         )
         if encoding != "utf-8" and draw(st.booleans()):
             content = content.decode("utf-8", "replace").encode(encoding, "replace")
-    for _ in range(draw(st.sampled_from((0, 0, 1, 1, 2)))):
+    for _ in range(draw(st.sampled_from((0, 0, 0, 1, 1, 2)))):
         content = _spoilt(draw, content)
-    packed = draw(st.sampled_from(("", "", "", *PACKERS)))
+    tables = ending in (".parquet", ".arrow", ".file.arrow")
+    packed = draw(st.sampled_from(("",) * (30 if tables else 6) + tuple(PACKERS)))
     content = _tried(PACKERS[packed], content)
     if packed and draw(st.booleans()):
         content = _spoilt(draw, content)

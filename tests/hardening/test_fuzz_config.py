@@ -72,13 +72,14 @@ def tried(content: bytes, folder: Path) -> str:
     return kind
 
 
-@settings(max_examples=60, **COMMON)
+@settings(max_examples=50, **COMMON)
 @given(content=files)
 def test_a_random_configuration(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     seen[tried(content, tmp_path_factory.getbasetemp())] += 1
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=500, **COMMON)
 @given(content=files)
 def test_five_hundred_random_configurations(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:

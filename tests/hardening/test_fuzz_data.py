@@ -9,7 +9,6 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ seen: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Iterator[Any]:
-    yield load_tokenizer(ModelConfig())
+def tokenizer() -> Any:
+    return load_tokenizer(ModelConfig())
 
 
 def tried(ending: str, content: bytes, folder: Path, tokenizer: Any, **data: Any) -> str:
@@ -76,15 +75,16 @@ def tried(ending: str, content: bytes, folder: Path, tokenizer: Any, **data: Any
 @settings(max_examples=40, **COMMON)
 @given(file=files())
 def test_a_random_file(
-    file: tuple[str, bytes], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+    file: tuple[str, bytes, dict[str, Any]], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    seen[tried(*file, tmp_path_factory.getbasetemp(), tokenizer)] += 1
+    seen[tried(*file[:2], tmp_path_factory.getbasetemp(), tokenizer, **file[2])] += 1
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=300, **COMMON)
 @given(file=files())
 def test_three_hundred_random_files(
-    file: tuple[str, bytes], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+    file: tuple[str, bytes, dict[str, Any]], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    seen[tried(*file, tmp_path_factory.getbasetemp(), tokenizer)] += 1
+    seen[tried(*file[:2], tmp_path_factory.getbasetemp(), tokenizer, **file[2])] += 1

@@ -15,7 +15,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -69,6 +69,7 @@ ABOUT = (
     "state.json",
 )  # about data, and no data
 BATCH = 256
+UNPACKING = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what a packed file that is damaged raises
 UNTOLD = (
     ValueError,
     OverflowError,
@@ -209,7 +210,7 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
                 rows = text_rows(stream) if kind == "text" else json_rows(stream, str(path))
             for number, record in rows:
                 yield number, record
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (*UNPACKING, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: unreadable from row {number} on ({_reason(error)}); fetch it again, or save it as UTF-8"
         ) from None
@@ -318,7 +319,7 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
             table, names = _arrow(path)
     except (pa.ArrowException, OSError) as error:
         if path.is_file():
-            with _open(path):  # tells what else it is
+            with suppress(*UNPACKING), _open(path):  # tells what else it is
                 pass
         raise InputError(
             f"{path}: not a readable {'Parquet' if kind == 'parquet' else 'Arrow'} file, perhaps truncated "

@@ -18,9 +18,19 @@ from tinyonn.errors import (
 )
 
 FULL = ("no space left on device", "disk quota exceeded", "file too large")
-DENIED = ("permission denied", "read-only file system", "accessdenied", "access denied", "invalidaccesskeyid")
+DENIED = (
+    "permission denied", "read-only file system", "accessdenied", "access denied", "invalidaccesskeyid",
+    "signaturedoesnotmatch", "expiredtoken", "invalidtoken", "requesttimetooskewed", "allaccessdisabled",
+    "authorizationheadermalformed", "could not load credentials", "no credentials",
+)  # fmt: skip
 NEWER = "written with a more modern version"
 AWAY = ("nosuchbucket", "dispatch failure", "connection refused", "timed out", "dns error")
+ANSWERED = ("service error", "streaming error", "response error", "construction failure")  # of requests to S3
+GONE = "nosuchkey"  # an answer about bytes
+SILENT = ("error", "unhandled error", "service error")  # causes that say nothing
+
+
+NOT_S3 = "check AWS_ENDPOINT_URL, and that no proxy or login page answers in its place"
 
 
 def is_full(error: BaseException) -> bool:
@@ -53,7 +63,7 @@ def translated(what: str) -> Iterator[None]:
     StoreDamagedError
         Bytes are missing or fail their checksum.
     StoreError
-        The store cannot be reached.
+        The store cannot be reached, or what answers in its place answers with an error or with nonsense.
     """
     try:
         yield
@@ -79,6 +89,11 @@ def translated(what: str) -> Iterator[None]:
             raise StoreError(
                 f"{what}: the storage cannot be reached ({_short(error)}); check its address and the network"
             ) from error
+        if any(text in str(error).lower() for text in ANSWERED) and GONE not in str(error).lower():
+            raise StoreError(
+                f"{what}: the storage answers with an error, or with what is no answer of S3's ({_short(error)}); "
+                f"{NOT_S3}, and try again: nothing that was committed is lost"
+            ) from error
         raise StoreDamagedError(
             f"{what}: bytes are missing or fail their checksum ({_short(error)}); "
             "restore the file from a copy, or record into another folder"
@@ -89,5 +104,6 @@ def _short(error: BaseException) -> str:
     """The first cause: Icechunk's messages are a page long and end with it."""
     lines = [line.strip(" |-`>\u25b6\u00d7x") for line in str(error).splitlines()]
     causes = [line for line in lines if line]
-    text = causes[-1] if causes and isinstance(error, icechunk.IcechunkError) else " ".join(causes)
+    told = [cause for cause in causes if cause.lower() not in SILENT]
+    text = (told or causes)[-1] if causes and isinstance(error, icechunk.IcechunkError) else " ".join(causes)
     return f"{type(error).__name__}: {text[:300]}"

@@ -25,7 +25,7 @@ from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreE
 from tinyonn.private import make_private
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array, open_array, read_rows
 from tinyonn.store.faults import newer_store, translated
-from tinyonn.store.location import storage_of
+from tinyonn.store.location import check_absent, storage_of
 from tinyonn.store.manifest import Manifest, Segment, parse_segment
 from tinyonn.store.nodes import GROUPS, Content, read_attributes, write_group
 from tinyonn.store.reader import Reader, list_names, list_segments
@@ -73,7 +73,9 @@ class Store:
         with translated(f"looking for a store at {text}"):
             storage = storage_of(text)
             if not icechunk.Repository.exists(storage):
-                if not text.startswith("s3://") and (Path(text) / NEWER).is_file():
+                if text.startswith("s3://"):
+                    check_absent(text)
+                elif (Path(text) / NEWER).is_file():
                     raise InputError(newer_store(text))
                 return False
             return len(list(icechunk.Repository.open(storage).ancestry(branch="main"))) > 1

@@ -148,8 +148,8 @@ def run_group(
                 lost_rounds = 0 if done() > before else lost_rounds + tried
                 if lost_rounds >= MAX_LOSSES:
                     raise CapacityError(
-                        f"workers are lost again and again before the next checkpoint, last {lost}; most often a machine "
-                        "is out of memory: use a smaller train.micro_batch or fewer --workers"
+                        f"workers are lost again and again before the next checkpoint, last {lost}; most often a "
+                        "machine is out of memory: use a smaller train.micro_batch or fewer --workers"
                     ) from None
                 tell(f"workers were lost ({lost}); going on from step {done()}")
                 continue

@@ -17,13 +17,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tinyonn.base.copies import copy_file, tokenizer_files
 from tinyonn.base.parameters import list_parameters
 from tinyonn.base.source import read_model_config
 from tinyonn.config import ModelConfig
 from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.routed import Experts, gates_of
-from tinyonn.experts.assemble import TOKENIZER, open_assembled
+from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.compress import DROPPED, compress
 from tinyonn.experts.configuration_tinyonn import TinyONNConfig
 from tinyonn.experts.matrix_tinyonn import rows_and_groups
@@ -225,9 +226,8 @@ def in_order(folder: Path, experts: int) -> None:
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Tokenizer files of a model."""
-    for pattern in TOKENIZER:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    for path in tokenizer_files(source):
+        copy_file(path, folder)
 
 
 def base_folder(config: ModelConfig) -> Path:

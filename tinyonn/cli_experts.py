@@ -258,19 +258,21 @@ def export(
         from tinyonn.evaluate.trained import trained_card_figures
         from tinyonn.experts.export import Assembled, export_model, numbers_of
         from tinyonn.run import open_run
+        from tinyonn.store.lock import RunLock
 
         if trained and model is not None:
             raise InputError("--trained and --model exclude each other; give one")
         place = local_folder(location)
         source = model or place / ("model" if trained else "experts")
-        assembled = Assembled(source)
-        assembly = assembled.config["assembly"]
-        numbers = numbers_of(experts, slices, assembled, lambda: open_run(location))
-        if "training" in assembly:
-            figures = trained_card_figures(place, assembly["id"])
-        else:
-            figures = card_figures(place, assembly.get("selection"))
-        base = model_folder(settings.model, weights=False)
-        return export_model(source, folder, format, numbers, base, figures)
+        with RunLock(place, shared=True, what="export"):
+            assembled = Assembled(source)
+            assembly = assembled.config["assembly"]
+            numbers = numbers_of(experts, slices, assembled, lambda: open_run(location))
+            if "training" in assembly:
+                figures = trained_card_figures(place, assembly["id"])
+            else:
+                figures = card_figures(place, assembly.get("selection"))
+            base = model_folder(settings.model, weights=False)
+            return export_model(source, folder, format, numbers, base, figures)
 
     run_stage("export", run, config, as_json, stage, log=False)

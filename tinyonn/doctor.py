@@ -6,6 +6,8 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
+import stat
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
+from tinyonn.private import open_to_others
 from tinyonn.sheet import Sheet, Style, whole
 from tinyonn.sizes import GiB, format_size
 
@@ -93,6 +96,7 @@ def examine(folder: Path) -> DoctorReport:
         ("CPU", look_at_cpus),
         ("RAM", lambda: look_at_ram(free_ram())),
         ("disk", lambda: look_at_disk(folder, free_disk(folder))),
+        ("run", lambda: look_at_run(folder)),
         ("Ray", look_at_ray),
     )
     findings: list[Finding] = []
@@ -243,6 +247,19 @@ def look_at_disk(folder: Path, free: int) -> Finding:
             "a segment of a 4B model takes 5 GiB: free some, or choose another storage.root",
         )
     return Finding("disk", "ok", found)
+
+
+def look_at_run(folder: Path) -> list[Finding]:
+    """Whether others may read what a run holds: tokens of its texts. Runs of earlier versions were made so."""
+    if not folder.is_dir():
+        return []
+    if not open_to_others(folder):
+        return [Finding("run", "ok", f"{folder} is its owner's alone")]
+    remedy = f"if nobody shares it, close it: chmod 700 {shlex.quote(str(folder))}"
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    return [
+        Finding("run", "warn", f"other users may enter {folder} (mode {mode:o}), which holds texts", remedy)
+    ]
 
 
 def look_at_ray() -> Finding:

@@ -11,7 +11,7 @@ import ctypes.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from dask import compute, delayed  # type: ignore[attr-defined]
 
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.private import scratch_folder
 from tinyonn.progress import Bar
 from tinyonn.sizes import MiB, format_size
 
@@ -29,6 +30,9 @@ KINDS: tuple[Kind, ...] = ("threads", "distributed", "ray")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 WORKERS_PER_CPU = 2  # threads: while one waits for the disk, another computes
 PROCESS_BYTES = 450 * MiB  # Python with the store, Numba's kernels and Dask, before any data
+
+DASHBOARD = "TINYONN_DASHBOARD"  # in the environment: where a local Dask cluster shows its pages
+LOOPBACK = "127.0.0.1"
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 Compute = Callable[[Sequence[Call]], list[Any]]
@@ -151,41 +155,72 @@ def _compute(calls: Sequence[Call], watch: Watch | None, **how: Any) -> list[Any
 
 @contextmanager
 def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> Iterator[Compute]:
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import as_completed
 
-    try:
-        cluster = (
-            options.address
-            if options.address is not None
-            else LocalCluster(  # type: ignore[no-untyped-call]
-                n_workers=workers,
-                threads_per_worker=1,
-                memory_limit=0,
-                dashboard_address=os.environ.get("TINYONN_DASHBOARD", "127.0.0.1:8787"),
-            )
-        )
-        client = Client(cluster, timeout=20)  # type: ignore[no-untyped-call]
-    except (OSError, TimeoutError, ValueError) as error:
-        raise InputError(
-            f"no Dask scheduler answers at {options.address} ({error}); start one with `dask scheduler`, "
-            "or leave --address out"
-        ) from None
+    with _dask_client(options, workers) as client:
 
-    def run(calls: Sequence[Call]) -> list[Any]:
-        futures = [client.submit(function, *arguments, pure=False) for function, arguments in calls]
-        if watch is not None:
-            costs = dict(zip(futures, map(watch.cost, calls), strict=True))
-            for future in as_completed(futures):  # type: ignore[no-untyped-call]
-                watch.bar.add(costs[future])
-        return list(client.gather(futures))  # type: ignore[no-untyped-call]
+        def run(calls: Sequence[Call]) -> list[Any]:
+            futures = [client.submit(function, *arguments, pure=False) for function, arguments in calls]
+            if watch is not None:
+                costs = dict(zip(futures, map(watch.cost, calls), strict=True))
+                for future in as_completed(futures):  # type: ignore[no-untyped-call]
+                    watch.bar.add(costs[future])
+            return list(client.gather(futures))
 
-    try:
-        LOG.info("dashboard: %s", client.dashboard_link)
         yield run
-    finally:
-        client.close()  # type: ignore[no-untyped-call]
-        if options.address is None:
-            cluster.close()  # type: ignore[union-attr]
+
+
+@contextmanager
+def _dask_client(options: EngineOptions, workers: int) -> Iterator[Any]:
+    """Of the scheduler at the address, with the certificates of Dask's own configuration; else of a local cluster."""
+    from distributed import Client
+
+    with ExitStack() as stack:
+        local = None if options.address is not None else stack.enter_context(_local_cluster(workers))
+        try:
+            security = {} if local is None else {"security": local.security}
+            client = Client(local or options.address, timeout=20, **security)  # type: ignore[no-untyped-call]
+        except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"no Dask scheduler answers at {options.address or 'this machine'} ({error}); start one as in "
+                "docs/security.md, or leave --address out"
+            ) from None
+        stack.callback(client.close)
+        if options.address is not None or DASHBOARD in os.environ:
+            LOG.info("dashboard: %s", client.dashboard_link)
+        yield client
+
+
+@contextmanager
+def _local_cluster(workers: int) -> Iterator[Any]:
+    """Processes on the loopback address that speak only to who has this cluster's key, which no file holds.
+
+    Whoever may speak to a Dask scheduler runs code as its user. Its pages, which need no key, are off unless asked for.
+    """
+    import dask.config
+    from distributed import LocalCluster
+    from distributed.security import Security
+
+    dashboard = os.environ.get(DASHBOARD)
+    roles = () if dashboard else ("scheduler", "worker")
+    settings: dict[str, Any] = {f"distributed.{role}.http.routes": [] for role in roles}
+    with ExitStack() as stack:
+        # Of every role, not of the workers alone: Dask looks for modules in these folders.
+        settings["temporary-directory"] = folder = str(stack.enter_context(scratch_folder()))
+        stack.enter_context(dask.config.set(settings))
+        cluster = LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,
+            host=LOOPBACK,
+            protocol="tls://",
+            security=Security.temporary(),  # type: ignore[no-untyped-call]
+            local_directory=folder,
+            dashboard_address=dashboard or f"{LOOPBACK}:0",
+            scheduler_kwargs={"dashboard": bool(dashboard)},
+        )
+        stack.callback(cluster.close)
+        yield cluster
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from tinyonn.errors import InputError
 from tinyonn.escape import visible
+from tinyonn.private import make_private, open_to_others
 from tinyonn.progress import print_line
 
 FILE_BYTES = 5_000_000
@@ -55,7 +56,7 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
     Parameters
     ----------
     folder : str or Path
-        The run's ``logs`` folder; made when missing.
+        The run's ``logs`` folder; made when missing, and a new run's for its owner alone.
     name : str
         Stage or actor; the file is ``<name>.log``.
     console : bool
@@ -73,7 +74,8 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
     """
     path = Path(folder) / f"{name}.log"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent.parent)
+        path.parent.mkdir(exist_ok=True)
         file = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES - 1, encoding="utf-8")
     except OSError as error:
         raise InputError(
@@ -91,6 +93,8 @@ def setup_logging(folder: str | Path, name: str, console: bool = True) -> Path:
         handler.setLevel(logging.INFO)
         handler.setFormatter(_Formatter("%(message)s"))
         ours.addHandler(handler)
+    if open_to_others(path.parent.parent):
+        ours.debug("%s can be entered by other users: chmod 700 closes it", path.parent.parent)
     return path
 
 

@@ -66,7 +66,7 @@ def merge_run(location: str) -> MergeReport:
     """
     started = time.monotonic()
     Store.open(store_location(location))  # a wrong name must not leave a lock behind
-    with RunLock(local_folder(location)):
+    with RunLock(local_folder(location), what="merge"):
         store = Store.open(store_location(location), read_only=False)
         before = store.segments()
         merges = merge_ready(store)

@@ -56,7 +56,7 @@ def kept_for_us(chatter: Path | None, as_json: bool) -> Iterator[None]:
         like: TextIO = getattr(sys, "stderr" if as_json else name)
         _own[name] = os.fdopen(os.dup(number), "w", 1, like.encoding, "backslashreplace")
     if chatter is not None:
-        target = os.open(chatter, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        target = os.open(chatter, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         for number in (1, 2):
             os.dup2(target, number)
         os.close(target)

@@ -6,7 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,15 +66,38 @@ def other_host(path: Path, age: float) -> None:
     path.write_text(json.dumps({"host": "elsewhere", "pid": 5, "started": now - 900, "heartbeat": now - age}))
 
 
-def test_another_machine_counts_by_its_heartbeat(tmp_path: Path) -> None:
-    other_host(tmp_path / "lock", age=20)
-    with pytest.raises(
-        StoreBusyError, match="process 5 on elsewhere, started 900 s ago, last heard of 20 s ago"
+@contextmanager
+def beating(path: Path, age: float) -> Iterator[None]:
+    """Another machine whose clock is `age` seconds behind holds the run meanwhile."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(0.05):
+            other_host(path.with_suffix(".new"), age)
+            path.with_suffix(".new").replace(path)
+
+    other_host(path, age)
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("skew", [0.0, 3600.0, -3600.0])
+def test_another_machine_counts_by_whether_its_heartbeat_changes(tmp_path: Path, skew: float) -> None:
+    with (
+        beating(tmp_path / "lock", skew),
+        pytest.raises(StoreBusyError, match=r"held by process 5 on elsewhere \(.*lock\)"),
     ):
-        RunLock(tmp_path).__enter__()
-    other_host(tmp_path / "lock", age=61)
-    with RunLock(tmp_path):
+        RunLock(tmp_path, stale=30).__enter__()
+    other_host(tmp_path / "lock", skew)
+    started = time.monotonic()
+    with RunLock(tmp_path, stale=0.4):
         assert read_owner(tmp_path / "lock")["host"] == socket.gethostname()
+    assert time.monotonic() - started >= 0.4
 
 
 def test_the_heartbeat_goes_on_and_a_lost_lock_is_noticed(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ from tinyonn.base.survey import BAD_SHARE, Survey, common_reasons
 from tinyonn.base.tokens import REWRITES, Encoded, encode_rows
 from tinyonn.config import Config
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.private import make_private
 from tinyonn.progress import counted
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
@@ -103,7 +104,7 @@ def prepare_corpus(config: Config, tokenizer: Any, path: Path, earlier: Earlier 
             pass  # unreadable or of another version: made anew
     if earlier is not None and not _made_alike(earlier, *makings):
         earlier = None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     survey = mixture.survey(None if earlier is None else earlier.slicer)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.unordered")
     try:

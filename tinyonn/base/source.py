@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.base.checkpoint import BIN, SAFETENSORS, weight_files
+from tinyonn.base.copies import check_regular
 from tinyonn.base.hub import fetch, fetch_weights
 from tinyonn.errors import InputError
 from tinyonn.progress import Bar
@@ -126,6 +127,7 @@ def model_folder(config: ModelConfig, weights: bool = True) -> Path:
 
 def _check_model(config: ModelConfig, folder: Path) -> None:
     """Refuse a folder that is not one whole model by itself."""
+    check_regular(folder, NEEDED)
     whole = (folder / "config.json").is_file()
     if (folder / ADAPTER).is_file():
         base = _adapted(folder / ADAPTER)

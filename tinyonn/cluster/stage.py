@@ -117,12 +117,12 @@ def cluster_run(
     CapacityError
         The memory limit is below what is needed, or the disk is full.
     StoreBusyError
-        Another process records, merges, scores or clusters the run.
+        Another process changes the run, or reads what this would replace (train, evaluate, export).
     StoreDamagedError
         Names tensor and chunk; the labels from before stay.
     """
     _check_scored(Store.open(store_location(location)))
-    with RunLock(local_folder(location)):
+    with RunLock(local_folder(location), what="cluster"):
         store = Store.open(store_location(location), read_only=False)
         scored = _check_scored(store)
         stored = store.reader().stage("labels")

@@ -41,9 +41,10 @@ from tinyonn.experts.source import RunSource, digest
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
-from tinyonn.run import open_run
+from tinyonn.run import Run, open_run
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
+from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)
 
@@ -133,12 +134,22 @@ def allocate_run(
     ------
     InputError
         The run is not scored, the model is not the recorded one, or a budget is no share.
+    StoreBusyError
+        Another process changes or evaluates the run.
     """
-    started = time.monotonic()
     wrong = [budget for budget in options.budgets if not 0 < budget < 1]
     if wrong:
         raise InputError(f"a budget of {wrong[0]:g} is no share of the linear weights; give one in (0, 1)")
-    run, folder = open_run(location), local_folder(location)
+    run = open_run(location)
+    with evaluating(location):
+        return _allocated(run, location, config, options, tell)
+
+
+def _allocated(
+    run: Run, location: str, config: Config, options: AllocateOptions, tell: Callable[[str], None]
+) -> AllocateReport:
+    started = time.monotonic()
+    folder = local_folder(location)
     fingerprint = check_base(run, location, config.model)
     scored = run.store.reader().stage("rows")
     if scored is None:

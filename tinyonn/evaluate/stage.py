@@ -37,6 +37,7 @@ from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
+from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)
 UPDATE_EFFORT = 2.0  # of a line that updates weights, in those of one that only cuts
@@ -124,8 +125,12 @@ def evaluate_run(
     InputError
         The run is not scored; ``default`` is wanted and it is not clustered; the model is not the recorded one; no
         held-out data, or of other slices' words; an unknown method or a budget out of range.
+    StoreBusyError
+        Another process changes or evaluates the run.
     """
-    return _Evaluation(open_run(location), location, config, options, tell).carry_out()
+    run = open_run(location)
+    with evaluating(location):
+        return _Evaluation(run, location, config, options, tell).carry_out()
 
 
 def held_out_corpus(config: Config, options: EvaluateOptions, folder: Path) -> Corpus:

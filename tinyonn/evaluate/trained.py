@@ -25,6 +25,7 @@ from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
+from tinyonn.store.lock import evaluating
 from tinyonn.train.data import Batch, held_out_batches
 
 CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card
@@ -143,12 +144,21 @@ def evaluate_trained(
     ------
     InputError
         Nothing is trained; no held-out data.
+    StoreBusyError
+        Another process changes or evaluates the run.
     """
-    started = time.monotonic()
-    run = local_folder(location)
-    folder = model or run / "model"
+    folder = model or local_folder(location) / "model"
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no trained model; run `tinyonn train` first")
+    with evaluating(location):
+        return _measured(location, config, options, folder, tell)
+
+
+def _measured(
+    location: str, config: Config, options: EvaluateOptions, folder: Path, tell: Callable[[str], None]
+) -> TrainedReport:
+    started = time.monotonic()
+    run = local_folder(location)
     corpus = held_out_corpus(config, options, run)
     batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
     lines: list[TrainedLine] = []

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyonn.base.copies import check_files, copy_file, tokenizer_files
 from tinyonn.base.load import load_shape, load_tokenizer
 from tinyonn.base.settings import base_settings
 from tinyonn.base.weights import BaseWeights
@@ -62,15 +63,6 @@ GATE_RULE = (
     "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
     "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1, all if null"
 )
-TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "*.model",
-)
 
 
 def assemble_run(
@@ -101,11 +93,11 @@ def assemble_run(
     CapacityError
         The memory limit is below what one task needs, or the disk is full.
     StoreBusyError
-        Another process works on the run.
+        Another process changes the run, or reads what this would replace (train, evaluate, export).
     """
     target = local_folder(location) / "experts" if folder is None else folder
     run = open_run(location)
-    with RunLock(local_folder(location)):
+    with RunLock(local_folder(location), what="assemble"):
         return _Assembly(run, location, target, model, config, options).carry_out()
 
 
@@ -124,6 +116,7 @@ class _Assembly:
         self.run, self.location, self.folder = run, location, folder
         self.model, self.config, self.options = model, config, options
         self.base = BaseWeights(model)
+        check_files(self.base.folder)
         read = self.base.recorded_rows, self.base.recorded_across
         self.fingerprint = check_base(run, location, model)
         self.shape = load_shape(model)
@@ -298,9 +291,8 @@ class _Assembly:
             "weight_map": {name: file for file, its in sizes.items() for name in its},
         }
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
-        for pattern in TOKENIZER:
-            for path in self.base.folder.glob(pattern):
-                shutil.copyfile(path, self.folder / path.name)
+        for path in tokenizer_files(self.base.folder):
+            copy_file(path, self.folder)
         shell = self._shell(selection, layers, report)
         write_card(self.folder, shell.config.to_dict(), self.base.folder)
         side = self.folder / "config.part"

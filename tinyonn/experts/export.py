@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from tinyonn.base.checkpoint import tensor_files
+from tinyonn.base.copies import CARD, check_files, copy_file, tokenizer_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 FORMATS = ("hub", "dense", "npz", "parquet")
 MARKER = "selection.json"  # of the assembled folder; of no use elsewhere
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+OWN = ("config.json", GENERATION, INDEX, "model*.safetensors", "*_tinyonn.py", "LICENSE*", "NOTICE*")
 PARTS = ("values", "columns", "row_pointer")
 NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, in a tensor's name
 
@@ -165,7 +167,8 @@ def export_model(
     Raises
     ------
     InputError
-        Unknown format or expert; `folder` is not empty; the assembled model is not there, damaged or mixed.
+        Unknown format or expert; `folder` is not empty; the assembled model is not there, damaged or mixed;
+        a file of it is a link to elsewhere.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r} is unknown; choose {', '.join(FORMATS)}")
@@ -175,6 +178,9 @@ def export_model(
         raise InputError(f"there is no expert {wrong[0]}; there are 0 to {assembled.experts - 1}")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; give a new folder")
+    check_files(source)
+    if base is not None:
+        check_files(base, CARD)
     folder.mkdir(parents=True, exist_ok=True)
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
     if format == "hub":
@@ -294,9 +300,10 @@ def numbers_of(
 
 
 def _copy(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.name != MARKER:
-            shutil.copyfile(path, folder / path.name)
+    """What belongs to a model, and no other file that may lie beside it."""
+    own = [path for pattern in OWN for path in sorted(source.glob(pattern)) if path.name != MARKER]
+    for path in dict.fromkeys([*own, *tokenizer_files(source)]):
+        copy_file(path, folder)
 
 
 def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
@@ -318,13 +325,9 @@ def _write_dense(assembled: Assembled, folder: Path, chosen: np.ndarray) -> int:
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1), "utf-8")
-    for path in assembled.folder.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name not in (
-            "config.json",
-            MARKER,
-            INDEX,
-        ):
-            shutil.copyfile(path, folder / path.name)
+    for path in (assembled.folder / GENERATION, *tokenizer_files(assembled.folder)):
+        if path.exists():
+            copy_file(path, folder)
     base_config = assembled.config["base_config"] | {"dtype": assembled.config["dtype"]}
     (folder / "config.json").write_text(json.dumps(base_config, indent=2), "utf-8")
     return weights

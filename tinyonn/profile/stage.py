@@ -124,7 +124,7 @@ def profile_run(
         Another process works on the run.
     """
     run = open_run(location)
-    with RunLock(local_folder(location)) as lock:
+    with RunLock(local_folder(location), what="profile") as lock:
         return _Profiling(run, location, config, options, tell, lock.check).carry_out(
             cluster_address(address)
         )

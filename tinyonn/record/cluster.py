@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +18,8 @@ from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, EngineLostError, InputError, TinyONNError
-from tinyonn.record.alive import LOOK, Watch, check, let_go, patiently
+from tinyonn.record.alive import LOOK, Watch, check, let_go, patiently, starting
+from tinyonn.record.session import private_session
 from tinyonn.record.worker import Worker, WorkerFacts
 from tinyonn.store.manifest import Segment
 
@@ -62,32 +62,31 @@ def connected(
         with Watch(ray.get_runtime_context().gcs_address, held):
             yield
         return
-    if address is None:
-        _start_local(cpus)
-    else:
-        try:
-            _check_reachable(address)
-            ray.init(address=address, **QUIET)
-        except Exception as error:  # ConnectionError, RuntimeError or Ray's own, depending on what fails
-            raise InputError(
-                f"no Ray cluster answers at {address} ({_first_line(error)}); start one as in docs/cluster.md, "
-                "give every machine the same token, or leave the address out to use this machine alone"
-            ) from None
-    endings.keep_signals()
-    watch = Watch(address, held)
-    try:
+    with ExitStack() as stack:
+        if address is None:
+            session = stack.enter_context(private_session())
+            with starting(held):
+                _start_local(cpus, session)
+        else:
+            try:
+                _check_reachable(address)
+                ray.init(address=address, **QUIET)
+            except Exception as error:  # ConnectionError, RuntimeError or Ray's own, depending on what fails
+                raise InputError(
+                    f"no Ray cluster answers at {address} ({_first_line(error)}); start one as in docs/cluster.md, "
+                    "give every machine the same token, or leave the address out to use this machine alone"
+                ) from None
+        endings.keep_signals()
+        watch = Watch(address, held)
+        stack.callback(watch.sweep)
+        stack.callback(lambda: let_go(hurry=watch.lost is not None))
         with watch:
             yield
-    finally:
-        let_go(hurry=watch.lost is not None)
-        watch.sweep()
 
 
-def _start_local(cpus: int) -> None:
+def _start_local(cpus: int, session: dict[str, Any]) -> None:
     """A Ray of this process alone; once more if it does not start, since another program may take its port."""
-    options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 256 << 20}
-    # A token for this Ray alone, so that none is left in the user's home.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 256 << 20, **session}
     for last in (False, True):
         try:
             ray.init(address="local", **QUIET, **options)

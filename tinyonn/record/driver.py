@@ -78,7 +78,7 @@ def record(
     """
     folder, place = local_folder(location), store_location(location)
     cluster = cluster_address(address)
-    with RunLock(folder) as lock:
+    with RunLock(folder, what="record") as lock:
         if cluster is None and not ray.is_initialized():
             choose_device(config.model.device)
         shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done

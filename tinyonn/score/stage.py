@@ -124,7 +124,7 @@ def score_run(location: str, config: ScoreConfig, options: EngineOptions = THREA
     """
     started = time.monotonic()
     check_recorded(Store.open(store_location(location)))
-    with RunLock(local_folder(location)):
+    with RunLock(local_folder(location), what="score"):
         store = Store.open(store_location(location), read_only=False)
         segments = check_recorded(store)
         described = describe_score(config, segments)

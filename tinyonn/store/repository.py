@@ -23,6 +23,7 @@ from zarr.core.buffer import cpu
 from zarr.core.sync import sync
 
 from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreError
+from tinyonn.private import make_private
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array
 from tinyonn.store.faults import newer_store, translated
 from tinyonn.store.location import storage_of
@@ -91,7 +92,8 @@ class Store:
             raise InputError(f"{text}: there is a store already; open it, or choose another run")
         with translated(f"creating the store {text}"):
             if not text.startswith("s3://"):
-                Path(text).mkdir(parents=True, exist_ok=True)
+                make_private(Path(text).parent)
+                Path(text).mkdir(exist_ok=True)
             repository = icechunk.Repository.open_or_create(storage_of(text), **_OLDEST)
             session = repository.writable_session("main")
             root = zarr.create_group(session.store, attributes={"tinyonn": manifest.to_json()})

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from tinyonn.base.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError
-from tinyonn.experts.assemble import TOKENIZER
 from tinyonn.experts.source import digest
 from tinyonn.store.faults import is_full
 
@@ -59,9 +59,8 @@ def save_model(
                 f"{target}: no space left for the trained model; free some and run again"
             ) from None
         raise
-    for pattern in TOKENIZER if source is not None else ():
-        for path in Path(str(source)).glob(pattern):
-            shutil.copyfile(path, side / path.name)
+    for path in tokenizer_files(Path(source)) if source is not None else ():
+        copy_file(path, side)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tinyonn.base.copies import TOKENIZER, check_files
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
 from tinyonn.places import local_folder
@@ -64,12 +65,13 @@ def train_run(
     CapacityError
         It does not fit, or workers are lost again and again.
     StoreBusyError
-        Another process trains into the folder.
+        Another process trains into the folder, or changes the run.
     """
     started = time.monotonic()
     folder = (options.folder or local_folder(location) / "train").absolute()
-    with RunLock(folder):
+    with RunLock(local_folder(location), shared=True, what="train"), RunLock(folder, what="train"):
         spec = make_spec(location, config, options)
+        check_files(Path(spec.student), TOKENIZER)  # they go into the trained model
         if options.fresh:
             _forget(folder)
         stored = _stored(spec)

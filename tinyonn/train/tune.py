@@ -99,12 +99,12 @@ def tune_train(
     CapacityError
         It does not fit.
     StoreBusyError
-        Another process tunes the run.
+        Another process tunes the run, or changes it.
     """
     started = time.monotonic()
     folder = (local_folder(location) / "tune").absolute()
     first = {name: float(option_of(train.train, name)) for name in options.ranges}
-    with RunLock(folder):
+    with RunLock(local_folder(location), shared=True, what="tune"), RunLock(folder, what="tune"):
         short = replace(
             train.train, steps=options.steps, checkpoint_every=options.steps + train.train.warm_start
         )

@@ -1,7 +1,7 @@
 """Whether the Ray that a stage stands on is still there: what waits for it does not wait for ever.
 
-A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster whether its control
-server answers and the machine that this process is on belongs to it. Ray itself waits for a minute and then ends the
+A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster at the scheduler of
+this machine, and whether the control server answers and counts this machine in. Ray itself waits for a minute and then ends the
 process from within. Here the loss is an `EngineLostError` in the main thread: where it waits it asks `check`, and where
 it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
 """
@@ -55,7 +55,7 @@ class Watch:
         self.lost: EngineLostError | None = None
         self._noticed = threading.Event()
         self._ended = threading.Event()
-        self._servers = _servers() if address is None else []
+        self._servers = _servers() if address is None else _raylet_here()
         self._family: set[psutil.Process] = set()
         self._heard = time.monotonic()
         self._left = False  # this machine has left the cluster
@@ -281,6 +281,17 @@ def _servers() -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if child.name() in SERVERS:
                 found.append(child)
+    return found
+
+
+def _raylet_here() -> list[psutil.Process]:
+    """The scheduler of this machine's part of a cluster: Ray ends this process without a word once that has ended."""
+    node = f"--node_id={ray.get_runtime_context().get_node_id()}"
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and node in process.cmdline():
+                found.append(process)
     return found
 
 

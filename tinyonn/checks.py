@@ -161,20 +161,13 @@ def _of_router(router: RouterConfig, experts: int) -> Iterator[str]:
         yield f"router.shared = {router.shared} of {experts} experts leaves none to choose; give fewer"
         return
     choices = experts - router.shared
-    for name in ("top_k", "max_k", "branches"):
-        value, limit = getattr(router, name), experts if name == "branches" else choices
-        if name in given and value is not None and value > limit:
-            beside = (
-                f" beside the {router.shared} shared ones" if router.shared and name != "branches" else ""
-            )
-            yield f"router.{name} = {value} but there are {limit} experts{beside}; give at most as many"
+    for name in ("top_k", "max_k"):  # of branches there are fewer where there are fewer experts
+        value = getattr(router, name)
+        if name in given and value is not None and value > choices:
+            beside = f" beside the {router.shared} shared ones" if router.shared else ""
+            yield f"router.{name} = {value} but there are {choices} experts{beside}; give at most as many"
     if router.threshold is not None and router.top_k is None:
         yield "router.threshold needs router.top_k, the fewest experts; null would be all"
-    if router.max_k is not None and router.threshold is None:
-        yield (
-            f"router.max_k = {router.max_k} bounds what router.threshold chooses, and there is none; give one, or "
-            "leave max_k out"
-        )
     if router.max_k is not None and router.top_k is not None and router.max_k < router.top_k:
         yield f"router.max_k = {router.max_k} is below router.top_k = {router.top_k}, the fewest experts; give more"
 
@@ -185,14 +178,6 @@ def _of_train(config: Config, experts: int) -> Iterator[str]:
         for k in train.routing.ks:
             if not 0 <= k <= experts:
                 yield f"train.routing.ks has {k} but there are {_count(config)}; give 0, which is all, to {experts}"
-    for name in ("act_k", "min_k"):
-        if (value := getattr(train.stages, name)) > experts:
-            yield f"train.stages.{name} = {value} but there are {_count(config)}; give at most as many, or 0 for all"
-    if train.stages.act_k and train.stages.min_k > train.stages.act_k:
-        yield (
-            f"train.stages.min_k = {train.stages.min_k} of the train.stages.act_k = {train.stages.act_k} experts "
-            "that may change; give at most as many"
-        )
     yield from _of_router_lr(train)
     yield from _of_losses(train)
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.hardening.lives import HANG, ROOT, slack
+from tests.record.runs import make_sick_model
 from tinyonn.errors import CapacityError
 from tinyonn.record.alive import Waiting
 
@@ -220,7 +221,6 @@ def full(ray_cluster: str) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_cluster_without_a_free_place_ends_a_recording(full: str, tmp_path: Path) -> None:
-    from tests.record.runs import make_sick_model
     from tests.record.test_crash import write_config
 
     config = write_config(tmp_path, make_sick_model(tmp_path / "model"), {"even": 6})
@@ -231,3 +231,29 @@ def test_a_cluster_without_a_free_place_ends_a_recording(full: str, tmp_path: Pa
     )  # fmt: skip
     assert process.returncode == 3, process.stderr
     assert "no worker could be had for 5 s" in process.stderr and GOES_ON in process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("server", ["gcs_server", "raylet"])
+def test_a_cluster_whose_head_is_gone_ends_a_recording(server: str, tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    from tests.conftest import free_ports
+    from tests.record.test_crash import Life, write_config
+
+    head = {"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_ports(1)[0]}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        config = write_config(tmp_path, make_sick_model(tmp_path / "model"), {"even": 400}, segment=2)
+        life = Life(tmp_path / "run", config, "--address", str(cluster.address))
+        life.wait_for_commits(1)
+        cluster.head_node.all_processes[server][0].process.kill()
+        began = time.monotonic()
+        _, said = life.process.communicate(timeout=HANG)
+        print(f"{server} of a cluster: ended after {time.monotonic() - began:.1f} s")
+        assert life.process.returncode == 4, said
+        assert "of 400 samples are committed and stay" in said and GOES_ON in said
+        assert "core_worker" not in said and "Traceback" not in said
+    finally:
+        cluster.shutdown()

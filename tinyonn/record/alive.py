@@ -1,7 +1,7 @@
 """Whether the Ray that a stage stands on is still there: what waits for it does not wait for ever.
 
-A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster whether its control
-server answers and the machine that this process is on belongs to it. Ray itself waits for a minute and then ends the
+A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster at the scheduler of
+this machine, and whether the control server answers and counts this machine in. Ray itself waits for a minute and then ends the
 process from within. Here the loss is an `EngineLostError` in the main thread: where it waits it asks `check`, and where
 it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
 """
@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,7 @@ from tinyonn.errors import CapacityError, EngineLostError
 
 LOG = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between looks
+STARTING = 10.0  # seconds in which a local Ray that is being started may replace a process of its own
 SURE = 1.0  # seconds after which a process that has ended is believed: whoever ends all of them ends this one too
 ANSWER = 30.0  # seconds without an answer of a cluster's control server after which it counts as gone
 NOTICE = 2.0  # seconds until the main thread is taken out of a call
@@ -54,7 +55,7 @@ class Watch:
         self.lost: EngineLostError | None = None
         self._noticed = threading.Event()
         self._ended = threading.Event()
-        self._servers = _servers() if address is None else []
+        self._servers = _servers() if address is None else _raylet_here()
         self._family: set[psutil.Process] = set()
         self._heard = time.monotonic()
         self._left = False  # this machine has left the cluster
@@ -109,10 +110,7 @@ class Watch:
     def _lose(self, what: str) -> None:
         if self.lost is not None or endings.ending() is not None or self._ended.is_set():
             return
-        self.lost = EngineLostError(
-            f"{what}; {self._held()}, and the same command goes on from there; most often a machine is out of memory "
-            "or was switched off: see the run's logs and `tinyonn plan`"
-        )
+        self.lost = _lost(what, self._held())
         LOG.debug("Ray is lost: %s", what)
 
     def _confirm(self) -> None:
@@ -147,6 +145,39 @@ class Watch:
                 continue
             self._heard = time.monotonic()
             self._left = not alive.get(here, True)
+
+
+@contextlib.contextmanager
+def starting(held: Callable[[], str]) -> Iterator[None]:
+    """While a local Ray is being started: if a process of its own ends and none takes its place, so does this one.
+
+    Ray itself would end it after a minute, without a word.
+    """
+    ended = threading.Event()
+
+    def look() -> None:
+        seen: dict[str, float] = {}  # when a server was last there
+        while not ended.wait(LOOK):
+            for process in _servers():
+                if _lives(process):
+                    seen[process.name()] = time.monotonic()
+            for name, last in seen.items():
+                if time.monotonic() - last > STARTING:
+                    endings.end(_lost(f"Ray's {SERVERS[name]} has ended while Ray was being started", held()))
+                    return
+
+    threading.Thread(target=look, name="ray-start", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def _lost(what: str, held: str) -> EngineLostError:
+    return EngineLostError(
+        f"{what}; {held}, and the same command goes on from there; most often a machine is out of memory or was "
+        "switched off: see the run's logs and `tinyonn plan`"
+    )
 
 
 def check() -> None:
@@ -250,6 +281,17 @@ def _servers() -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             if child.name() in SERVERS:
                 found.append(child)
+    return found
+
+
+def _raylet_here() -> list[psutil.Process]:
+    """The scheduler of this machine's part of a cluster: Ray ends this process without a word once that has ended."""
+    node = f"--node_id={ray.get_runtime_context().get_node_id()}"
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "raylet" and node in process.cmdline():
+                found.append(process)
     return found
 
 

@@ -18,7 +18,7 @@ from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, EngineLostError, InputError, TinyONNError
-from tinyonn.record.alive import LOOK, Watch, check, let_go, patiently
+from tinyonn.record.alive import LOOK, Watch, check, let_go, patiently, starting
 from tinyonn.record.session import private_session
 from tinyonn.record.worker import Worker, WorkerFacts
 from tinyonn.runtime import worker_environment
@@ -65,7 +65,9 @@ def connected(
         return
     with ExitStack() as stack:
         if address is None:
-            _start_local(cpus, stack.enter_context(private_session()))
+            session = stack.enter_context(private_session())
+            with starting(held):
+                _start_local(cpus, session)
         else:
             try:
                 _check_reachable(address)
@@ -77,12 +79,10 @@ def connected(
                 ) from None
         endings.keep_signals()
         watch = Watch(address, held)
-        try:
-            with watch:
-                yield
-        finally:
-            let_go(hurry=watch.lost is not None)
-            watch.sweep()
+        stack.callback(watch.sweep)
+        stack.callback(lambda: let_go(hurry=watch.lost is not None))
+        with watch:
+            yield
 
 
 def _start_local(cpus: int, session: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.base.source import SHAPES
 from tinyonn.config import ModelConfig, RecordConfig
 from tinyonn.machine import free_disk, free_ram
+from tinyonn.memory import LIBRARY_BYTES
 from tinyonn.plan import DataFacts, Machine, RecordPlan, plan_record
 from tinyonn.planning import describe_model
 from tinyonn.record.worker import Worker
@@ -334,7 +335,7 @@ def show_results(options: Any, plan: RecordPlan, parts: Parts, raw: Raw, stored:
         "read back and check": f"{_rate(raw.bytes, reading)} of records, cold; "
         f"{len(CheckedWriter.checksums)} bands, {wrong} not as written",
     }
-    planned = plan.worker_ram_bytes
+    planned = plan.worker_ram_bytes + LIBRARY_BYTES
     needs = ", ".join(f"{need.what} {need.bytes / GiB:.2f}" for need in plan.worker.needs)
     raw_note = (
         f"{_rate(raw.bytes, raw.seconds)}, synced; the commit takes {commit / raw.seconds:.2f} times as long"

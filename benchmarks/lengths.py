@@ -149,7 +149,7 @@ class Child:
 
 def serve(path: str, plain: bool) -> None:
     """Answer questions on standard input: record a sample, or tell the digest of all sums."""
-    from tinyonn.base import load
+    from tinyonn import runtime
     from tinyonn.base.corpus_file import Sample
     from tinyonn.base.load import load_model
     from tinyonn.config import ModelConfig
@@ -157,7 +157,7 @@ def serve(path: str, plain: bool) -> None:
     from tinyonn.record.recorder import Recorder
 
     if plain:
-        load.bound_memory = lambda: None
+        runtime.bound_caches = runtime.return_freed_memory = lambda: None
     config = ModelConfig(path=path, quantization="nf4", dtype="bfloat16", device="cpu")
     recorder = Recorder(load_model(config), threads=1)
     most = recorder.model.config.vocab_size

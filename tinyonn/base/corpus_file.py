@@ -175,6 +175,11 @@ class Corpus:
         """Most tokens that a sample may have."""
         return self.header.max_tokens
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return self._input_ids.longest()
+
     def sample(self, slice: str, position: int) -> Sample:
         """Read the sample at a position of a slice's stored order.
 
@@ -233,6 +238,12 @@ class Lists:
         place = row - int(self._starts[number])
         view: Int32 = values[offsets[place] : offsets[place + 1]]
         return view
+
+    def longest(self) -> int:
+        """Elements of the longest row; 0 of none."""
+        return max(
+            (int(np.diff(offsets).max()) for offsets, _ in self._chunks if len(offsets) > 1), default=0
+        )
 
 
 class RowWriter:

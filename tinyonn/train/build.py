@@ -95,10 +95,9 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
     check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
     if spec.teacher_k is None:
         return Live(load_model(spec.teacher, device).model)
-    folder = Path(spec.folder) / CACHE
-    fingerprint = str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
+    folder, fingerprint = Path(spec.folder) / CACHE, _taught_by(spec)
     target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
-    if (target / "teacher.json").exists():
+    if is_cached(spec, corpus):
         return Cached(target)
     if not Workers.found().first:  # no barrier: a large corpus takes longer than any of them waits
         while not (target / "teacher.json").exists():
@@ -106,6 +105,18 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
         return Cached(target)
     teacher = Live(load_model(spec.teacher, device).model)
     return cache_teacher(teacher, corpus, folder, fingerprint, spec.teacher_k)
+
+
+def is_cached(spec: Spec, corpus: Corpus) -> bool:
+    """Whether all of the teacher's likeliest tokens are on the disk already."""
+    assert spec.teacher_k is not None
+    return (
+        Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k) / "teacher.json"
+    ).exists()
+
+
+def _taught_by(spec: Spec) -> str:
+    return str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
 
 
 def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:

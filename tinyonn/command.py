@@ -86,7 +86,10 @@ def run_stage(
 
         settings = load_config(config)
         location = run_location(run, settings.storage.root)
+        from tinyonn.runtime import bound_caches
         from tinyonn.usage import measured
+
+        bound_caches()
 
         with measured() as meter, _console(stage, location, as_json, log):
             report = body(location, settings)

@@ -6,8 +6,6 @@ small: a fork of the store, counts. The bits of a result do not depend on the en
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +18,13 @@ from dask import compute, delayed  # type: ignore[attr-defined]
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.progress import Bar
+from tinyonn.runtime import freed_memory_kept
 from tinyonn.sizes import MiB, format_size
 
 LOG = logging.getLogger(__name__)
 
 Kind = Literal["threads", "distributed", "ray"]
 KINDS: tuple[Kind, ...] = ("threads", "distributed", "ray")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 WORKERS_PER_CPU = 2  # threads: while one waits for the disk, another computes
 PROCESS_BYTES = 450 * MiB  # Python with the store, Numba's kernels and Dask, before any data
 
@@ -133,7 +131,6 @@ def computing(options: EngineOptions, workers: int, watch: Watch | None = None) 
     InputError
         Unknown engine, or the cluster does not answer.
     """
-    keep_freed_memory()
     if options.kind not in KINDS:
         raise InputError(f"--engine {options.kind!r} is unknown; choose {', '.join(KINDS)}")
     if options.kind == "distributed":
@@ -143,16 +140,8 @@ def computing(options: EngineOptions, workers: int, watch: Watch | None = None) 
         with _ray(options, workers, watch) as compute:
             yield compute
     else:
-        yield lambda calls: _compute(calls, watch, scheduler="threads", num_workers=workers)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep freed chunks for the next ones, instead of mapping and zeroing each anew (glibc alone)."""
-    libc = ctypes.util.find_library("c")
-    if libc is None or not hasattr(handle := ctypes.CDLL(libc), "mallopt"):
-        return
-    handle.mallopt(M_MMAP_THRESHOLD, 32 * MiB)
-    handle.mallopt(M_TRIM_THRESHOLD, 256 * MiB)
+        with freed_memory_kept():
+            yield lambda calls: _compute(calls, watch, scheduler="threads", num_workers=workers)
 
 
 def _compute(calls: Sequence[Call], watch: Watch | None, **how: Any) -> list[Any]:

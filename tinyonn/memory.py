@@ -33,6 +33,11 @@ CUDA_BYTES = 640 * MiB  # context, library workspaces and what the allocator can
 # Python with Torch, Transformers, Ray and the store loaded and its kernels compiled; the first as measured.
 PROCESS_BYTES = {"cpu": 1024 * MiB, "cuda": 2816 * MiB}
 WRITE_BYTES = 96 * MiB  # bands on their way into the store
+# Of a recording: a recorder without a model, what malloc and oneDNN keep included; the driver; Ray; Torch and the rest.
+RECORDER_BYTES = {"cpu": 400 * MiB, "cuda": 2400 * MiB}
+MERGING_BYTES = 600 * MiB
+RAY_BYTES = 260 * MiB
+LIBRARY_BYTES = 420 * MiB
 DRIVER_BYTES = 1536 * MiB  # driver, merging and Ray's own processes
 SYSTEM_BYTES = GiB  # left to the system
 STORED_BYTES = 1.25  # of a record's 2 bytes after compression
@@ -188,7 +193,7 @@ def host_needs(
         Need("uint16 sums", spilled),
         Need("column histograms", histograms),
         Need("commit: tables and bands", tables + WRITE_BYTES + fetched),
-        Need("process", PROCESS_BYTES[device]),
+        Need("process", RECORDER_BYTES[device]),
     ]
     return [need for need in needs if need.bytes]
 

@@ -17,7 +17,9 @@ from tinyonn.cost import Device, commit_seconds, sample_seconds, segment_size
 from tinyonn.errors import CapacityError
 from tinyonn.memory import (
     BATCH,
-    DRIVER_BYTES,
+    LIBRARY_BYTES,
+    MERGING_BYTES,
+    RAY_BYTES,
     SYSTEM_BYTES,
     DataFacts,
     Machine,
@@ -80,8 +82,13 @@ class RecordPlan:
 
     @property
     def worker_ram_bytes(self) -> int:
-        """RAM of one worker process, to compare with its peak RSS."""
+        """RAM of one worker process, its own: beside libraries, which all share (`LIBRARY_BYTES`)."""
         return self.worker.total
+
+    @property
+    def ram_bytes(self) -> int:
+        """RAM of all processes together, to compare with `tinyonn.usage`."""
+        return next(tier.total for tier in self.tiers if tier.name == "RAM")
 
     def workers_for(self, room: int) -> int:
         """Workers for `room` places by GPUs or CPUs: the planned share of them."""
@@ -236,7 +243,12 @@ def _state(
     worker = Tier("RAM of a worker", tuple(host if device == "cuda" else [*compute, *host]), None)
     ram = Tier(
         "RAM",
-        (Need(f"{workers} worker(s)", workers * worker.total), Need("driver, merging and Ray", DRIVER_BYTES)),
+        (
+            Need(f"{workers} worker(s)", workers * worker.total),
+            Need("driver and merging", MERGING_BYTES),
+            Need("Ray's own processes", RAY_BYTES),
+            Need("libraries, which all share", LIBRARY_BYTES),
+        ),
         max(0, machine.ram - SYSTEM_BYTES),
     )
     tiers = [ram, disk_tier(weights, data, machine, min(record.max_live, segments), workers)]

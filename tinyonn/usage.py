@@ -46,7 +46,7 @@ DETAIL = (
     20.0,
 )  # seconds of a process's life after which its pages are looked at, and then
 DETAIL_EVERY = 30.0
-RAYS_OWN = re.compile(rb"/ray/(core/src|_private|dashboard)/|ray::(IDLE|\w*Agent)|gcs_server|raylet")
+RAYS_OWN = re.compile(rb"/ray/(core/src|_private|autoscaler|dashboard|util)/|ray::(IDLE|\w*Agent)")
 MAPPING = re.compile(rb"^[0-9a-f]+-[0-9a-f]+ (\S+) \S+ \S+ \d+ +(/.*)$", re.MULTILINE)
 HELD = re.compile(rb"^Rss: +(\d+) kB[^$]*?^Anonymous: +(\d+) kB", re.MULTILINE)
 

@@ -39,6 +39,7 @@ from tinyonn.base.source import (
     resolve_model,
 )
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.runtime import bound_memory
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig
@@ -121,6 +122,7 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
     CapacityError
         The weights do not fit on the device.
     """
+    bound_memory()
     target = device if device is not None else choose_device(config.device)
     folder = model_folder(config)
     recordable_shape(config)

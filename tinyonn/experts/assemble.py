@@ -51,6 +51,7 @@ from tinyonn.experts.totals import totals
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
+from tinyonn.runtime import bound_memory
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 
@@ -386,6 +387,7 @@ def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
     """
     from transformers import AutoModelForCausalLM
 
+    bound_memory()
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")

@@ -17,6 +17,7 @@ from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job, ProfileWorker
 from tinyonn.record.cluster import LOST, Crew, capacity, outcome
 from tinyonn.record.worker import WorkerUse
+from tinyonn.runtime import worker_environment
 
 LOG = logging.getLogger(__name__)
 SCALE = 10.0  # seconds between looks for machines that joined
@@ -54,12 +55,12 @@ class ProfileCrew(Crew):
     job: Job
 
     def _start(self) -> Any:
-        threads = str(self.job.threads)
+        threads = self.job.threads
         options: dict[str, Any] = {
             "num_cpus": self.job.threads if self.device == "cpu" else 1,
             "num_gpus": 1 if self.device == "cuda" else 0,
             "max_concurrency": 2,  # `use` answers while `measure` runs
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            "runtime_env": {"env_vars": worker_environment(threads)},
         }
         return ray.remote(ProfileWorker).options(**options).remote(self.job)
 

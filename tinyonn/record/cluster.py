@@ -19,6 +19,7 @@ from tinyonn.config import Config
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.record.worker import Worker, WorkerFacts
+from tinyonn.runtime import worker_environment
 from tinyonn.store.manifest import Segment
 
 LOG = logging.getLogger(__name__)
@@ -146,12 +147,12 @@ class Crew:
 
     def _start(self) -> Any:
         record = self.config.record
-        threads = str(record.threads)
+        threads = record.threads
         options: dict[str, Any] = {
             "num_cpus": record.threads if self.device == "cpu" else 1,
             "num_gpus": 1 if self.device == "cuda" else 0,
             "max_concurrency": 2,  # `use` answers while `record` runs
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+            "runtime_env": {"env_vars": worker_environment(threads)},
         }
         model = self.config.model.model_copy(update={"device": self.device})
         return ray.remote(Worker).options(**options).remote(model, record.threads, record.seed)

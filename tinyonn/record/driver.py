@@ -121,6 +121,7 @@ class _Recording:
         self.looked = self.shown = 0.0
         self.committed = 0
         self.crew: Crew
+        self.planned = 0  # bytes of RAM; 0: nothing is to do
         self.store: Store
         if store is not None:
             self.store = store
@@ -142,6 +143,7 @@ class _Recording:
                 self.crew = Crew(self.config, device)
                 room = capacity(device, record.threads)
                 self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
+                self.planned = self.plan.ram_bytes
                 try:
                     self._scale()
                     self._open_store(identity)
@@ -396,4 +398,5 @@ class _Recording:
             self.committed,
             time.monotonic() - self.started,
             self.meter,
+            self.planned,
         )

@@ -120,6 +120,8 @@ class RecordReport:
         Of all processes together, Ray's own among them; see `tinyonn.usage`.
     peak_vram_bytes : int
         Of the largest worker.
+    planned_rss_bytes : int
+        What the plan said of `peak_rss_bytes`; 0 where nothing was to do.
     """
 
     run: str
@@ -137,6 +139,7 @@ class RecordReport:
     peak_rss_bytes: int
     peak_vram_bytes: int
     seconds: float
+    planned_rss_bytes: int = 0
 
     @classmethod
     def of(
@@ -148,6 +151,7 @@ class RecordReport:
         recorded: int,
         seconds: float,
         meter: Meter,
+        planned: int,
     ) -> RecordReport:
         """Gather the figures."""
         segments = store.segments()
@@ -169,6 +173,7 @@ class RecordReport:
             peak_rss_bytes=total_peak(meter, ((use.host, use.pid, use.peak_rss) for use in uses)),
             peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
             seconds=round(seconds, 3),
+            planned_rss_bytes=planned,
         )
 
     def figures(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 from tinyonn import errors
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError, InputError, TinyONNError
+from tinyonn.runtime import worker_environment
 
 LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # of workers, one after another without a checkpoint in between
@@ -92,7 +93,6 @@ def run_group(
     storage.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
     (storage / TOKEN).write_text(json.dumps({"token": token}), "utf-8")
-    threads = str(options.threads)
     lost_rounds = 0
     while True:
         before = done()
@@ -109,7 +109,7 @@ def run_group(
                 name="group",
                 storage_path=str(storage.absolute()),
                 failure_config=FailureConfig(max_failures=MAX_LOSSES),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}},
+                worker_runtime_env={"env_vars": worker_environment(options.threads)},
             ),
         )
         try:

@@ -23,6 +23,7 @@ from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.runtime import worker_environment
 from tinyonn.store.lock import RunLock
 from tinyonn.train.build import build_trainer
 from tinyonn.train.dotted import option_of, with_options
@@ -229,7 +230,7 @@ def _in_tasks(spec: Spec, options: TuneOptions, folder: Path, places: Places) ->
 
     cuda = places.device == "cuda"
     resources: dict[str, Any] = {"num_cpus": 1 if cuda else places.threads, "num_gpus": int(cuda)}
-    environment = {"env_vars": {"OMP_NUM_THREADS": str(places.threads)}}
+    environment = {"env_vars": worker_environment(places.threads)}
     task = ray.remote(take_part).options(**resources, runtime_env=environment)
     parts = [task.remote(spec, options, str(folder), part + 1) for part in range(places.workers)]
     for part in parts:

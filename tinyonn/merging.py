@@ -20,7 +20,7 @@ from tinyonn.store.merge import merge_bytes, merge_ready, ready_merges
 from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
-OWN_BYTES = 230 * MiB  # of the process: Python with the store and Numba's kernels
+OWN_BYTES = 260 * MiB  # of the process: Python with the store and Numba's kernels
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,11 @@ def random_run(folder: Path, parameters: tuple[Parameter, ...], slices: int = 2,
             writer = SegmentWriter(fork, segment.slice, segment.first, segment.last)
             for p in parameters:
                 records = [
-                    (first, (draw.normal(2048, 400, (last - first, *p.shape[1:])).astype(np.uint16) << 4))
+                    (
+                        first,
+                        draw.normal(2048, 400, (last - first, *p.shape[1:])).astype(np.uint16)
+                        * np.uint16(16),
+                    )
                     for first, last in bands(p.shape)
                 ]
                 writer.write(p.name, p.shape, calibration[p.name], books, records)

@@ -97,8 +97,12 @@ def train_run(
                 with progress, Follower(folder / FILE, progress, tell):
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
-        planned = {"planned_rss_bytes": plan.bytes, "planned_disk_bytes": disk}
-        report = replace(report, restarts=max(0, _starts(folder) - before - 1), **planned)
+        report = replace(
+            report,
+            restarts=max(0, _starts(folder) - before - 1),
+            planned_rss_bytes=plan.bytes,
+            planned_disk_bytes=disk,
+        )
         _keep(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
         return report
 

@@ -37,6 +37,14 @@ Compute = Callable[[Sequence[Call]], list[Any]]
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Tasks at a time, and the bytes of RAM that all processes of the stage hold then at the most."""
+
+    workers: int
+    bytes: int
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """How a stage runs; none of it changes the result.
 
@@ -57,33 +65,47 @@ class EngineOptions:
     memory: int | None = None
     address: str | None = None
 
-    def fitting_workers(self, task_bytes: int, what: str) -> int:
-        """How many tasks may run at a time.
+    def fit(self, tasks: Sequence[int], what: str, own: int = PROCESS_BYTES) -> Fit:
+        """How many tasks may run at a time, and what they and this process hold together then.
 
         Parameters
         ----------
-        task_bytes : int
-            Of each task while it runs, beside its process.
+        tasks : sequence of int
+            Bytes of each while it runs, beside its process. The largest may meet: they count.
         what : str
-            Named in the error.
+            Named in the error and in the log.
+        own : int
+            Bytes of this process beside them.
 
         Raises
         ------
         CapacityError
-            Not even one task fits.
+            Not even the largest task fits.
         """
         limit = free_ram() if self.memory is None else self.memory
         in_process = self.kind == "threads"
         wanted = self.workers or (WORKERS_PER_CPU if in_process else 1) * usable_cpus()
-        own = PROCESS_BYTES
-        each = task_bytes if in_process else task_bytes + PROCESS_BYTES
-        if own + each > limit:
+        each = sorted((size if in_process else size + PROCESS_BYTES for size in tasks), reverse=True)
+        total = own + (each[0] if each else 0)
+        if total > limit:
             source = "--memory" if self.memory is not None else "free RAM"
             raise CapacityError(
-                f"{what} needs {format_size(own + each)} ({format_size(own)} of its own, {format_size(each)} for one "
+                f"{what} needs {format_size(total)} ({format_size(own)} of its own, {format_size(total - own)} for one "
                 f"task), which does not fit in {format_size(limit)} of {source}; give it that much"
             )
-        return max(1, min(wanted, (limit - own) // each))
+        workers = 1
+        for size in each[1:wanted]:
+            if total + size > limit:
+                break
+            total, workers = total + size, workers + 1
+        LOG.info("%s needs %s of RAM at most, %d task(s) at a time", what, format_size(total), workers)
+        return Fit(workers, total)
+
+    def fitting_workers(self, task_bytes: int, what: str) -> int:
+        """How many tasks of one size may run at a time; see `fit`."""
+        in_process = self.kind == "threads"
+        wanted = self.workers or (WORKERS_PER_CPU if in_process else 1) * usable_cpus()
+        return self.fit([task_bytes] * wanted, what).workers
 
 
 THREADS = EngineOptions()

@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tinyonn.demands import state_ram
+from tinyonn.memory import Need
 from tinyonn.places import local_folder, store_location
 from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_seconds
+from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Segment
-from tinyonn.store.merge import merge_ready
+from tinyonn.store.merge import merge_bytes, merge_ready, ready_merges
 from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
+OWN_BYTES = 260 * MiB  # of the process: Python with the store and Numba's kernels
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class MergeReport:
     after: dict[str, int]
     complete: bool
     merge_seconds: float
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -62,13 +66,14 @@ def merge_run(location: str) -> MergeReport:
     StoreBusyError
         Another process records or merges it.
     CapacityError
-        The disk is full.
+        It does not fit, or the disk is full.
     """
     started = time.monotonic()
     Store.open(store_location(location))  # a wrong name must not leave a lock behind
     with RunLock(local_folder(location), what="merge"):
         store = Store.open(store_location(location), read_only=False)
         before = store.segments()
+        planned = _state(store) if ready_merges(store.manifest, before) else 0
         merges = merge_ready(store)
         store.clean()
         after = store.segments()
@@ -82,7 +87,19 @@ def merge_run(location: str) -> MergeReport:
         _by_slice(names, after),
         complete,
         time.monotonic() - started,
+        planned,
     )
+
+
+def _state(store: Store) -> int:
+    """What it needs of RAM, or a refusal."""
+    parameters = store.manifest.parameters
+    parts = max(len(merge.children) for merge in ready_merges(store.manifest, store.segments()))
+    needs = [
+        Need("chunks that are averaged", merge_bytes(parameters, parts)),
+        Need("the process", OWN_BYTES),
+    ]
+    return state_ram("merging", needs, "end other programs, or merge on a machine with more of it")
 
 
 def _by_slice(names: Sequence[str], segments: Sequence[Segment]) -> dict[str, int]:

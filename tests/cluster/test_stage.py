@@ -9,7 +9,7 @@ import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
 from tinyonn.cluster.features import kind_of, space_of
-from tinyonn.cluster.histogram import Grid, count_bytes
+from tinyonn.cluster.histogram import Grid, Moved, count_bytes
 from tinyonn.cluster.incremental import churn_of, match_numbers, stored_centres
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, FeatureWeights, ScoreConfig, parse_config
@@ -162,7 +162,7 @@ def test_stored_centres_are_taken_over_by_the_names_of_the_axes() -> None:
 def test_churn_counts_weights_that_changed_cell() -> None:
     moves = np.zeros((256, 256), np.int64)
     moves[0, 0], moves[0, 1], moves[1, 1], moves[255, 255] = 6, 2, 12, 1000
-    churn = churn_of({"w": moves}, 2)
+    churn = churn_of({"w": Moved.of(moves)}, 2)
     assert churn.share == pytest.approx(2 / 20)
     assert churn.cells == pytest.approx([0.25, 0.0])
 

@@ -29,13 +29,16 @@ STUDENT = StudentFacts(1_000_000_000, 2 * 151_936 * 2560, 10_000, 2_000_000_000,
 
 def bytes_of(**changes: object) -> dict[str, int]:
     options = replace(OPTIONS, precision="bfloat16", **changes)  # type: ignore[arg-type]
-    needs = train_needs(STUDENT, BASE, (PARAMETERS, BASE), options, 2048, "cpu")
+    needs = train_needs(STUDENT, BASE, PARAMETERS, (PARAMETERS, BASE), options, 2048, "cpu")
     return {need.what: need.bytes for need in needs}
 
 
 def test_a_teacher_of_another_size_needs_its_own() -> None:
     def of_teacher(teacher: tuple[list[Parameter], ModelFacts] | None) -> dict[str, int]:
-        return {need.what: need.bytes for need in train_needs(STUDENT, BASE, teacher, OPTIONS, 2048, "cpu")}
+        return {
+            need.what: need.bytes
+            for need in train_needs(STUDENT, BASE, PARAMETERS, teacher, OPTIONS, 2048, "cpu")
+        }
 
     alone, beside = of_teacher(None), of_teacher((PARAMETERS, BASE))
     plain = of_teacher((PARAMETERS, replace(BASE, quantization="none")))

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import BUCKETS, KEYS, bucket_edges, bucket_number
+from tinyonn.cluster.features import KEYS, bucket_edges, bucket_number
 from tinyonn.store.arrays import BandWriter, band_rows, bands, read_chunks
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import UInt8, UInt16
@@ -111,9 +111,11 @@ def _column_buckets(parameter: Parameter, grid: Grid) -> np.ndarray:
 
 
 def count_bytes(shape: tuple[int, ...], grid: Grid) -> int:
-    """Memory of a task that counts or labels."""
+    """Memory of a task that counts or labels: a band of rows and affinity, the same as stored, and its labels; and the
+    numbers of all keys, or their labels.
+    """
     band = band_rows(shape) * prod(shape[1:])
-    return grid.columns * KEYS * 4 + 3 * band * 3 + BUCKETS * KEYS
+    return min(grid.columns, prod(shape[1:])) * KEYS * 4 + band * (2 * 3 + 1) + (KEYS >> 8)
 
 
 def label_tensors(
@@ -122,7 +124,7 @@ def label_tensors(
     tensors: tuple[tuple[Parameter, list[LabelTable]], ...],
     grid: Grid,
     old: bool,
-) -> tuple[ForkSession, list[np.ndarray]]:
+) -> tuple[ForkSession, list[Moved]]:
     """A task: write the labels of some tensors.
 
     Parameters
@@ -138,10 +140,37 @@ def label_tensors(
     Returns
     -------
     fork : icechunk.ForkSession
-    moves : list of int64 [256, 256]
-        For each tensor: weights by old and new label; all 0 where there were none.
+    moves : list of Moved
+        For each tensor; empty where there were none before.
     """
     return fork, [label_tensor(reader, fork, parameter, tables, grid, old) for parameter, tables in tensors]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Weights of a tensor by old and new label, of the pairs that there are: a table of 512 KiB in a few numbers.
+
+    Attributes
+    ----------
+    pairs : uint16 [n]
+        Old label << 8 | new label.
+    counts : int64 [n]
+    """
+
+    pairs: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> Moved:
+        """From the table, int64 [256, 256]."""
+        pairs = np.flatnonzero(table)
+        return cls(pairs.astype(np.uint16), table.reshape(-1)[pairs])
+
+    def table(self) -> np.ndarray:
+        """Int64 [256, 256]."""
+        out = np.zeros(1 << 16, np.int64)
+        out[self.pairs] = self.counts
+        return out.reshape(256, 256)
 
 
 @dataclass(frozen=True)
@@ -154,8 +183,8 @@ class LabelTable:
 
 def label_tensor(
     reader: Reader, fork: ForkSession, parameter: Parameter, tables: list[LabelTable], grid: Grid, old: bool
-) -> np.ndarray:
-    """Write one tensor's labels; weights by old and new label, int64 [256, 256]."""
+) -> Moved:
+    """Write one tensor's labels; weights by old and new label."""
     writer = BandWriter(fork, f"labels/{parameter.name}", parameter.shape, "uint8", {})
     name = parameter.name
     before = (reader.output("labels", name), reader.what("labels", name)) if old else None
@@ -165,7 +194,7 @@ def label_tensor(
             out = np.full((last - first, *parameter.shape[1:]), TRUNK, np.uint8)
             _compare(before, parameter, first, out, moves)
             writer.write(first, out)
-        return moves
+        return Moved.of(moves)
     columns = _column_buckets(parameter, grid)
     width = int(columns.max()) + 1
     lookup = np.full((width, KEYS), TRUNK, np.uint8)
@@ -189,7 +218,7 @@ def label_tensor(
             _compare(before, parameter, rows_done, shaped, moves)
             writer.write(rows_done, shaped)
             rows_done, buffer = last, []
-    return moves
+    return Moved.of(moves)
 
 
 def _compare(before: Any, parameter: Parameter, first: int, labels: UInt8, moves: np.ndarray) -> None:

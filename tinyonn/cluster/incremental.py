@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from tinyonn.cluster.features import Space
+from tinyonn.cluster.histogram import Moved
 from tinyonn.store.records import Float64
 
 
@@ -62,9 +64,11 @@ class Churn:
     tensors: dict[str, float]
 
 
-def churn_of(moves: dict[str, np.ndarray], cells: int) -> Churn:
-    """Churn from the weights by old and new label of every tensor, int64 [256, 256] each."""
-    total = sum(moves.values(), np.zeros((256, 256), np.int64))
+def churn_of(moves: Mapping[str, Moved], cells: int) -> Churn:
+    """Churn from the weights by old and new label of every tensor."""
+    total = np.zeros((256, 256), np.int64)
+    for moved in moves.values():
+        total += moved.table()
 
     def share(table: np.ndarray) -> float:
         counted = table.copy()
@@ -76,4 +80,4 @@ def churn_of(moves: dict[str, np.ndarray], cells: int) -> Churn:
     for cell in range(cells):
         size = total[cell].sum()
         by_cell.append(float(1 - total[cell, cell] / size) if size else 0.0)
-    return Churn(share(total), by_cell, {name: share(table) for name, table in moves.items()})
+    return Churn(share(total), by_cell, {name: share(moved.table()) for name, moved in moves.items()})

@@ -31,7 +31,8 @@ from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_c
 from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
 from tinyonn.cluster.summary import Cell, cell_table, summarise
 from tinyonn.config import ClusterConfig
-from tinyonn.engine import PROCESS_BYTES, THREADS, Call, Compute, EngineOptions, Watch, computing
+from tinyonn.demands import codec_bytes
+from tinyonn.engine import THREADS, Call, Compute, EngineOptions, Watch, computing
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.pace import Phase
@@ -39,7 +40,7 @@ from tinyonn.places import local_folder, store_location
 from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
 from tinyonn.sheet import Sheet
-from tinyonn.sizes import format_size
+from tinyonn.sizes import MiB, format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
 
@@ -47,6 +48,7 @@ LOG = logging.getLogger(__name__)
 
 # Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
 ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
+OWN_BYTES = 340 * MiB  # of the process: Python with the store, Dask, Numba's kernels and scikit-learn
 FEW_ITERATIONS = 5  # before which their number cannot be told
 MOVED = 1e-7  # share of the weights that moves, below which it counts as none
 WAVES = 8  # in which the counting is done, so that what does not fit is found early
@@ -72,6 +74,7 @@ class ClusterReport:
     seconds_clustering: float
     seconds_labelling: float
     fresh: bool
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -213,10 +216,14 @@ class _Job:
         self.tensors = tensors_of(parameters, config)
         slices = list(store.manifest.slices)
         self.space = space_of(self.tensors.inside, parameters, slices, config.features)
-        need = max(count_bytes(parameter.shape, self.tensors.grid) for parameter in parameters)
-        self.workers = options.fitting_workers(need, "clustering")
+        self.fit = options.fit(
+            task_needs(task_groups(parameters), self.tensors.grid),
+            "counting the weights' rows",
+            OWN_BYTES + codec_bytes(parameter.shape for parameter in parameters),
+        )
+        self.workers, self.planned = self.fit.workers, self.fit.bytes
         limit = free_ram() if options.memory is None else options.memory
-        self.row_budget = max(0, limit - PROCESS_BYTES - self.workers * need)
+        self.row_budget = max(0, limit - self.fit.bytes)
 
     def run(self) -> ClusterReport:
         """Count, cluster, label, commit."""
@@ -233,6 +240,7 @@ class _Job:
         ):
             started = time.monotonic()
             places = self._count(compute)
+            self._state(sum(place.keys.size for its in places.values() for place in its))
             rows = rows_of(self.tensors.inside, places, self.space)
             counted = time.monotonic()
             labelling.expected = counting.rate
@@ -261,6 +269,7 @@ class _Job:
             clustered - counted,
             labelled - clustered,
             True,
+            self.planned,
         )
 
     def _count(self, compute: Compute) -> dict[str, list[Place]]:
@@ -284,6 +293,12 @@ class _Job:
                     "more, or set cluster.features.row and .column to 0, which makes rows repeat more"
                 )
         return places
+
+    def _state(self, rows: int) -> None:
+        """What is needed, now that the distinct rows are known."""
+        self.planned = self.fit.bytes + rows * ROW_BYTES
+        what = f"{rows:,} distinct rows {format_size(rows * ROW_BYTES)}"
+        LOG.info("clustering needs %s of RAM at most, %s of it", format_size(self.planned), what)
 
     def _cluster(self, rows: Rows, settling: _Settling) -> tuple[Clustering, float | None, str]:
         config = self.config
@@ -373,6 +388,11 @@ class _Job:
             "started_from": start,
             "churn": None if churn is None else asdict(churn),
         }
+
+
+def task_needs(groups: Sequence[Sequence[Parameter]], grid: Grid) -> list[int]:
+    """Memory of every task: its largest tensor's."""
+    return [max(count_bytes(parameter.shape, grid) for parameter in group) for group in groups]
 
 
 def rows_of(parameters: Sequence[Parameter], places: dict[str, list[Place]], space: Space) -> Rows:

@@ -16,6 +16,7 @@ from typing import Any
 from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import kept_by_tensor
+from tinyonn.evaluate.demand import allocate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import batches_of
 from tinyonn.evaluate.sensitivity import (
@@ -34,10 +35,11 @@ from tinyonn.evaluate.sensitivity import (
 from tinyonn.experts.allocation import Curve
 from tinyonn.experts.choice import ALLOCATION, check_base, read_allocation
 from tinyonn.experts.options import SelectOptions
-from tinyonn.experts.select import select
+from tinyonn.experts.select import select, select_bytes
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
+from tinyonn.planning import describe_model
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
@@ -87,6 +89,7 @@ class AllocateReport:
     passes: int
     allocate_seconds: float
     fresh: bool
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -133,6 +136,8 @@ def allocate_run(
     ------
     InputError
         The run is not scored, the model is not the recorded one, or a budget is no share.
+    CapacityError
+        It does not fit.
     StoreBusyError
         Another process changes or evaluates the run.
     """
@@ -158,8 +163,12 @@ def _allocated(
     made_of = [fingerprint, scored, corpus.fingerprint, options.samples, options.score, options.depths]
     kept = _Kept(folder / ALLOCATION, digest(made_of), digest(scored))
     wanted = [b for b in options.budgets if (b, options.rounds) not in kept.found]
-    passes = 0
+    passes, planned = 0, 0
     if wanted:
+        parameters, model = describe_model(config.model)
+        plain = RunSource(run, None, frozenset(), labels=False)
+        needs = allocate_needs(parameters, model, corpus.longest, select_bytes(plain, options.selection))
+        planned = state("searching the allocation", config.model, needs)
         dense = DenseWeights(config.model)
         source = RunSource(run, dense.rows, dense.transposed, labels=False)
         trials = Trials(dense, source, options.score, batches_of(samples), options.selection.settings)
@@ -187,6 +196,7 @@ def _allocated(
         passes,
         time.monotonic() - started,
         bool(wanted),
+        planned,
     )
 
 

@@ -64,6 +64,7 @@ class EvaluateReport:
     evaluated: int
     evaluate_seconds: float
     plot: str | None = None
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -76,6 +77,7 @@ class EvaluateReport:
             "lines": [line.tree() for line in self.lines],
             "oracles": [vars(oracle) for oracle in self.oracles],
             "plot": self.plot,
+            "planned_rss_bytes": self.planned_rss_bytes,
         }
 
     def table(self) -> Sheet:

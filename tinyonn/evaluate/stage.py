@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,20 +21,22 @@ import numpy as np
 
 from tinyonn.base.corpus import Corpus, prepare_corpus
 from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_tokenizer
+from tinyonn.base.load import load_model, load_tokenizer
 from tinyonn.config import Config, DataConfig
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import METHODS, Recipe, SliceSource, cut, recipe_of
+from tinyonn.evaluate.demand import evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
 from tinyonn.evaluate.report import CARDS, DENSE, ORACLE, ORIGINAL, EvaluateReport, Oracle, plot_lines
 from tinyonn.evaluate.results import Line, Results
 from tinyonn.experts.choice import check_base, select_options, stored_shares
 from tinyonn.experts.options import SelectOptions
-from tinyonn.experts.select import select
+from tinyonn.experts.select import select, select_bytes
 from tinyonn.experts.source import RunSource
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
+from tinyonn.planning import describe_model
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
@@ -125,6 +128,8 @@ def evaluate_run(
     InputError
         The run is not scored; ``default`` is wanted and it is not clustered; the model is not the recorded one; no
         held-out data, or of other slices' words; an unknown method or a budget out of range.
+    CapacityError
+        It does not fit.
     StoreBusyError
         Another process changes or evaluates the run.
     """
@@ -241,8 +246,29 @@ class _Evaluation:
         corpus = recorded_corpus(self.folder, self.config, self.run.manifest)
         return corpus.calibration(self.options.calibration)
 
+    def _state(self) -> int:
+        """What it needs of RAM, or a refusal."""
+        parameters, model = describe_model(self.config.model)
+        plain = RunSource(self.run, None, frozenset(), labels=False)
+        source = RunSource(self.run, None, frozenset()) if self.labelled else plain
+        select = max((select_bytes(source, recipe.options) for recipe in self.recipes), default=0)
+        parts: Counter[str] = Counter(
+            segment.slice for segment in self.run.store.reader().segments if segment.samples
+        )
+        needs = evaluate_needs(
+            parameters,
+            model,
+            self.corpus.longest,
+            select,
+            any(recipe.needs_samples for recipe in self.recipes),
+            max(parts.values(), default=0) if self.options.oracle is not None else 0,
+            model.quantization != "none",
+        )
+        return state("evaluating", self.config.model, needs)
+
     def carry_out(self) -> EvaluateReport:
         """All lines, then the picture and the report."""
+        self.planned = self._state()
         slices = len(self.run.slices) if self.options.oracle is not None and len(self.run.slices) > 1 else 0
         count = 2 + len(self.recipes) + slices * len(self.options.budgets)
         with Bar("evaluating", self._effort(count), "lines", count=count) as self.bar:
@@ -268,7 +294,7 @@ class _Evaluation:
         tokens = sum(lines[0].losses.tokens.values())
         return EvaluateReport(
             *(self.location, tuple(lines), tuple(oracles), len(self.corpus), tokens, self.evaluated),
-            *(time.monotonic() - started, None if plot is None else str(plot)),
+            *(time.monotonic() - started, None if plot is None else str(plot), self.planned),
         )
 
     def _remember(self, lines: list[Line]) -> None:
@@ -290,7 +316,7 @@ class _Evaluation:
         def original() -> Losses:
             if model.quantization == "none":
                 return losses(self.dense.model, self.batches)
-            plain = DenseWeights(model.model_copy(update={"quantization": "none"}))
+            plain = load_model(model.model_copy(update={"quantization": "none"}))
             found = losses(plain.model, self.batches)
             del plain
             gc.collect()

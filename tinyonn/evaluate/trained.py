@@ -15,6 +15,7 @@ import torch
 
 from tinyonn.config import Config
 from tinyonn.errors import InputError
+from tinyonn.evaluate.demand import state, trained_needs
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Losses
 from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
@@ -22,11 +23,14 @@ from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
+from tinyonn.planning import describe_model
 from tinyonn.progress import Bar
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import evaluating
 from tinyonn.train.data import Batch, held_out_batches
+from tinyonn.train.need import StudentFacts, sparse_bytes
+from tinyonn.train.spec import read_student
 
 CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card
 DENSE, ASSEMBLED, TRAINED = "dense, as recorded", "assembled, untrained", "trained"
@@ -71,6 +75,7 @@ class TrainedReport:
     linear: int
     samples: int
     evaluate_seconds: float
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values; ratios are those of perplexities to the dense model's."""
@@ -93,6 +98,7 @@ class TrainedReport:
             "lines": lines,
             "samples": self.samples,
             "evaluate_seconds": self.evaluate_seconds,
+            "planned_rss_bytes": self.planned_rss_bytes,
         }
 
     def table(self) -> Sheet:
@@ -144,6 +150,8 @@ def evaluate_trained(
     ------
     InputError
         Nothing is trained; no held-out data.
+    CapacityError
+        It does not fit.
     StoreBusyError
         Another process changes or evaluates the run.
     """
@@ -160,6 +168,10 @@ def _measured(
     started = time.monotonic()
     run = local_folder(location)
     corpus = held_out_corpus(config, options, run)
+    parameters, facts = describe_model(config.model)
+    sparse = sparse_bytes(StudentFacts.of(read_student(folder), parameters), facts.dtype_bytes)
+    needs = trained_needs(parameters, facts, sparse, corpus.longest)
+    planned = state("evaluating the trained model", config.model, needs)
     batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
     lines: list[TrainedLine] = []
 
@@ -183,7 +195,7 @@ def _measured(
         for k in numbers:
             measure(TRAINED, trained, k, linear)
             bar.add()
-    report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started)
+    report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started, planned)
     _remember(run / "evaluate" / CARD, str(trained.config.assembly.get("id")), report.figures()["lines"])
     return report
 

@@ -14,6 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from tinyonn.base.load import load_shape, load_tokenizer
 from tinyonn.base.settings import base_settings
 from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
+from tinyonn.demands import codec_bytes
 from tinyonn.engine import THREADS, EngineOptions, Watch, computing
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
@@ -43,7 +45,7 @@ from tinyonn.experts.folder import (
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
 from tinyonn.experts.options import Selection
 from tinyonn.experts.report import AssembleReport
-from tinyonn.experts.select import select, select_bytes
+from tinyonn.experts.select import groups_bytes, select, select_needs
 from tinyonn.experts.shards import (
     Layer,
     Shard,
@@ -62,12 +64,14 @@ from tinyonn.places import local_folder
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 from tinyonn.runtime import bound_memory
+from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 
 if TYPE_CHECKING:
     from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
 
 LOG = logging.getLogger(__name__)
+OWN_BYTES = 900 * MiB  # of the process: Python with the store, Dask, Torch, Transformers and Numba's kernels
 FORMAT = 1  # of the assembled folder
 NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
 GATE_RULE = (
@@ -126,6 +130,7 @@ class _Assembly:
     ) -> None:
         self.run, self.location, self.folder = run, location, folder
         self.model, self.config, self.options = model, config, options
+        self.planned = 0
         self.base = BaseWeights(model)
         check_files(self.base.folder)
         read = self.base.recorded_rows, self.base.recorded_across
@@ -215,14 +220,19 @@ class _Assembly:
         tree = (read_derived(path) if path.stat().st_size else None) or {}
         if tree.get("assembly") == self.id and (self.needs is None or self.needs.made):
             return Selection.from_tree(tree)
-        need = select_bytes(self.source, self.choice) + (self.needs.bytes if self.needs else 0)
-        with self._computing(need, "selecting") as compute:
+        tasks, own = sorted(select_needs(self.source, self.choice), reverse=True), 0
+        if self.needs is not None:
+            its, own = sorted(self.needs.task_bytes, reverse=True), self.needs.own_bytes
+            tasks = [max(pair) for pair in zip_longest(tasks, its, fillvalue=0)]
+        with self._computing(tasks, "selecting", own) as compute:
             selection = self.needs.make(compute) if self.needs else select(self.source, self.choice, compute)
         write_json(path, {"assembly": self.id, **selection.tree()})
         return selection
 
-    def _computing(self, need: int, what: str) -> Any:
-        self.workers = self.options.fitting_workers(need, what)
+    def _computing(self, tasks: Sequence[int], what: str, own: int = 0) -> Any:
+        own += OWN_BYTES + codec_bytes(parameter.shape for parameter in self.run.parameters)
+        fit = self.options.fit(tasks, what, own)
+        self.workers, self.planned = fit.workers, max(self.planned, fit.bytes)
         return computing(self.options, self.workers, Watch(self.bar, call_effort))
 
     def _quantized(self) -> frozenset[str]:
@@ -256,12 +266,13 @@ class _Assembly:
 
     def _write(self, shards: Sequence[Shard], sources: Sources) -> tuple[list[Layer], int]:
         sizes = {parameter.name: parameter.size for parameter in self.run.parameters}
-        need = max(task_bytes(shard, sources, sizes) for shard in shards) + select_bytes(
-            self.source, self.choice
-        )
+        needs = [
+            task_bytes(shard, sources, sizes) + max(map(groups_bytes, shard.cut), default=0)
+            for shard in shards
+        ]
         # The largest first, so that no worker is left with one at the end.
         order = sorted(shards, key=lambda shard: -task_bytes(shard, sources, sizes))
-        with self._computing(need, "assembling") as compute:
+        with self._computing(needs, "assembling") as compute:
             done: dict[Path, list[Layer]] = dict(
                 zip(
                     [shard.path for shard in order],
@@ -298,6 +309,7 @@ class _Assembly:
             select_seconds,
             write_seconds,
             True,
+            self.planned,
         )
 
     def _finish(

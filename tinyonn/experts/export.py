@@ -22,6 +22,7 @@ import torch
 
 from tinyonn.base.checkpoint import tensor_files
 from tinyonn.base.copies import CARD, check_files, copy_file, tokenizer_files
+from tinyonn.demands import state_ram
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
@@ -29,8 +30,9 @@ from tinyonn.experts.ending import stop_at_turns
 from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, read_settings
 from tinyonn.experts.matrix_tinyonn import ExpertMatrix, matrix_fault
 from tinyonn.experts.shards import write_tensors
+from tinyonn.memory import Need
 from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_size
+from tinyonn.sizes import MiB, format_size
 
 if TYPE_CHECKING:
     from tinyonn.run import Run
@@ -39,6 +41,10 @@ FORMATS = ("hub", "dense", "npz", "parquet")
 GENERATION = "generation_config.json"
 OWN = ("config.json", GENERATION, INDEX, "model*.safetensors", "*_tinyonn.py", "LICENSE*", "NOTICE*")
 PARTS = ("values", "columns", "row_pointer")
+# Of the process: Python with Torch and Transformers, the base's shape, what writes the format.
+OWN_BYTES = {"hub": 610 * MiB, "dense": 700 * MiB, "npz": 720 * MiB, "parquet": 640 * MiB}
+VALUE = 2  # bytes of a weight
+ROW_BYTES = 48  # of a kept weight on its way into a table
 NUMBER = re.compile(r"\.(\d+)\.")  # of a layer, in a tensor's name
 
 
@@ -53,6 +59,7 @@ class ExportReport:
     weights: int
     files: int
     bytes: int
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -125,6 +132,13 @@ class Assembled:
                     matrices[module] = Compressed(values, columns, pointer, sizes)
             yield f"model-{number:05d}-of-{len(self.units):05d}.safetensors", matrices, tensors
 
+    def stored(self, path: Path, keys: Sequence[str]) -> int:
+        """Bytes of tensors of a file, from its header."""
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        ends = [header[key]["data_offsets"] for key in keys if key in header]
+        return sum(int(end) - int(begin) for begin, end in ends)
+
     def _read(self, path: Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         from safetensors import SafetensorError, safe_open
 
@@ -175,6 +189,8 @@ def export_model(
     InputError
         Unknown format or expert; `folder` is not empty; the assembled model is not there, damaged or mixed;
         a file of it is a link to elsewhere.
+    CapacityError
+        It does not fit.
     """
     if format not in FORMATS:
         raise InputError(f"--format {format!r} is unknown; choose {', '.join(FORMATS)}")
@@ -187,6 +203,11 @@ def export_model(
     check_files(source)
     if base is not None:
         check_files(base, CARD)
+    planned = state_ram(
+        f"exporting as {format}",
+        export_needs(assembled, format),
+        "end other programs, or export on a machine with more of it",
+    )
     folder.mkdir(parents=True, exist_ok=True)
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
     if format == "hub":
@@ -209,7 +230,37 @@ def export_model(
         weights,
         len(files),
         sum(path.stat().st_size for path in files),
+        planned,
     )
+
+
+def export_needs(assembled: Assembled, format: str) -> list[Need]:
+    """What an export holds: a layer as it is stored beside the one before, and what is made of it.
+
+    Parameters
+    ----------
+    assembled : Assembled
+    format : str
+        See the module.
+    """
+    own = Need("the process", OWN_BYTES[format])
+    if format == "hub":
+        return [own]
+    stored, made = [], []
+    for files in assembled.units.values():
+        stored.append(sum(assembled.stored(path, keys) for path, keys in files.items()))
+        names = {key.removeprefix("base.").rpartition(".")[0] for keys in files.values() for key in keys}
+        its = [layer for name, layer in assembled.layers.items() if name in names]
+        weights = [layer["out"] * layer["in"] for layer in its]
+        largest = max(weights, default=0)
+        if format == "dense":
+            made.append(VALUE * sum(weights) + largest)
+        elif format == "npz":
+            made.append(sum(weights) + (VALUE + 2) * largest)
+        else:
+            made.append(ROW_BYTES * max((layer["entries"] for layer in its), default=0))
+    largest_two = sum(sorted(stored)[-2:])
+    return [own, Need("two layers as they are stored", largest_two), Need("what is made of one", max(made))]
 
 
 def experts_of_slices(

@@ -33,6 +33,7 @@ from tinyonn.errors import InputError
 from tinyonn.experts.need_centres import EVENING, ROUNDS, find_centres
 from tinyonn.experts.need_curves import Curves, needed_budgets, shares_under
 from tinyonn.experts.need_passes import (
+    BINS,
     Counts,
     Float32,
     NeedData,
@@ -40,7 +41,7 @@ from tinyonn.experts.need_passes import (
     label_needs,
     label_path,
     sample_needs,
-    task_bytes,
+    task_needs,
 )
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.select import Spread, allocate, select
@@ -160,9 +161,17 @@ class ByNeed:
         return tensors_outside(self.source.parameters, self.selection.trunk)
 
     @property
-    def bytes(self) -> int:
-        """Memory of the largest task."""
-        return task_bytes(self.tensors, len(self.run.slices))
+    def task_bytes(self) -> list[int]:
+        """Memory of every task."""
+        return task_needs(task_groups(self.tensors), len(self.run.slices))
+
+    @property
+    def own_bytes(self) -> int:
+        """Memory beside the tasks: numbers of all bins, int64, and their tables, float32, of each tensor and slice; the
+        sample and its distances to the centres.
+        """
+        slices = len(self.run.slices)
+        return len(self.tensors) * slices * BINS * 12 + SAMPLE * 4 * (self.options.experts + 4 * slices)
 
     @property
     def made(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,9 +18,9 @@ from numba import njit
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.experts.options import Selection
-from tinyonn.experts.select import TensorGroups
+from tinyonn.experts.select import TensorGroups, groups_bytes
 from tinyonn.experts.source import Source
-from tinyonn.store.arrays import bands, codebooks_of, read_rows
+from tinyonn.store.arrays import band_rows, bands, codebooks_of, read_rows
 from tinyonn.store.combine import shares
 from tinyonn.store.faults import is_full
 from tinyonn.store.reader import Reader
@@ -217,12 +218,12 @@ def _bands(data: NeedData, selection: Selection, parameter: Parameter) -> Iterat
         yield first, groups.of_band(band), tensor.bins(first, last, band.weights)
 
 
-def task_bytes(parameters: Sequence[Parameter], slices: int) -> int:
-    """Memory of the largest task: a band's weights, records, levels and bins."""
-    largest = max(
-        (last - first) * int(np.prod(p.shape[1:])) for p in parameters for first, last in bands(p.shape)
-    )
-    return largest * (4 + 4 + 1 + 1 + 2 + 4 + 2 * slices + 8)
+def task_needs(groups: Sequence[Sequence[Parameter]], slices: int) -> list[int]:
+    """Memory of every task, its largest tensor's: a band's weights, records, groups, levels and bins."""
+    return [
+        max(groups_bytes(p) + band_rows(p.shape) * prod(p.shape[1:]) * (4 + 2 + 2 * slices) for p in group)
+        for group in groups
+    ]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -27,6 +27,8 @@ class AssembleReport:
         Experts without a weight.
     bytes, planned_bytes : int
         Of the matrices on disk, and what the format's arithmetic gives.
+    planned_rss_bytes : int
+        RAM that was said to be needed.
     """
 
     location: str
@@ -45,6 +47,7 @@ class AssembleReport:
     select_seconds: float
     write_seconds: float
     fresh: bool
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""

@@ -208,17 +208,28 @@ def select(
 
 def select_bytes(source: Source, options: SelectOptions) -> int:
     """Memory of the largest task."""
-    tensors = tensors_outside(source.parameters, options.trunk)
-    return max((_task_bytes(p, source, options) for p in tensors), default=0)
+    return max(select_needs(source, options), default=0)
+
+
+def select_needs(source: Source, options: SelectOptions) -> list[int]:
+    """Memory of every task that cuts tensors: its largest tensor's."""
+    groups = task_groups(tensors_outside(source.parameters, options.trunk))
+    return [max(_task_bytes(parameter, source, options) for parameter in group) for group in groups]
+
+
+def groups_bytes(parameter: Parameter) -> int:
+    """Memory of a band while its weights' groups are found: records, weights (as read, as rounded, in float32), scores,
+    keys, ranks, labels, groups, and a chunk while it is decoded.
+    """
+    return band_rows(parameter.shape) * prod(parameter.shape[1:]) * (2 + 8 + 4 + 4 + 2 + 1 + 1 + 4)
 
 
 def _task_bytes(parameter: Parameter, source: Source, options: SelectOptions) -> int:
-    band = band_rows(parameter.shape) * prod(parameter.shape[1:])
     whole = parameter.size if options.within == "row" and parameter.name in source.transposed else 0
-    held = max(min(HELD_BYTES, WEIGHT_BYTES * parameter.size), (2 * WEIGHT_BYTES + 10) * whole)
+    held = WEIGHT_BYTES * parameter.size
+    held = max(held if held <= HELD_BYTES else 0, (2 * WEIGHT_BYTES + 10) * whole)
     histograms = max(source.cells, 1) * (1 << 16) * 4
-    # A band's records, weights, scores, keys, ranks, labels, groups, and a chunk while it is decoded.
-    return held + histograms + GATHERED * 8 + band * (2 + 4 + 4 + 4 + 2 + 1 + 1 + 4)
+    return held + histograms + min(GATHERED, parameter.size) * 8 + groups_bytes(parameter)
 
 
 def _one_by_one(calls: Sequence[Call]) -> list[Any]:

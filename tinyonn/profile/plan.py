@@ -48,6 +48,10 @@ class ProfilePlan:
     vram: Tier | None
     workers: int
 
+    def ram(self, workers: int) -> int:
+        """Bytes of RAM that so many workers need, Ray and the driver included where there are several."""
+        return workers * self.worker.total + (DRIVER_BYTES if workers > 1 else 0)
+
 
 def plan_profile(
     parameters: Sequence[Parameter],

@@ -67,6 +67,7 @@ class ProfileReport:
     peak_rss_bytes: int
     peak_vram_bytes: int
     seconds: float
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""

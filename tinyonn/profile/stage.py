@@ -40,6 +40,7 @@ from tinyonn.record.cluster import cluster_address, cluster_device, connected
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
+from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.usage import Meter, measured, total_peak
 
@@ -147,7 +148,7 @@ class _Profiling:
         self.tell, self.check, self.meter = tell, check, meter
         self.folder = local_folder(location)
         self.started = time.monotonic()
-        self.measured = 0
+        self.measured, self.planned = 0, 0
         fingerprint = check_base(run, location, config.model)
         self.groups: WeightGroups = find_groups(run, self.folder / "experts", config.model, options.groups)
         self.corpus = recorded_corpus(self.folder, config, run.manifest)
@@ -190,6 +191,7 @@ class _Profiling:
             device: Device = "cuda" if choose_device(self.config.model.device).type == "cuda" else "cpu"
             plan = self._plan(device, len(gpus()) if device == "cuda" else usable_cpus(), free_ram())
             count = min(plan.workers, len(parts))
+            self._state(plan, count)
             if count == 1:
                 return measure_here(self._job(device), self.corpus, parts, self._done, self._seen)
         cpus = max(usable_cpus(), threads * (wanted or 1))
@@ -198,6 +200,7 @@ class _Profiling:
             resources = patiently(ray.cluster_resources)
             units = int(resources.get("GPU" if device == "cuda" else "CPU", 0))
             plan = self._plan(device, units, cluster_ram())
+            self._state(plan, min(plan.workers, len(parts)))
             job = self._job(device)
             crew = ProfileCrew(self.config, device, job=job)
             doing = self._done, self._seen, self._held
@@ -210,10 +213,19 @@ class _Profiling:
         recorded = self.config.record.workers
         return recorded if isinstance(recorded, int) else None
 
+    def _state(self, plan: ProfilePlan, workers: int) -> None:
+        """Say what so many workers need."""
+        self.planned = plan.ram(workers)
+        largest = max(plan.worker.needs, key=lambda need: need.bytes)
+        self.tell(
+            f"profiling needs {format_size(self.planned)} of RAM at most for {workers} worker(s), "
+            f"{largest.what} {format_size(largest.bytes)} of each"
+        )
+
     def _plan(self, device: Device, units: int, ram: int) -> ProfilePlan:
         parameters, model = describe_model(self.config.model)
         corpus = self.corpus
-        data = DataFacts(len(corpus), corpus.mean_tokens, corpus.max_tokens, len(corpus.slices))
+        data = DataFacts(len(corpus), corpus.mean_tokens, corpus.longest, len(corpus.slices))
         vram = min((gpu.free for gpu in gpus()), default=None) if device == "cuda" else None
         limit = ram if self.options.memory is None else self.options.memory
         machine = Machine(device, vram, limit, None, units)
@@ -277,4 +289,5 @@ class _Profiling:
             peak_rss_bytes=total_peak(self.meter, ((use.host, use.pid, use.peak_rss) for use in uses)),
             peak_vram_bytes=max((use.peak_vram for use in uses), default=0),
             seconds=round(time.monotonic() - self.started, 3),
+            planned_rss_bytes=self.planned,
         )

@@ -17,7 +17,8 @@ import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import ScoreConfig
-from tinyonn.engine import THREADS, Call, EngineOptions, Watch, computing
+from tinyonn.demands import codec_bytes
+from tinyonn.engine import THREADS, Call, EngineOptions, Fit, Watch, computing
 from tinyonn.errors import InputError
 from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
@@ -42,6 +43,7 @@ LOOKED_AT = 1 << 18  # weights of a tensor that its tables are fitted to
 LOOKED_AT_BANDS = 8  # that they are taken from, evenly spread
 HELD_BYTES = 128 * MiB  # of records a task keeps between fitting and scoring, instead of reading them again
 TASK_WEIGHTS = 1 << 22  # small tensors are put together to so many
+OWN_BYTES = 262 * MiB  # of the process: Python with the store, Dask and Numba's kernels
 FEW_SAMPLES = 16  # of a slice, below which its affinity is mostly chance
 
 
@@ -58,6 +60,7 @@ class ScoreReport:
     score_seconds: float
     fresh: bool
     warnings: tuple[str, ...] = ()
+    planned_rss_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
@@ -129,9 +132,9 @@ def score_run(location: str, config: ScoreConfig, options: EngineOptions = THREA
         segments = check_recorded(store)
         described = describe_score(config, segments)
         fresh = store.reader().stage("rows") != described
-        workers = 0
+        fit = Fit(0, 0)
         if fresh:
-            workers = _score(store, config, segments, described, options)
+            fit = _score(store, config, segments, described, options)
     slices = samples_by_slice(store.manifest, segments)
     return ScoreReport(
         location,
@@ -139,10 +142,11 @@ def score_run(location: str, config: ScoreConfig, options: EngineOptions = THREA
         sum(parameter.size for parameter in store.manifest.parameters),
         len(store.manifest.parameters),
         slices,
-        workers,
+        fit.workers,
         time.monotonic() - started,
         fresh,
         tuple(_warnings(slices)),
+        fit.bytes,
     )
 
 
@@ -183,19 +187,21 @@ def _score(
     segments: Sequence[Segment],
     described: dict[str, Any],
     options: EngineOptions,
-) -> int:
-    """Carry out the tasks and commit; how many ran at a time."""
+) -> Fit:
+    """Carry out the tasks and commit; how many ran at a time, and what they needed."""
     manifest = store.manifest
     calibration = store.calibration or {}
     names = list(manifest.slices)
     order = sorted(segments, key=lambda segment: names.index(segment.slice))
     placed = tuple((segment, names.index(segment.slice)) for segment in order)
-    need = max(task_bytes(parameter.shape, len(placed)) for parameter in manifest.parameters)
-    workers = options.fitting_workers(need, "scoring")
+    groups = task_groups(manifest.parameters)
+    own = OWN_BYTES + codec_bytes(parameter.shape for parameter in manifest.parameters)
+    fit = options.fit(task_needs(groups, len(placed)), "scoring", own)
+    workers = fit.workers
     weights = ScoreWeights(*config.weights())
     tasks = [
         ScoreTask(tuple(group), {p.name: calibration[p.name] for p in group}, placed, len(names), weights)
-        for group in task_groups(manifest.parameters)
+        for group in groups
     ]
     forks = store.begin_stage("score", len(tasks))
     try:
@@ -218,7 +224,7 @@ def _score(
         store.drop_stage("score")
     store.clean()
     LOG.debug("scored %s: %d tasks, %d workers", store.location, len(tasks), workers)
-    return workers
+    return fit
 
 
 def _weights(call: Call) -> float:
@@ -240,12 +246,24 @@ def task_groups(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
     return groups
 
 
+def task_needs(groups: Sequence[Sequence[Parameter]], parts: int) -> list[int]:
+    """Memory of every task: its largest tensor's."""
+    return [max(task_bytes(parameter.shape, parts) for parameter in group) for group in groups]
+
+
 def task_bytes(shape: tuple[int, ...], parts: int) -> int:
-    """Memory of one task while it scores a tensor with so many parts."""
+    """Memory of one task while it scores a tensor with so many parts.
+
+    A band's records of all parts are read while those of the band before are still there, unless all of a tensor's are
+    kept; beside them are a chunk as it is stored, twice, rows and affinity, and both as they are stored.
+    """
     band = 2 * band_rows(shape) * prod(shape[1:])
-    held = min(HELD_BYTES, 2 * prod(shape) * parts)
+    whole = 2 * prod(shape) * parts
+    few = len(list(bands(shape))) <= LOOKED_AT_BANDS
+    held = whole if few and whole <= HELD_BYTES else 0
     looked_at = 2 * min(LOOKED_AT * 2, prod(shape)) * parts * 2
-    return held + looked_at + 3 * band * parts + 4 * band
+    reading = (1 if held or band >= 2 * prod(shape) else 2) * band * parts
+    return held + max(looked_at, reading) + 2 * band + 3 * band
 
 
 def score_tensors(reader: Reader, fork: ForkSession, task: ScoreTask) -> ForkSession:

@@ -5,14 +5,14 @@ Which merges there are, and in what order, is decided in `tinyonn.store.tree`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinyonn.base.parameters import Parameter
 from tinyonn.errors import StoreError
-from tinyonn.store.arrays import SegmentWriter, bands, codebooks_of, read_together
+from tinyonn.store.arrays import SegmentWriter, band_rows, bands, codebooks_of, read_together
 from tinyonn.store.combine import shares, weighted_values
 from tinyonn.store.manifest import Segment
 from tinyonn.store.reader import Reader
@@ -27,7 +27,9 @@ from tinyonn.store.records import (
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import Merge, Node, merge_tree, merges, next_segment, ready_merges
 
-__all__ = ["Merge", "Node", "execute", "merge_ready", "merge_tree", "merges", "next_segment", "ready_merges"]
+__all__ = [
+    "Merge", "Node", "execute", "merge_bytes", "merge_ready", "merge_tree", "merges", "next_segment", "ready_merges",
+]  # fmt: skip
 
 
 def merge_ready(store: Store, stop: Callable[[], bool] = lambda: False, clean: bool = True) -> int:
@@ -58,6 +60,12 @@ def merge_ready(store: Store, stop: Callable[[], bool] = lambda: False, clean: b
             if clean:
                 store.clean()
     return done
+
+
+def merge_bytes(parameters: Sequence[Parameter], parts: int) -> int:
+    """Memory of a merge of so many segments: a chunk of each, as it is and as it is stored, and one for the result."""
+    band = max((2 * band_rows(p.shape) * p.size // p.shape[0] for p in parameters), default=0)
+    return band * (2 * parts + 3)
 
 
 def execute(store: Store, merge: Merge, stop: Callable[[], bool] = lambda: False) -> bool:

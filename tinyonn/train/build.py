@@ -97,8 +97,7 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
     check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
     if spec.teacher_k is None:
         return Live(load_model(spec.teacher, device).model)
-    folder = Path(spec.folder) / CACHE
-    fingerprint = str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
+    folder, fingerprint = Path(spec.folder) / CACHE, _taught_by(spec)
     target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
     first = Workers.found().first
     while (cached := _cached(target, warn=first)) is None and not first:
@@ -119,6 +118,18 @@ def _cached(target: Path, warn: bool) -> Cached | None:
         if warn:
             LOG.warning("%s: what is damaged is made again", error)
         return None
+
+
+def is_cached(spec: Spec, corpus: Corpus) -> bool:
+    """Whether all of the teacher's likeliest tokens are on the disk already."""
+    assert spec.teacher_k is not None
+    return (
+        Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k) / "teacher.json"
+    ).exists()
+
+
+def _taught_by(spec: Spec) -> str:
+    return str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
 
 
 def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:

@@ -1,10 +1,9 @@
 """The disk that a training needs, as a pure function of student and options; refused before the first step.
 
-With ``E`` weights of experts, ``V`` of norms and biases, ``M`` of embeddings and head, ``R`` of the router, a
-checkpoint holds of all that learns a float32 master (4 bytes) and the optimizer's moments (AdamW 8, Muon 4). Beside
-the `keep` latest there is the one that is written. The model has 2 bytes a value, the places of the entries, the
-router in float32; it is written beside the one that it replaces. A teacher's cache takes 6 bytes for each of the K
-tokens kept at a place.
+A checkpoint holds a float32 master (4 bytes) and the optimizer's moments (AdamW 8, Muon 4) of all that learns: experts,
+norms and biases, embeddings and head, router. Beside the `keep` latest there is the one that is written. The model has
+2 bytes a value, the places of the entries and the router in float32; it is written beside the one that it replaces. A
+teacher's cache takes 6 bytes for each of the K tokens kept at a place.
 """
 
 from __future__ import annotations

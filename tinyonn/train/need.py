@@ -7,8 +7,11 @@ counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V
   float32 masters in place of ``b``, a gradient of 4 bytes and an optimizer's state of 8 (AdamW) or 4 (Muon);
 - its matrices: the backward pass needs those of every layer for which a micro batch was multiplied;
 - teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L`` and logits ``b T V``;
-- activations and logits as in `tinyonn.memory`, of a micro batch; with checkpointing those of one layer. Norms that are
-  trained keep their inputs, too.
+- activations as in `tinyonn.memory`, of a micro batch, norms of queries and keys counted; with checkpointing those of
+  one layer. Norms that are trained keep their inputs, too;
+- logits ``b T V`` and a gradient as large for each loss that is taken of them; chunks of them in float32
+  (`tinyonn.train.token_losses`), of one token at least;
+- at a checkpoint, when activations are gone, a copy of the optimizer's state.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ from tinyonn.cost import Device
 from tinyonn.errors import CapacityError
 from tinyonn.memory import (
     CUDA_BYTES,
-    LOGIT_BYTES,
-    LOGITS_BYTES,
     NF4_BYTES,
     PROCESS_BYTES,
     SYSTEM_BYTES,
@@ -34,11 +35,15 @@ from tinyonn.memory import (
 )
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.options import TrainOptions
+from tinyonn.train.token_losses import CHUNK_BYTES
 
 MASTER, GRADIENT = 4, 4
 STATES = {"adamw": 8, "muon": 4, "frozen": 0}
 MATRIX_BYTES = 64 * MiB  # of dense matrices at a time, or four of the layer's
+MOMENTUM_BYTES = 16  # of a weight of a dense matrix while its momentum is made orthogonal
+LOGIT_COPIES = 6  # of a chunk of logits: the student's, the teacher's, their exponentials and products
 KERNEL_BYTES = 128 * MiB  # kernels as they are compiled, and what the allocator keeps
+SYSTEM = "system"  # what is left to it, in a plan
 DRIVER_BYTES = {1: 0, 2: 512 * MiB}  # of Ray itself, beside a group of several
 
 
@@ -82,9 +87,15 @@ class StudentFacts:
         return cls(entries, others, vectors, places, largest)
 
 
+def sparse_bytes(student: StudentFacts, b: int = 2) -> int:
+    """A sparse model that does not learn, with values of so many bytes."""
+    return (student.entries + student.others) * b + student.places
+
+
 def train_needs(
     student: StudentFacts,
     base: ModelFacts,
+    parameters: Sequence[Parameter],
     teacher: tuple[Sequence[Parameter], ModelFacts] | None,
     options: TrainOptions,
     max_tokens: int,
@@ -97,6 +108,8 @@ def train_needs(
     student : StudentFacts
     base : ModelFacts
         The student's shape.
+    parameters : sequence of Parameter
+        Of that shape.
     teacher : (sequence of Parameter, ModelFacts), optional
         Of a teacher that runs at every step.
     options : TrainOptions
@@ -111,17 +124,24 @@ def train_needs(
     trunk = (student.others - student.vectors) * (of_adamw if optimizers.trunk_lr > 0 else b)
     trunk += student.vectors * (of_adamw if optimizers.norms_lr > 0 else b)
     values = MASTER + GRADIENT + STATES[optimizers.experts] if learns else b
-    layer = T * (4 * b * I + (6 * b + 9 + (2 * b if optimizers.norms_lr > 0 else 0)) * H)
+    small_norms = any(p.kind == "norm" and p.layer is not None and p.size < H for p in parameters)
+    norms = (8 if small_norms else 0) + (2 * b if optimizers.norms_lr > 0 else 0)
+    layer = T * (4 * b * I + (6 * b + 9 + norms) * H)
     kept = base.layers * T * b * H + layer if options.checkpointing else base.layers * layer
     passing = T * ((3 * b + 4) * I + 6 * b * H)
-    chunk = min(LOGITS_BYTES, T * base.vocabulary * LOGIT_BYTES)
-    logits = 2 * T * base.vocabulary * b
+    compared = sum(weight > 0 for weight in (options.weights.kl, options.weights.ce))
+    logits = T * base.vocabulary * b * (1 + max(1, compared)) + LOGIT_COPIES * _chunk_bytes(base, device)
+    wide = MOMENTUM_BYTES if optimizers.experts == "muon" and learns else 0
+    matrices = max(MATRIX_BYTES, 4 * b * student.largest, wide * student.largest) if student.entries else 0
+    # At a checkpoint the optimizer's state is copied, and the model's weights when it is written.
+    written = max(student.entries * STATES[optimizers.experts], (student.entries + student.others) * b)
     needs = [
         Need("experts" + (", trained" if learns else ""), student.entries * values + student.places),
         Need("trunk and head of the student", trunk),
-        Need("matrices of a layer", max(MATRIX_BYTES, 4 * b * student.largest) if student.entries else 0),
+        Need("matrices of a layer", matrices),
         Need("activations, checkpointed" if options.checkpointing else "activations", kept + passing),
-        Need("logits and their gradient", logits + chunk),
+        Need("logits and their gradient", logits),
+        Need("copies for a checkpoint, beyond a pass's", max(0, written - kept - passing - logits)),
     ]
     if teacher is not None:
         needs.append(Need("teacher, its hidden states, logits and scratch", _teacher_bytes(*teacher, T, b)))
@@ -130,6 +150,11 @@ def train_needs(
     else:
         needs.append(Need("process", PROCESS_BYTES["cpu"] + KERNEL_BYTES))
     return [need for need in needs if need.bytes]
+
+
+def _chunk_bytes(base: ModelFacts, device: Device) -> int:
+    """Of a chunk of logits in float32: at least one token's."""
+    return max(CHUNK_BYTES[device], 4 * base.vocabulary)
 
 
 def _teacher_bytes(parameters: Sequence[Parameter], facts: ModelFacts, tokens: int, b: int) -> int:
@@ -160,7 +185,7 @@ def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int 
     """
     name = "VRAM of a GPU" if device == "cuda" else "RAM"
     system = (
-        () if device == "cuda" else (Need("system", SYSTEM_BYTES), Need("Ray", DRIVER_BYTES[min(workers, 2)]))
+        () if device == "cuda" else (Need(SYSTEM, SYSTEM_BYTES), Need("Ray", DRIVER_BYTES[min(workers, 2)]))
     )
     tier = Tier(name, tuple(Need(need.what, need.bytes * workers) for need in needs) + system, limit)
     if not tier.fits:

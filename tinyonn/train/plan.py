@@ -20,7 +20,10 @@ from tinyonn.memory import Need, Tier
 from tinyonn.places import local_folder
 from tinyonn.planning import describe_model
 from tinyonn.record.cluster import cluster_address, cluster_device, connected
-from tinyonn.train.need import StudentFacts, check_needs, train_needs
+from tinyonn.train.build import is_cached
+from tinyonn.train.checkpoint import Checkpoints
+from tinyonn.train.disk import check_disk, disk_needs, router_weights, written
+from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.places import Places, alone, places_of
 from tinyonn.train.spec import (
@@ -183,6 +186,11 @@ class TrainPlan:
     tier: Tier
 
     @property
+    def bytes(self) -> int:
+        """Of all workers on a machine or a GPU, and of Ray beside several; without what is left to the system."""
+        return sum(need.bytes for need in self.tier.needs if need.what != SYSTEM)
+
+    @property
     def worker_bytes(self) -> int:
         """Of one worker, to compare with its peak."""
         return sum(need.bytes for need in self.worker)
@@ -207,12 +215,47 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
     own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
     parameters, base = describe_model(own)
     student = StudentFacts.of(tree, parameters)
-    tokens = Corpus(Path(spec.corpus)).header.max_tokens
+    tokens = Corpus(Path(spec.corpus)).longest
     live = spec.needs_teacher and spec.teacher_k is None
     teacher = describe_model(spec.teacher) if live else None
-    needs = train_needs(student, base, teacher, spec.train, tokens, places.device)
+    needs = train_needs(student, base, parameters, teacher, spec.train, tokens, places.device)
     tier = check_needs(needs, places.sharing, places.device, places.memory if limit is None else limit)
     return TrainPlan(tuple(needs), tier)
+
+
+def plan_disk(spec: Spec, model: bool = True) -> int:
+    """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps.
+
+    Parameters
+    ----------
+    spec : Spec
+    model : bool
+        The trained model is written.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    CapacityError
+        It does not fit.
+    """
+    tree, corpus, train = read_student(Path(spec.student)), Corpus(Path(spec.corpus)), spec.train
+    own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
+    parameters, base = describe_model(own)
+    folder = Path(spec.folder)
+    router = router_weights(spec.router or tree.get("router"), base.hidden)
+    cached = 0
+    if spec.needs_teacher and spec.teacher_k is not None and not is_cached(spec, corpus):
+        cached = corpus.tokens * spec.teacher_k
+    track = spec.track.tensorboard
+    steps = train.warm_start + train.steps
+    student = StudentFacts.of(tree, parameters)
+    what = written(student, router, train.optimizers, steps, train.keep, cached, track)
+    its, output = disk_needs(what, len(Checkpoints(folder, {}).paths()), model)
+    return check_disk([(folder, its), (Path(spec.output), output)])
 
 
 def take_places(

@@ -37,6 +37,8 @@ class TrainReport:
     tokens_per_second : float
     need_bytes, peak_worker_bytes : int
         Memory as planned and as used, of a worker.
+    planned_rss_bytes, planned_disk_bytes : int
+        Of all workers on a machine together, and on the disk.
     alarms : list of str
     pictures : list of str
     fresh : bool
@@ -64,6 +66,8 @@ class TrainReport:
     train_seconds: float
     fresh: bool
     restarts: int = 0
+    planned_rss_bytes: int = 0
+    planned_disk_bytes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""

@@ -32,7 +32,7 @@ from tinyonn.train.group import GroupOptions, run_group
 from tinyonn.train.loop import STARTS, USE, train_loop
 from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
 from tinyonn.train.places import Places
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_training, take_places
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.report import TrainReport, ends
 from tinyonn.train.spec import Spec
 
@@ -68,7 +68,7 @@ def train_run(
         Nothing is assembled; the profile is missing or of another assembly; student and teacher have different
         tokenizers; checkpoints of another training; a loss that is not a number any more.
     CapacityError
-        It does not fit, or workers are lost again and again.
+        It does not fit into memory or on the disk, or workers are lost again and again.
     StoreBusyError
         Another process trains into the folder, or changes the run.
     """
@@ -86,12 +86,12 @@ def train_run(
         with ExitStack() as stack:
             places = take_places(options, config, stack, options.train.batch, lambda: _held(folder))
             spec = replace(spec, device=places.device, threads=places.threads)
-            plan = plan_training(spec, places, options.memory)
+            plan, disk = plan_training(spec, places, options.memory), plan_disk(spec)
             tier, each = plan.tier, plan.worker_bytes
             largest = max(plan.worker, key=lambda need: need.bytes)
             tell(
                 f"training needs {format_size(tier.total)} of {tier.name} for {places.sharing} worker(s), "
-                f"{largest.what} {format_size(largest.bytes)} of each"
+                f"{largest.what} {format_size(largest.bytes)} of each, and {format_size(disk)} of disk"
             )
             counts = spec.train.warm_start, spec.train.steps, resumed
             progress = Progress(*counts, tell, lambda: _step_seconds(folder))
@@ -106,7 +106,12 @@ def train_run(
                     waiting = Waiting(tell, lambda: _held(folder))
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell, waiting)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
-        report = replace(report, restarts=max(0, _starts(folder) - before - 1))
+        report = replace(
+            report,
+            restarts=max(0, _starts(folder) - before - 1),
+            planned_rss_bytes=plan.bytes,
+            planned_disk_bytes=disk,
+        )
         write_json(folder / DONE, {"identity": _identity(spec), "report": report.figures()})
         return report
 

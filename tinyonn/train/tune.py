@@ -30,7 +30,7 @@ from tinyonn.train.build import build_trainer
 from tinyonn.train.dotted import option_of, with_options
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.places import Places
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_training, take_places
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
@@ -126,6 +126,7 @@ def tune_train(
             places = take_places(asked, config, stack, options.trials, lambda: "the trials that ended stay")
             spec = replace(spec, device=places.device, threads=places.threads)
             plan_training(spec, places, train.memory)
+            plan_disk(spec, model=False)
             if places.address is None and places.workers == 1:
                 take_part(spec, options, str(folder), 0, tell)
             else:

@@ -1,0 +1,193 @@
+"""The memory that evaluation needs, as pure functions of the model and of what is evaluated.
+
+With ``Q`` weights of linear layers in the decoder's layers, ``R`` others and ``b`` bytes a value, a model that can be
+cut holds ``b (Q + R)``, and to restore its matrices 9/16 byte a weight in NF4, else another ``b`` (`DenseWeights`). A
+pass without gradients of ``T`` tokens holds the activations of one layer, ``T b (3 I + 8 H)``, and some logits in
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tinyonn.base.load import choose_device
+from tinyonn.base.parameters import Parameter
+from tinyonn.config import ModelConfig
+from tinyonn.demands import codec_bytes, state_ram
+from tinyonn.errors import CapacityError
+from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
+from tinyonn.machine import gpus
+from tinyonn.memory import CUDA_BYTES, NF4_BYTES, PROCESS_BYTES, ModelFacts, Need, is_quantized
+from tinyonn.sizes import MiB, format_size
+from tinyonn.train.need import MATRIX_BYTES
+
+# Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
+OWN_BYTES = 800 * MiB
+LOGITS = 3  # copies of a chunk of logits in float32: as they are, their logarithms, and in the head's dtype
+HESSIANS = 6  # of an update: H, its factor and its inverse in float64
+REMEDY = (
+    "use a shorter data.max_tokens, fewer methods that update weights, or a machine with more of it; "
+    "model.quantization: nf4 holds less than none"
+)
+
+
+def dense_needs(parameters: Sequence[Parameter], model: ModelFacts) -> list[Need]:
+    """Of a model whose matrices can be cut and restored.
+
+    Parameters
+    ----------
+    parameters : sequence of Parameter
+        All of the model.
+    model : ModelFacts
+    """
+    b = model.dtype_bytes
+    cut = [p.size for p in parameters if p.kind == "linear" and p.layer is not None]
+    packed = [p.size for p in parameters if is_quantized(p, model)]
+    copies = round(NF4_BYTES * sum(packed)) + b * (sum(cut) - sum(packed))
+    return [
+        Need("the dense model", b * sum(p.size for p in parameters)),
+        Need("what its matrices are restored from", copies),
+    ]
+
+
+def pass_needs(model: ModelFacts, tokens: int) -> list[Need]:
+    """Of a forward pass without gradients, of so many tokens at a time."""
+    b = model.dtype_bytes
+    layer = tokens * b * (3 * model.intermediate + 8 * model.hidden)
+    chunk = max(16 * 4 * model.vocabulary, min(HEAD_BYTES, tokens * 4 * model.vocabulary))
+    return [Need("activations of a layer", layer), Need("logits", LOGITS * chunk)]
+
+
+def cut_needs(parameters: Sequence[Parameter], model: ModelFacts, select: int) -> list[Need]:
+    """Of a cut: the tensor at hand, its groups and its mask, and the task that finds them.
+
+    Parameters
+    ----------
+    parameters, model
+        As of `dense_needs`.
+    select : int
+        Of `tinyonn.experts.select.select_bytes`.
+    """
+    largest = _largest(parameters)
+    return [Need("a matrix while it is cut", largest * (2 * model.dtype_bytes + 2)), Need("its cuts", select)]
+
+
+def update_needs(parameters: Sequence[Parameter]) -> list[Need]:
+    """Of methods that update what is kept: second moments of a layer's inputs, float32, and of one matrix the rest."""
+    layers: dict[int, int] = {}
+    for parameter in parameters:
+        if parameter.kind == "linear" and parameter.layer is not None:
+            moments = 4 * parameter.shape[-1] ** 2
+            layers[parameter.layer] = layers.get(parameter.layer, 0) + moments
+    widest = max((p.shape[-1] for p in parameters if p.kind == "linear" and p.layer is not None), default=0)
+    own = HESSIANS * 8 * widest**2 + 12 * _largest(parameters)
+    return [Need("second moments of a layer", max(layers.values(), default=0)), Need("an update", own)]
+
+
+def oracle_needs(parameters: Sequence[Parameter], parts: int) -> list[Need]:
+    """Of masks made of one slice: a tensor's records of it, of so many segments, and their mean."""
+    return [Need("records of a slice", 2 * (parts + 1) * _largest(parameters))]
+
+
+def evaluate_needs(
+    parameters: Sequence[Parameter],
+    model: ModelFacts,
+    longest: int,
+    select: int,
+    updates: bool = False,
+    parts: int = 0,
+    original: bool = True,
+) -> list[Need]:
+    """Of a whole evaluation.
+
+    Parameters
+    ----------
+    parameters, model, select
+        As of `cut_needs`.
+    longest : int
+        Tokens of the longest sample.
+    updates : bool
+        A method updates weights.
+    parts : int
+        Most live segments of a slice; 0 without an oracle.
+    original : bool
+        The model as it was published is evaluated too; before the other is loaded.
+    """
+    needs = dense_needs(parameters, model)
+    plain = sum(need.bytes for need in dense_needs(parameters, replace(model, quantization="none"))[:1])
+    more = plain - sum(need.bytes for need in needs) if original else 0
+    if more > 0:
+        needs.append(Need("the model as it was published", more))
+    needs += pass_needs(model, max(BATCH_TOKENS, longest))
+    needs += cut_needs(parameters, model, select)
+    needs += update_needs(parameters) if updates else []
+    needs += oracle_needs(parameters, parts) if parts else []
+    needs.append(Need("chunks of the store", codec_bytes(parameter.shape for parameter in parameters)))
+    return needs
+
+
+def allocate_needs(
+    parameters: Sequence[Parameter], model: ModelFacts, longest: int, select: int
+) -> list[Need]:
+    """Of a search of the allocation: beside an evaluation's a rank of 2 bytes for each weight, and of one tensor what
+    they are sorted by; parameters as of `evaluate_needs`.
+    """
+    ranks = 2 * sum(p.size for p in parameters if p.kind == "linear" and p.layer is not None)
+    needs = evaluate_needs(parameters, model, longest, select, original=False)
+    return [*needs, Need("ranks of all weights", ranks), Need("a tensor's scores", 26 * _largest(parameters))]
+
+
+def trained_needs(
+    parameters: Sequence[Parameter], model: ModelFacts, sparse: int, longest: int
+) -> list[Need]:
+    """Of a trained model beside the dense one, and then beside the assembled one.
+
+    Parameters
+    ----------
+    parameters, model
+        As of `dense_needs`.
+    sparse : int
+        Bytes of a sparse model.
+    longest : int
+        Tokens of the longest sample.
+    """
+    other = max(sparse, sum(need.bytes for need in dense_needs(parameters, model)))
+    largest = _largest(parameters) * model.dtype_bytes
+    return [
+        Need("the trained model", sparse),
+        Need("the model beside it", other),
+        Need("experts merged for a prompt", sparse),
+        Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
+        *pass_needs(model, max(BATCH_TOKENS, longest)),
+    ]
+
+
+def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:
+    """Say what is needed where the model runs, or refuse; bytes of RAM.
+
+    Parameters
+    ----------
+    what : str
+    config : ModelConfig
+    needs : sequence of Need
+        Beside the process.
+
+    Raises
+    ------
+    CapacityError
+        It does not fit into RAM, or into the GPU's memory.
+    """
+    if choose_device(config.device).type != "cuda":
+        return state_ram(what, [*needs, Need("the process", OWN_BYTES)], REMEDY)
+    total = sum(need.bytes for need in needs) + CUDA_BYTES
+    free = min((gpu.free for gpu in gpus()), default=None)
+    if free is not None and total > free:
+        raise CapacityError(
+            f"{what} needs {format_size(total)} of VRAM and {format_size(free)} are there; {REMEDY}"
+        )
+    return state_ram(what, [Need("the process", PROCESS_BYTES["cuda"])], REMEDY)
+
+
+def _largest(parameters: Sequence[Parameter]) -> int:
+    return max((p.size for p in parameters if p.kind == "linear" and p.layer is not None), default=0)

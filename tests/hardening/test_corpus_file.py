@@ -95,6 +95,7 @@ def older(path: Path, content: list[tuple[int, Any, Any]]) -> Path:
 def test_an_older_file_is_read_and_must_be_possible(tmp_path: Path) -> None:
     path = older(tmp_path / "older.arrow", rows())
     corpus = Corpus(path).check()
+    assert corpus.longest == max(len(tokens) for _, tokens, _ in rows())
     assert plain(corpus.sample("prose", 3)) == plain(written(tmp_path / "new.arrow").sample("prose", 3))
     for name, token, label in (("token", -1, -100), ("label", 5, -7)):
         wrong = rows()

@@ -189,6 +189,11 @@ class Corpus:
         return self.tokens / len(self)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return self._rows.longest()
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens that a sample may have."""
         return self.header.max_tokens

@@ -131,6 +131,11 @@ class Rows:
             labels[label_offsets[place] : label_offsets[place + 1]],
         )
 
+    def longest(self) -> int:
+        """Tokens of the longest row, 0 of none; not checked."""
+        offsets = (parts[1] for parts in self._batches)
+        return max((int(np.diff(part).max()) for part in offsets if len(part) > 1), default=0)
+
     def check(self) -> None:
         """Read all of it; errors as when a row is read."""
         for number, checked in enumerate(self._checked):

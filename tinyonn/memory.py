@@ -36,7 +36,7 @@ WRITE_BYTES = 96 * MiB  # bands on their way into the store
 # Of a recording: a recorder without a model, what malloc and oneDNN keep included; the driver; Ray; Torch and the rest.
 RECORDER_BYTES = {"cpu": 400 * MiB, "cuda": 2400 * MiB}
 MERGING_BYTES = 600 * MiB
-RAY_BYTES = 260 * MiB
+RAY_BYTES = 340 * MiB
 LIBRARY_BYTES = 420 * MiB
 DRIVER_BYTES = 1536 * MiB  # driver, merging and Ray's own processes
 SYSTEM_BYTES = GiB  # left to the system

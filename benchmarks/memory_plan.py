@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.report import Goal, finish
 from tinyonn.base.reference import model_path
 from tinyonn.sizes import MiB

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from tests.hardening.neighbour import (
     other_machine,
     reachable,
     shared_folder,
-    tree,
     victim,
 )
 
@@ -47,6 +45,15 @@ with connected(None, 1):
     node = ray._private.worker._global_node
     told = {"session": node.get_session_dir_path(), "gcs": node.gcs_address, "token": os.environ["RAY_AUTH_TOKEN"]}
     print(json.dumps(told), flush=True)
+    sys.stdin.read()
+"""
+SCRATCH = """
+import json, sys
+from tinyonn.private import scratch_folder
+with scratch_folder() as folder:
+    (folder / "r" / "logs").mkdir(parents=True)
+    (folder / "r").chmod(0o777)
+    print(json.dumps(str(folder)), flush=True)
     sys.stdin.read()
 """
 WRITE = """
@@ -140,11 +147,12 @@ class LocalRay:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[LocalRay]:
     """The Ray of a process of ours, whose temporary folder is everybody's."""
-    with shared_folder() as folder, victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
-        time.sleep(2)  # the last agents open their ports
-        yield LocalRay(
-            child.pid, folder, Path(told["session"]), told["gcs"], told["token"], listening(child.pid)
-        )
+    with shared_folder() as folder:
+        with victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
+            time.sleep(2)  # the last agents open their ports
+            ports = listening(child.pid)
+            yield LocalRay(child.pid, folder, Path(told["session"]), told["gcs"], told["token"], ports)
+        assert not list(folder.glob("tinyonn-*")), "removed at the end"
 
 
 @needs_root
@@ -180,22 +188,20 @@ def test_no_port_of_a_local_ray_tells_a_neighbour_anything(local_ray: LocalRay) 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else() -> None:
     with shared_folder() as folder:
         stranger = folder / f"tinyonn-{os.geteuid()}-stranger"
-        with suppress(AssertionError), victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
-            left = Path(told["session"]).parents[1]
-            below = tree(child.pid)
-            child.send_signal(signal.SIGKILL)
+        with suppress(AssertionError), victim(SCRATCH, TMPDIR=str(folder)) as (child, told):
+            left = Path(told)
+            child.kill()
             child.wait()
-            for process in below:
-                with suppress(Exception):
-                    process.wait(20)
-        assert left.is_dir()
+        assert (left / "r" / "logs").is_dir()
         assert stat.S_IMODE(left.stat().st_mode) == 0o700
         stranger.symlink_to("/etc")
-        with victim(LOCAL_RAY, TMPDIR=str(folder)) as (_, told):
+        with (
+            victim(SCRATCH, TMPDIR=str(folder)) as (_, first),
+            victim(SCRATCH, TMPDIR=str(folder)) as (_, second),
+        ):
             assert not left.exists()
-            mine = Path(told["session"]).parents[1]
-            assert mine.parent == folder
-        assert [path.name for path in folder.iterdir()] == [stranger.name], "its own is gone at the end"
+            assert Path(first).is_dir() and Path(second).is_dir(), "those of the living stay"
+        assert [path.name for path in folder.iterdir()] == [stranger.name], "they are gone at the end"
     assert Path("/etc/passwd").exists()
 
 

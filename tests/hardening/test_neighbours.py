@@ -47,6 +47,21 @@ with connected(None, 1):
     print(json.dumps(told), flush=True)
     sys.stdin.read()
 """
+GRPC = "import copy, encodings.idna, grpc, grpc._channel"
+CALLS = """
+def answer(port, method, **more):
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=10, **more)
+            return "OK"
+        except grpc.RpcError as error:
+            return error.code().name
+methods = ("NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys",
+           "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats", "ReporterService/GetTraceback")
+token = (("authorization", f"Bearer {ARGUMENTS[1]}"),)
+found = [(m, p, answer(p, m), answer(p, m, metadata=token)) for p in ARGUMENTS[0] for m in methods]
+print(json.dumps([row for row in found if row[3] != "UNIMPLEMENTED"]))
+"""
 SCRATCH = """
 import json, sys
 from tinyonn.private import scratch_folder
@@ -183,6 +198,17 @@ def test_no_port_of_a_local_ray_tells_a_neighbour_anything(local_ray: LocalRay) 
     wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     for guess in (wrong, {}):
         assert "InvalidAuthToken" in attack(ask, ASK_RAY, local_ray.gcs, **guess)
+
+
+@needs_root
+def test_every_service_of_a_local_ray_asks_for_the_token(local_ray: LocalRay) -> None:
+    http = ("RuntimeEnvAgent",)
+    ports = [p for p, (_, name) in local_ray.ports.items() if not name.endswith(http) and p != 52365]
+    rows = attack(GRPC, CALLS, ports, local_ray.token)
+    answers = {method: (without, with_token) for method, _, without, with_token in rows if with_token == "OK"}
+    assert len(answers) == 6, "each is asked, and answers whoever has the token"
+    assert not [row for row in rows if row[2] == "OK"]
+    assert {without for without, _ in answers.values()} == {"UNAUTHENTICATED"}
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else() -> None:

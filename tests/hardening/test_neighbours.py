@@ -57,7 +57,8 @@ def answer(port, method, **more):
         except grpc.RpcError as error:
             return error.code().name
 methods = ("NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys",
-           "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull", "CoreWorkerService/GetCoreWorkerStats", "ReporterService/GetTraceback")
+           "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull",
+           "CoreWorkerService/GetCoreWorkerStats", "ReporterService/GetTraceback")
 token = (("authorization", f"Bearer {ARGUMENTS[1]}"),)
 found = [(m, p, answer(p, m), answer(p, m, metadata=token)) for p in ARGUMENTS[0] for m in methods]
 print(json.dumps([row for row in found if row[3] != "UNIMPLEMENTED"]))

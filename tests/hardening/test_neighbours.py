@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -28,7 +27,6 @@ from tests.hardening.neighbour import (
     other_machine,
     reachable,
     shared_folder,
-    tree,
     victim,
 )
 
@@ -47,6 +45,31 @@ with connected(None, 1):
     node = ray._private.worker._global_node
     told = {"session": node.get_session_dir_path(), "gcs": node.gcs_address, "token": os.environ["RAY_AUTH_TOKEN"]}
     print(json.dumps(told), flush=True)
+    sys.stdin.read()
+"""
+GRPC = "import copy, encodings.idna, grpc, grpc._channel"
+CALLS = """
+def answer(port, method, **more):
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=10, **more)
+            return "OK"
+        except grpc.RpcError as error:
+            return error.code().name
+methods = ("NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys",
+           "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull",
+           "CoreWorkerService/GetCoreWorkerStats", "ReporterService/GetTraceback")
+token = (("authorization", f"Bearer {ARGUMENTS[1]}"),)
+found = [(m, p, answer(p, m), answer(p, m, metadata=token)) for p in ARGUMENTS[0] for m in methods]
+print(json.dumps([row for row in found if row[3] != "UNIMPLEMENTED"]))
+"""
+SCRATCH = """
+import json, sys
+from tinyonn.private import scratch_folder
+with scratch_folder() as folder:
+    (folder / "r" / "logs").mkdir(parents=True)
+    (folder / "r").chmod(0o777)
+    print(json.dumps(str(folder)), flush=True)
     sys.stdin.read()
 """
 WRITE = """
@@ -140,11 +163,12 @@ class LocalRay:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[LocalRay]:
     """The Ray of a process of ours, whose temporary folder is everybody's."""
-    with shared_folder() as folder, victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
-        time.sleep(2)  # the last agents open their ports
-        yield LocalRay(
-            child.pid, folder, Path(told["session"]), told["gcs"], told["token"], listening(child.pid)
-        )
+    with shared_folder() as folder:
+        with victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
+            time.sleep(2)  # the last agents open their ports
+            ports = listening(child.pid)
+            yield LocalRay(child.pid, folder, Path(told["session"]), told["gcs"], told["token"], ports)
+        assert not list(folder.glob("tinyonn-*")), "removed at the end"
 
 
 @needs_root
@@ -177,25 +201,34 @@ def test_no_port_of_a_local_ray_tells_a_neighbour_anything(local_ray: LocalRay) 
         assert "InvalidAuthToken" in attack(ask, ASK_RAY, local_ray.gcs, **guess)
 
 
+@needs_root
+def test_every_service_of_a_local_ray_asks_for_the_token(local_ray: LocalRay) -> None:
+    http = ("RuntimeEnvAgent",)
+    ports = [p for p, (_, name) in local_ray.ports.items() if not name.endswith(http) and p != 52365]
+    rows = attack(GRPC, CALLS, ports, local_ray.token)
+    answers = {method: (without, with_token) for method, _, without, with_token in rows if with_token == "OK"}
+    assert len(answers) == 6, "each is asked, and answers whoever has the token"
+    assert not [row for row in rows if row[2] == "OK"]
+    assert {without for without, _ in answers.values()} == {"UNAUTHENTICATED"}
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else() -> None:
     with shared_folder() as folder:
         stranger = folder / f"tinyonn-{os.geteuid()}-stranger"
-        with suppress(AssertionError), victim(LOCAL_RAY, TMPDIR=str(folder)) as (child, told):
-            left = Path(told["session"]).parents[1]
-            below = tree(child.pid)
-            child.send_signal(signal.SIGKILL)
+        with suppress(AssertionError), victim(SCRATCH, TMPDIR=str(folder)) as (child, told):
+            left = Path(told)
+            child.kill()
             child.wait()
-            for process in below:
-                with suppress(Exception):
-                    process.wait(20)
-        assert left.is_dir()
+        assert (left / "r" / "logs").is_dir()
         assert stat.S_IMODE(left.stat().st_mode) == 0o700
         stranger.symlink_to("/etc")
-        with victim(LOCAL_RAY, TMPDIR=str(folder)) as (_, told):
+        with (
+            victim(SCRATCH, TMPDIR=str(folder)) as (_, first),
+            victim(SCRATCH, TMPDIR=str(folder)) as (_, second),
+        ):
             assert not left.exists()
-            mine = Path(told["session"]).parents[1]
-            assert mine.parent == folder
-        assert [path.name for path in folder.iterdir()] == [stranger.name], "its own is gone at the end"
+            assert Path(first).is_dir() and Path(second).is_dir(), "those of the living stay"
+        assert [path.name for path in folder.iterdir()] == [stranger.name], "they are gone at the end"
     assert Path("/etc/passwd").exists()
 
 

@@ -263,10 +263,13 @@ def _cut(pieces: Iterator[str], depth: int, limit: int, once: bool) -> Iterator[
     """
     buffer, level, place, start, skipped, ended = "", 0, 0, 0, False, False
     keys: tuple[str, ...] = ()
+    open_string: int | None = None
     while not ended:
-        piece = next(pieces, None)
-        ended = piece is None
-        buffer, place, start = buffer[start:] + (piece or ""), place - start, 0
+        held = len(buffer) - start
+        # A string that is not closed is searched from its beginning again: when as much more is there.
+        more = 1 if open_string is None else max(1, min(held, limit + CHUNK - held))
+        piece, ended = _next(pieces, more)
+        buffer, place, start = buffer[start:] + piece, place - start, 0
         open_string = None
         while True:
             if place == start and level == depth == 1 and not skipped:
@@ -316,6 +319,18 @@ def _cut(pieces: Iterator[str], depth: int, limit: int, once: bool) -> Iterator[
     rest = buffer[start:].strip()
     if skipped or rest or level:
         yield None if skipped else rest or "["
+
+
+def _next(pieces: Iterator[str], enough: int) -> tuple[str, bool]:
+    """Text of so many characters or more, and whether it is the last."""
+    taken, size = [], 0
+    while size < enough:
+        piece = next(pieces, None)
+        if piece is None:
+            return "".join(taken), True
+        taken.append(piece)
+        size += len(piece)
+    return "".join(taken), False
 
 
 def _element(buffer: str, start: int, keys: tuple[str, ...], ended: bool) -> _Read | int | None:

@@ -156,11 +156,11 @@ def starting(held: Callable[[], str]) -> Iterator[None]:
     ended = threading.Event()
 
     def look() -> None:
-        seen: dict[str, float] = {}  # when a server was last there
-        while not ended.wait(LOOK):
+        seen: dict[str, float] = {}  # when a server was last there, alive
+        while not ended.wait(FETCH):
+            now = time.monotonic()
             for process in _servers():
-                if _lives(process):
-                    seen[process.name()] = time.monotonic()
+                seen[process.name()] = now if _lives(process) else seen.get(process.name(), now)
             for name, last in seen.items():
                 if time.monotonic() - last > STARTING:
                     endings.end(_lost(f"Ray's {SERVERS[name]} has ended while Ray was being started", held()))

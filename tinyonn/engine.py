@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from dask import compute, delayed  # type: ignore[attr-defined]
 
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.errors import CapacityError, EngineLostError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.private import scratch_folder
 from tinyonn.progress import Bar
@@ -166,7 +166,7 @@ def _compute(calls: Sequence[Call], watch: Watch | None, **how: Any) -> list[Any
 
 @contextmanager
 def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> Iterator[Compute]:
-    from distributed import as_completed
+    from distributed import KilledWorker, as_completed
 
     with _dask_client(options, workers) as client:
 
@@ -176,7 +176,13 @@ def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> I
                 costs = dict(zip(futures, map(watch.cost, calls), strict=True))
                 for future in as_completed(futures):  # type: ignore[no-untyped-call]
                     watch.bar.add(costs[future])
-            return list(client.gather(futures))
+            try:
+                return list(client.gather(futures))
+            except KilledWorker as error:
+                raise CapacityError(
+                    f"a task's workers died {error.allowed_failures + 1} times; most often memory is short: "
+                    "use fewer --workers or less --memory; what was committed stays"
+                ) from None
 
         yield run
 
@@ -219,17 +225,23 @@ def _local_cluster(workers: int) -> Iterator[Any]:
         # Of every role, not of the workers alone: Dask looks for modules in these folders.
         settings["temporary-directory"] = folder = str(stack.enter_context(scratch_folder()))
         stack.enter_context(dask.config.set(settings))
-        cluster = LocalCluster(  # type: ignore[no-untyped-call]
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=0,
-            host=LOOPBACK,
-            protocol="tls://",
-            security=Security.temporary(),  # type: ignore[no-untyped-call]
-            local_directory=folder,
-            dashboard_address=dashboard or f"{LOOPBACK}:0",
-            scheduler_kwargs={"dashboard": bool(dashboard)},
-        )
+        try:
+            cluster = LocalCluster(  # type: ignore[no-untyped-call]
+                n_workers=workers,
+                threads_per_worker=1,
+                memory_limit=0,
+                host=LOOPBACK,
+                protocol="tls://",
+                security=Security.temporary(),  # type: ignore[no-untyped-call]
+                local_directory=folder,
+                dashboard_address=dashboard or f"{LOOPBACK}:0",
+                scheduler_kwargs={"dashboard": bool(dashboard)},
+            )
+        except (RuntimeError, OSError, TimeoutError) as error:
+            raise EngineLostError(
+                f"the local Dask cluster did not start ({error}): a process of its own ended; what was committed stays "
+                "and the same command goes on from there; most often memory is short: use fewer --workers"
+            ) from None
         stack.callback(cluster.close)
         yield cluster
 

@@ -226,6 +226,13 @@ class Life:
     def age(self) -> float:
         return time.monotonic() - self.started
 
+    def computed(self) -> float:
+        """Seconds of CPU time that it has taken."""
+        try:
+            return sum(psutil.Process(self.process.pid).cpu_times()[:2])
+        except psutil.Error:
+            return 0.0
+
     def look(self) -> list[psutil.Process]:
         """All processes below it."""
         try:
@@ -273,17 +280,28 @@ class Life:
             assert time.monotonic() < deadline, f"outlived their driver: {left}"
             time.sleep(0.1)
 
-    def kill(self, victim: str, delay: float) -> bool:
-        """Kill it or one of its processes, so long after that one is there; False if it ended before."""
+    def kill(self, victim: str, delay: float, workers: bool) -> bool:
+        """Kill it or one of its processes, in the midst of its work; False if it ended before.
+
+        Parameters
+        ----------
+        victim : str
+        delay : float
+            Of what has processes: seconds since they are there. Of others: seconds of its own computing, so that the
+            moment does not depend on what else the machine does.
+        workers : bool
+            It has processes that work.
+        """
         target: psutil.Process | None = None
-        if victim not in ("driver", "term", "hup"):
+        if workers:
             while target is None:
                 if self.process.poll() is not None:
                     return False
-                target = self.find(victim)
+                target = self.find(victim if victim in (*SERVERS, "worker") else "worker")
                 time.sleep(0.05)
-        until = time.monotonic() + delay
-        while time.monotonic() < until:
+            target = target if victim in SERVERS else None
+        began = time.monotonic()
+        while (time.monotonic() - began if workers else self.computed()) < delay:
             if self.process.poll() is not None:
                 return False
             self.look()

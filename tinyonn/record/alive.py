@@ -1,9 +1,9 @@
 """Whether the Ray that a stage stands on is still there: what waits for it does not wait for ever.
 
 A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster at the scheduler of
-this machine, and whether the control server answers and counts this machine in. Ray itself waits for a minute and
-then ends the process from within. Here the loss is an `EngineLostError` in the main thread: where it waits it asks
-`check`, and where it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
+this machine, and whether the control server answers and counts this machine in. Ray itself waits for a minute and then
+ends the process from within. Here the loss is an `EngineLostError` in the main thread: where it waits it asks `check`,
+and where it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
 """
 
 from __future__ import annotations
@@ -156,11 +156,11 @@ def starting(held: Callable[[], str]) -> Iterator[None]:
     ended = threading.Event()
 
     def look() -> None:
-        seen: dict[str, float] = {}  # when a server was last there
-        while not ended.wait(LOOK):
+        seen: dict[str, float] = {}  # when a server was last there, alive
+        while not ended.wait(FETCH):
+            now = time.monotonic()
             for process in _servers():
-                if _lives(process):
-                    seen[process.name()] = time.monotonic()
+                seen[process.name()] = now if _lives(process) else seen.get(process.name(), now)
             for name, last in seen.items():
                 if time.monotonic() - last > STARTING:
                     endings.end(_lost(f"Ray's {SERVERS[name]} has ended while Ray was being started", held()))

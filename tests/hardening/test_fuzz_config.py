@@ -27,7 +27,7 @@ from tinyonn.sizes import parse_size
 SECONDS = 10.0
 BYTES = 2 << 30
 LIMITS = {"ram": 32 << 30, "disk": 1 << 40}
-COMMON = {
+COMMON: dict[str, Any] = {
     "derandomize": True,
     "deadline": None,
     "database": None,

@@ -25,7 +25,7 @@ from tinyonn.errors import TinyONNError
 
 SECONDS = 10.0
 BYTES = 2 << 30
-COMMON = {
+COMMON: dict[str, Any] = {
     "derandomize": True,
     "deadline": None,
     "database": None,

@@ -209,11 +209,6 @@ class Corpus:
         self._rows.check()
         return self
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return self._rows.longest()
-
     def sample(self, slice: str, position: int) -> Sample:
         """Read the sample at a position of a slice's stored order.
 

@@ -142,11 +142,6 @@ class Rows:
             if not checked:
                 self._check(number)
 
-    def longest(self) -> int:
-        """Most tokens of a row, as the offsets say; 0 of none."""
-        ends = (parts[1] for parts in self._batches)
-        return max((int(np.diff(offsets).max()) for offsets in ends if len(offsets) > 1), default=0)
-
     def damage(self, reason: object) -> StoreDamagedError:
         """The error for something that was not written so."""
         said = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason

@@ -323,7 +323,8 @@ def _cut(pieces: Iterator[str], depth: int, limit: int, once: bool) -> Iterator[
 
 def _next(pieces: Iterator[str], enough: int) -> tuple[str, bool]:
     """Text of so many characters or more, and whether it is the last."""
-    taken, size = [], 0
+    taken: list[str] = []
+    size = 0
     while size < enough:
         piece = next(pieces, None)
         if piece is None:

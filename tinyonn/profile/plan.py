@@ -1,7 +1,8 @@
 """What profiling needs, stated before anything is loaded.
 
 A worker holds what a recorder holds but for its sums (`tinyonn.memory`), a byte for every weight that has a group, and
-while a band is summed its copies in float32 and the sums by group.
+while a band is summed its copies in float32 and the sums by group. One worker works in the driver's own process;
+several have Ray's processes and a driver beside them, and share the pages of their libraries.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError
 from tinyonn.memory import (
-    DRIVER_BYTES,
+    LIBRARY_BYTES,
+    MERGING_BYTES,
     PROCESS_BYTES,
+    RAY_BYTES,
+    RECORDER_BYTES,
     SYSTEM_BYTES,
     DataFacts,
     Machine,
@@ -37,7 +41,7 @@ class ProfilePlan:
     ----------
     device : str
     worker : Tier
-        Needs of a worker's RAM.
+        Needs of a worker's RAM beside its process.
     vram : Tier or None
     workers : int
         As many as fit.
@@ -49,8 +53,8 @@ class ProfilePlan:
     workers: int
 
     def ram(self, workers: int) -> int:
-        """Bytes of RAM that so many workers need, Ray and the driver included where there are several."""
-        return workers * self.worker.total + (DRIVER_BYTES if workers > 1 else 0)
+        """Bytes of RAM that so many workers need, their processes, Ray's and the driver's included."""
+        return _ram(self.device, self.worker, workers, None).total
 
 
 def plan_profile(
@@ -84,7 +88,7 @@ def plan_profile(
     """
     compute = compute_needs(parameters, [[]], model, data, machine.device)
     groups = Need("groups of weights", sum(parameter.size for parameter in grouped))
-    host = [groups, Need("process", PROCESS_BYTES[machine.device])]
+    host = [groups]
     vram = None
     if machine.device == "cuda":
         vram = Tier("VRAM of a GPU", (*compute, Need("a chunk of sums", CHUNK * CHUNK_BYTES)), machine.vram)
@@ -94,15 +98,27 @@ def plan_profile(
     worker = Tier("RAM of a worker", tuple(host), None)
     places = max(1, machine.units if machine.device == "cuda" else machine.units // threads)
     for count in range(workers or places, 0, -1):
-        driver = [Need("driver and Ray", DRIVER_BYTES)] if count > 1 else []
-        needs = (Need(f"{count} worker(s)", count * worker.total), *driver)
-        ram = Tier("RAM", needs, max(0, machine.ram - SYSTEM_BYTES))
+        ram = _ram(machine.device, worker, count, max(0, machine.ram - SYSTEM_BYTES))
         if ram.fits:
             return ProfilePlan(machine.device, worker, vram, count)
         if workers is not None:
             break
     _check(ram, model, "fewer workers, " if count > 1 else "")
     raise AssertionError("a plan that fits was returned")
+
+
+def _ram(device: Device, worker: Tier, workers: int, limit: int | None) -> Tier:
+    """All of them together."""
+    if workers == 1:
+        processes = [Need("process", PROCESS_BYTES[device])]
+    else:
+        processes = [
+            Need("processes of the workers", workers * RECORDER_BYTES[device]),
+            Need("driver", MERGING_BYTES),
+            Need("Ray's own processes", RAY_BYTES),
+            Need("libraries, which all share", LIBRARY_BYTES),
+        ]
+    return Tier("RAM", (Need(f"{workers} worker(s)", workers * worker.total), *processes), limit)
 
 
 def _check(tier: Tier, model: ModelFacts, first: str = "") -> None:

@@ -30,6 +30,7 @@ STAGES = (
     "export --format hub", "export --format dense", "export --format npz", "export --format parquet",
 )  # fmt: skip
 CLOSE = 1.15  # planned over measured, at most
+KERNELS = 128 * MiB  # or this much above: kernels are compiled in the first run alone
 SHAPES = {  # hidden, inner, layers, heads, heads of keys: SmolLM2-135M's and a Llama of a billion
     "135m": (576, 1536, 30, 9, 3, 49_152),
     "1b": (2048, 8192, 15, 32, 8, 49_152),
@@ -50,6 +51,11 @@ class Stage:
     def ratio(self) -> float:
         """Planned over measured."""
         return self.planned / self.measured if self.measured else float("nan")
+
+    @property
+    def holds(self) -> bool:
+        """Whether no more was taken than planned, and not much less."""
+        return self.measured <= self.planned <= max(CLOSE * self.measured, self.measured + KERNELS)
 
 
 def random_model(folder: Path, shape: str) -> Path:
@@ -88,7 +94,7 @@ def configuration(model: str, samples: int, tokens: int, checkpointing: bool) ->
     tree: dict[str, Any] = {
         "model": {"path": model, "checkpointing": checkpointing},
         "data": {"samples": samples, "max_tokens": tokens},
-        "record": {"workers": 1, "segment": 1},
+        "record": {"workers": 1},
         "profile": {"samples": max(1, samples // 2)},
         "experts": {"count": 20},
         "router": {"branches": 4, "top_k": 5},
@@ -187,7 +193,7 @@ def main() -> None:
         for line in found
     ]
     goals = [
-        Goal(f"{line.stage}: planned over measured", line.ratio, f"1 to {CLOSE}", 1 <= line.ratio <= CLOSE)
+        Goal(f"{line.stage}: planned over measured", line.ratio, f"1 to {CLOSE}, or 128 MiB", line.holds)
         for line in found
         if line.planned
     ]

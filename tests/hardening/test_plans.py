@@ -33,6 +33,9 @@ from tinyonn.train.stage import train_run
 
 Usage = namedtuple("Usage", "total used free")
 CLOSE = 1.15  # planned over measured, at most
+KERNELS = (
+    128 * MiB
+)  # that a process holds the first time, when its kernels are compiled, and may not hold later
 
 
 def random_run(folder: Path, parameters: tuple[Parameter, ...], slices: int = 2, parts: int = 2) -> Path:
@@ -74,10 +77,9 @@ def run_stage(stage: str, run: Path, *more: str, code: int = 0) -> dict[str, Any
 
 
 def close(figures: dict[str, Any]) -> None:
-    """Measured <= planned <= 1.15 times measured."""
+    """Measured <= planned <= 1.15 times measured, or 128 MiB above it."""
     planned, measured = figures["planned_rss_bytes"], figures["peak_rss_bytes"]
-    ratio = planned / measured
-    assert 1 <= ratio <= CLOSE, (
+    assert measured <= planned <= max(CLOSE * measured, measured + KERNELS), (
         f"{figures['stage']}: planned {planned / MiB:.0f}, took {measured / MiB:.0f} MiB"
     )
 

@@ -26,7 +26,6 @@ from tinyonn.errors import CapacityError
 from tinyonn.memory import (
     CUDA_BYTES,
     NF4_BYTES,
-    PROCESS_BYTES,
     SYSTEM_BYTES,
     ModelFacts,
     Need,
@@ -42,7 +41,9 @@ STATES = {"adamw": 8, "muon": 4, "frozen": 0}
 MATRIX_BYTES = 64 * MiB  # of dense matrices at a time, or four of the layer's
 MOMENTUM_BYTES = 16  # of a weight of a dense matrix while its momentum is made orthogonal
 LOGIT_COPIES = 6  # of a chunk of logits: the student's, the teacher's, their exponentials and products
-KERNEL_BYTES = 128 * MiB  # kernels as they are compiled, and what the allocator keeps
+PROCESS_BYTES = (
+    1000 * MiB
+)  # with Torch and Transformers, kernels as they are compiled, what the allocator keeps
 SYSTEM = "system"  # what is left to it, in a plan
 DRIVER_BYTES = {1: 0, 2: 512 * MiB}  # of Ray itself, beside a group of several
 
@@ -148,7 +149,7 @@ def train_needs(
     if device == "cuda":
         needs.append(Need("CUDA itself", CUDA_BYTES))
     else:
-        needs.append(Need("process", PROCESS_BYTES["cpu"] + KERNEL_BYTES))
+        needs.append(Need("process", PROCESS_BYTES))
     return [need for need in needs if need.bytes]
 
 

@@ -115,8 +115,8 @@ def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
             )
 
 
-def check_teacher(config: Config, student: ModelFacts, teacher: ModelFacts) -> None:
-    """Refuse a teacher of training that cannot teach the model.
+def check_teacher(hidden: float, student: ModelFacts, teacher: ModelFacts) -> None:
+    """Refuse a teacher of training that cannot teach the model; `hidden` is the weight of the layers' loss.
 
     Raises
     ------
@@ -129,9 +129,9 @@ def check_teacher(config: Config, student: ModelFacts, teacher: ModelFacts) -> N
             f"{student.vocabulary:,}; give a teacher with the same tokenizer"
         )
     ours, theirs = (student.layers, student.hidden), (teacher.layers, teacher.hidden)
-    if config.train.loss.hidden > 0 and ours != theirs:
+    if hidden > 0 and ours != theirs:
         raise InputError(
-            f"train.loss.hidden = {config.train.loss.hidden} compares layers, but {student.name} has {ours[0]} of "
+            f"train.loss.hidden = {hidden} compares layers, but {student.name} has {ours[0]} of "
             f"width {ours[1]} and its teacher {teacher.name} {theirs[0]} of {theirs[1]}; set it to 0"
         )
 

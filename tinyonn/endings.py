@@ -77,6 +77,7 @@ class _State:
 
 
 _state: _State | None = None
+_masks = threading.local()  # of signals, before a fork
 
 
 def take_signals() -> None:
@@ -91,7 +92,7 @@ def take_signals() -> None:
     _state = state
     keep_signals()
     threading.Thread(target=_watch, args=(state,), name="endings", daemon=True).start()
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_hold, after_in_parent=_let_through, after_in_child=_forget)
 
 
 def keep_signals() -> None:
@@ -194,6 +195,15 @@ def _end_children() -> None:
                 child.kill()
 
 
+def _hold() -> None:
+    """Keep signals waiting while a process forks: its child has the pipe by which they are told."""
+    _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _masks.before)
+
+
 def _forget() -> None:
     """A forked child dies as processes do."""
     global _state
@@ -203,3 +213,4 @@ def _forget() -> None:
             if signal.getsignal(number) is _interrupt:
                 signal.signal(number, signal.SIG_DFL)
         _state = None
+    _let_through()

@@ -245,7 +245,7 @@ def _state(
     weights = sum(parameter.size for parameter in parameters)
     size, segments = _segments(parameters, data, machine, record)
     compute = compute_needs(parameters, held, model, data, device)
-    spills = size > BATCH
+    spills = min(size, data.samples) > BATCH
     host = host_needs(parameters, held, model, device, spills)
     worker = Tier("RAM of a worker", tuple(host if device == "cuda" else [*compute, *host]), None)
     ram = Tier(

@@ -44,7 +44,7 @@ def plan_run(location: str, folder: Path, config: Config, limits: dict[str, int]
     parameters, model = describe_model(config.model)
     check_model(config, parameters)
     if config.train.teacher_model is not None:
-        check_teacher(config, model, describe_model(config.train.teacher_model)[1])
+        check_teacher(config.train.loss.hidden, model, describe_model(config.train.teacher_model)[1])
     machine = describe_machine(config.model.device, folder, limits)
     if location.startswith("s3://"):
         machine = replace(machine, disk=limits.get("disk"))

@@ -255,7 +255,10 @@ class _Sampler:
         return max(0, private - process.shared)
 
     def _list(self, now: float) -> None:
-        """Find the processes that have come."""
+        """Find the processes that have come, and what Ray's have become: each begins as one that waits for work."""
+        for pid, process in self.known.items():
+            if process.kind == "ray":
+                process.kind = _kind(pid)
         listed = {int(path.name) for path in PROC.iterdir() if path.name.isdigit()}
         self._strangers = {pid: parent for pid, parent in self._strangers.items() if pid in listed}
         parents = dict(self._strangers)

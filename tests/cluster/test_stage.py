@@ -11,9 +11,10 @@ from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
 from tinyonn.cluster.features import kind_of, space_of
 from tinyonn.cluster.histogram import Grid, Moved, count_bytes
 from tinyonn.cluster.incremental import churn_of, match_numbers, stored_centres
-from tinyonn.cluster.stage import cluster_run
+from tinyonn.cluster.stage import OWN_BYTES, cluster_run
 from tinyonn.config import ClusterConfig, FeatureWeights, ScoreConfig, parse_config
-from tinyonn.engine import PROCESS_BYTES, EngineOptions
+from tinyonn.demands import codec_bytes
+from tinyonn.engine import EngineOptions
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
@@ -190,7 +191,7 @@ def test_what_cannot_be_clustered_is_refused(tmp_path: Path) -> None:
         cluster_run(str(tmp_path), ClusterConfig(trunk=("norm", "embedding", "head", "q_proj", "up_proj")))
     with RunLock(tmp_path), pytest.raises(StoreBusyError):
         cluster_run(str(tmp_path), CONFIG)
-    with pytest.raises(CapacityError, match=r"clustering needs .* does not fit in 64.0 MiB of --memory"):
+    with pytest.raises(CapacityError, match=r"counting .* needs .* does not fit in 64.0 MiB of --memory"):
         cluster_run(str(tmp_path), CONFIG, EngineOptions(memory=64 * MiB))
 
 
@@ -198,7 +199,7 @@ def test_distinct_rows_that_do_not_fit_are_refused_before_the_clustering(tmp_pat
     make_run(tmp_path)
     score_run(str(tmp_path), ScoreConfig())
     task = max(count_bytes(parameter.shape, Grid(1, 1)) for parameter in parameters())
-    need = PROCESS_BYTES + task
+    need = OWN_BYTES + codec_bytes(parameter.shape for parameter in parameters()) + task
     tight = EngineOptions(workers=1, memory=need + 1000)
     with pytest.raises(
         CapacityError, match=r"distinct rows of .* weights take .* 0.977 KiB are left.*--memory"

@@ -52,7 +52,10 @@ class Child:
         self.process = subprocess.Popen(
             [sys.executable, "-c", script, str(self.ready), str(folder / "run")],
             cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE, text=True, preexec_fn=lambda: [signal.signal(n, signal.SIG_IGN) for n in ignored],
+            stderr=subprocess.PIPE, text=True, preexec_fn=lambda: [
+                signal.signal(n, signal.SIG_IGN if n in ignored else signal.SIG_DFL)  # whatever this one ignores
+                for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            ],
         )  # fmt: skip
         while not (self.ready.exists() and self.ready.read_text()):
             assert self.process.poll() is None

@@ -28,8 +28,9 @@ from tinyonn.memory import (
     compute_needs,
 )
 from tinyonn.profile.kernel import CHUNK
-from tinyonn.sizes import format_size
+from tinyonn.sizes import MiB, format_size
 
+ALONE_BYTES = 900 * MiB  # of a process that measures by itself on a CPU, libraries and kernels included
 CHUNK_BYTES = 72  # of a weight while its chunk is summed on a GPU: floats, levels, places, products
 
 
@@ -110,7 +111,7 @@ def plan_profile(
 def _ram(device: Device, worker: Tier, workers: int, limit: int | None) -> Tier:
     """All of them together."""
     if workers == 1:
-        processes = [Need("process", PROCESS_BYTES[device])]
+        processes = [Need("process", ALONE_BYTES if device == "cpu" else PROCESS_BYTES[device])]
     else:
         processes = [
             Need("processes of the workers", workers * RECORDER_BYTES[device]),

@@ -99,7 +99,7 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
     _check_output(output)
     if config.train.teacher_model is not None:
         own, other = (describe_model(model)[1] for model in (config.model, config.train.teacher_model))
-        check_teacher(config, own, other)
+        check_teacher(options.train.weights.hidden, own, other)
     corpus = training_corpus(config, run)
     router, targets = None, None
     train = options.train

@@ -30,7 +30,7 @@ STAGES = (
     "export --format hub", "export --format dense", "export --format npz", "export --format parquet",
 )  # fmt: skip
 CLOSE = 1.15  # planned over measured, at most
-KERNELS = 128 * MiB  # or this much above: kernels are compiled in the first run alone
+KERNELS = 160 * MiB  # or this much above: kernels are compiled in the first run alone
 SHAPES = {  # hidden, inner, layers, heads, heads of keys: SmolLM2-135M's and a Llama of a billion
     "135m": (576, 1536, 30, 9, 3, 49_152),
     "1b": (2048, 8192, 15, 32, 8, 49_152),
@@ -193,7 +193,7 @@ def main() -> None:
         for line in found
     ]
     goals = [
-        Goal(f"{line.stage}: planned over measured", line.ratio, f"1 to {CLOSE}, or 128 MiB", line.holds)
+        Goal(f"{line.stage}: planned over measured", line.ratio, f"1 to {CLOSE}, or 160 MiB", line.holds)
         for line in found
         if line.planned
     ]

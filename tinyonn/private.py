@@ -64,9 +64,11 @@ def scratch_folder() -> Iterator[Path]:
     parent = _parent()
     remove_left_over(parent)
     folder = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))  # 0700 and a name nobody can foresee
-    owner = os.open(folder / OWNER, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    new = folder / f"{OWNER}.new"
+    owner = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.rename(folder / OWNER)  # locked before anybody asks for it
         yield folder
     except Exception:
         LOG.debug("what was left in %s stays there until the next stage needs such a folder", folder)
@@ -133,11 +135,20 @@ def _unsafe(path: Path) -> str | None:
         return f"not there ({error.strerror})"
     if not stat.S_ISDIR(found.st_mode) or not os.access(path, os.W_OK | os.X_OK):
         return "not writable"
-    if found.st_uid not in (0, os.geteuid()):
+    sticky = bool(found.st_mode & stat.S_ISVTX)
+    if found.st_uid not in (0, os.geteuid()) and not (sticky and found.st_uid == _unmapped()):
         return f"another user's (user {found.st_uid})"
-    if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+    if found.st_mode & 0o022 and not sticky:
         return "writable by others without the sticky bit"
     return None
+
+
+def _unmapped() -> int:
+    """The user that a file of a user who does not exist here has: in a sandbox, root's."""
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text("ascii"))
+    except (OSError, ValueError):
+        return 65534
 
 
 def _remove(folder: Path) -> None:

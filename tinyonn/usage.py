@@ -278,7 +278,7 @@ class _Sampler:
         """Look at a process's pages again: it shares them with more or with fewer."""
         self._looks += 1
         if pid in self.known:
-            self.known[pid].detailed = 0
+            self.known[pid].detailed, self.known[pid].born = 0, time.monotonic()
 
     def _rays_elsewhere(self, parents: dict[int, int]) -> set[int]:
         """Ray's own processes of a cluster that this process has joined as its driver."""

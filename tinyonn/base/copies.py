@@ -125,4 +125,5 @@ def _place(file: int, path: Path) -> Path:
 def _root(folder: Path) -> Path:
     """The folder that links may not leave."""
     folder = Path(os.path.realpath(folder))
-    return folder.parents[1] if folder.parent.name == SNAPSHOTS else folder
+    snapshots = [parent for parent in folder.parents if parent.name == SNAPSHOTS]
+    return snapshots[0].parent if snapshots else folder

@@ -111,11 +111,11 @@ def _column_buckets(parameter: Parameter, grid: Grid) -> np.ndarray:
 
 
 def count_bytes(shape: tuple[int, ...], grid: Grid) -> int:
-    """Memory of a task that counts or labels: a band of rows and affinity, the same as stored, and its labels; and the
-    numbers of all keys, or their labels.
+    """Memory of a task that counts or labels: a band of rows and affinity, the same as stored, its keys and its labels;
+    and the numbers of all keys, or their labels.
     """
     band = band_rows(shape) * prod(shape[1:])
-    return min(grid.columns, prod(shape[1:])) * KEYS * 4 + band * (2 * 3 + 1) + (KEYS >> 8)
+    return min(grid.columns, prod(shape[1:])) * KEYS * 4 + band * (2 * 3 + 4 + 1) + (KEYS >> 8)
 
 
 def label_tensors(

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -21,12 +21,13 @@ import psutil
 import ray
 
 from tinyonn import endings
-from tinyonn.errors import CapacityError, EngineLostError
+from tinyonn.errors import CapacityError, EngineLostError, TinyONNError
 
 LOG = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between looks
 STARTING = 10.0  # seconds in which a local Ray that is being started may replace a process of its own
 SURE = 1.0  # seconds after which a process that has ended is believed: whoever ends all of them ends this one too
+LATE = 10.0  # seconds from one look to the next after which this process itself was stopped
 ANSWER = 30.0  # seconds without an answer of a cluster's control server after which it counts as gone
 NOTICE = 2.0  # seconds until the main thread is taken out of a call
 LET_GO = 5.0  # seconds for leaving a Ray that is gone, or leaving in a hurry
@@ -48,10 +49,15 @@ class Watch:
         Of a cluster; None is a local Ray, whose processes this one has started.
     held : callable
         Says in words what is committed when Ray is lost.
+    others : iterable of psutil.Process
+        Children of this process that are not Ray's.
     """
 
-    def __init__(self, address: str | None, held: Callable[[], str]) -> None:
+    def __init__(
+        self, address: str | None, held: Callable[[], str], others: Iterable[psutil.Process] = ()
+    ) -> None:
         self._address, self._held = address, held
+        self._others = frozenset(others)
         self.lost: EngineLostError | None = None
         self._noticed = threading.Event()
         self._ended = threading.Event()
@@ -73,7 +79,10 @@ class Watch:
     ) -> None:
         """After an error of Ray's own: raise EngineLostError if it comes from its loss."""
         _watches.remove(self)
-        if isinstance(error, Exception) and self.lost is None:
+        ours = isinstance(error, TinyONNError) and not isinstance(
+            error, CapacityError
+        )  # not for want of workers
+        if isinstance(error, Exception) and not ours and self.lost is None:
             self._confirm()
         self._noticed.set()
         self._ended.set()
@@ -96,12 +105,19 @@ class Watch:
                     process.kill()
 
     def _run(self) -> None:
+        turned = time.monotonic()
         while not self._ended.wait(LOOK):
             if self._address is None:
                 with contextlib.suppress(psutil.Error):
-                    self._family.update(psutil.Process().children(recursive=True))
+                    self._family.update(set(psutil.Process().children(recursive=True)) - self._others)
+            now = time.monotonic()
+            if now - turned > LATE:  # this process has stood still, and so has what listens
+                self._heard = now
+            turned = now
+            if self._gone() is None:
+                continue
+            time.sleep(SURE)
             if (what := self._gone()) is not None:
-                time.sleep(SURE)
                 self._lose(what)
                 break
         if self.lost is not None and not self._noticed.wait(NOTICE):
@@ -110,7 +126,7 @@ class Watch:
     def _lose(self, what: str) -> None:
         if self.lost is not None or endings.ending() is not None or self._ended.is_set():
             return
-        self.lost = _lost(what, self._held())
+        self.lost = _lost(what, _told(self._held))
         LOG.debug("Ray is lost: %s", what)
 
     def _confirm(self) -> None:
@@ -123,9 +139,9 @@ class Watch:
 
     def _gone(self, answer: float = ANSWER) -> str | None:
         """What of Ray is gone, in words."""
-        for process in self._servers:
+        for name, process in self._servers:
             if not _lives(process):
-                return f"Ray's {SERVERS[process.name()]}, process {process.pid}, has ended"
+                return f"Ray's {SERVERS[name]}, process {process.pid}, has ended"
         if self._address is None:
             return None
         if self._left:
@@ -159,11 +175,13 @@ def starting(held: Callable[[], str]) -> Iterator[None]:
         seen: dict[str, float] = {}  # when a server was last there, alive
         while not ended.wait(FETCH):
             now = time.monotonic()
-            for process in _servers():
-                seen[process.name()] = now if _lives(process) else seen.get(process.name(), now)
+            for name, process in _servers():
+                seen[name] = now if _lives(process) else seen.get(name, now)
             for name, last in seen.items():
                 if time.monotonic() - last > STARTING:
-                    endings.end(_lost(f"Ray's {SERVERS[name]} has ended while Ray was being started", held()))
+                    endings.end(
+                        _lost(f"Ray's {SERVERS[name]} has ended while Ray was being started", _told(held))
+                    )
                     return
 
     threading.Thread(target=look, name="ray-start", daemon=True).start()
@@ -178,6 +196,15 @@ def _lost(what: str, held: str) -> EngineLostError:
         f"{what}; {held}, and the same command goes on from there; most often a machine is out of memory or was "
         "switched off: see the run's logs and `tinyonn plan`"
     )
+
+
+def _told(held: Callable[[], str]) -> str:
+    """What is committed, as far as it can be asked for: a store may lie where the network was lost, too."""
+    try:
+        return held()
+    except Exception:
+        LOG.debug("what is committed cannot be asked for", exc_info=True)
+        return "what was committed stays"
 
 
 def check() -> None:
@@ -257,7 +284,7 @@ class Waiting:
         if now - self._since > limit:
             raise CapacityError(
                 f"no worker could be had for {limit:.0f} s: the cluster is full of other work, or its machines cannot "
-                f"start one (see `ray status`); {self._held()}, and the same command goes on from there; set "
+                f"start one (see `ray status`); {_told(self._held)}, and the same command goes on from there; set "
                 "TINYONN_PATIENCE to more seconds to wait longer"
             )
         if now - self._said > PATIENCE:
@@ -274,24 +301,24 @@ def patience() -> float:
     return float(given) if given.isdecimal() and len(given) < 10 else WORKERS
 
 
-def _servers() -> list[psutil.Process]:
-    """Ray's own processes among this one's children."""
+def _servers() -> list[tuple[str, psutil.Process]]:
+    """Ray's own processes among this one's children, with their names."""
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
-            if child.name() in SERVERS:
-                found.append(child)
+            if (name := child.name()) in SERVERS:
+                found.append((name, child))
     return found
 
 
-def _raylet_here() -> list[psutil.Process]:
+def _raylet_here() -> list[tuple[str, psutil.Process]]:
     """The scheduler of this machine's part of a cluster: Ray ends this process without a word once that has ended."""
     node = f"--node_id={ray.get_runtime_context().get_node_id()}"
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.name() == "raylet" and node in process.cmdline():
-                found.append(process)
+                found.append(("raylet", process))
     return found
 
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
@@ -63,6 +64,7 @@ def connected(
         with Watch(ray.get_runtime_context().gcs_address, held):
             yield
         return
+    others = psutil.Process().children(recursive=True)
     with ExitStack() as stack:
         if address is None:
             session = stack.enter_context(private_session())
@@ -78,7 +80,7 @@ def connected(
                     "give every machine the same token, or leave the address out to use this machine alone"
                 ) from None
         endings.keep_signals()
-        watch = Watch(address, held)
+        watch = Watch(address, held, others)
         stack.callback(watch.sweep)
         stack.callback(lambda: let_go(hurry=watch.lost is not None))
         with watch:

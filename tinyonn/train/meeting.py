@@ -30,8 +30,7 @@ def meeting_place(backend: str) -> Iterator[TorchConfig]:
     backend : str
         ``gloo`` or ``nccl``.
     """
-    hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    if hosts != {socket.gethostname()}:
+    if not _alone():
         yield TorchConfig(backend=backend)
         return
     folder = tempfile.mkdtemp(prefix="tinyonn-group-")  # 0700
@@ -39,6 +38,11 @@ def meeting_place(backend: str) -> Iterator[TorchConfig]:
         yield FileConfig(backend=backend, folder=folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alone() -> bool:
+    """Whether there is this machine and no other."""
+    return {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]} == {socket.gethostname()}
 
 
 @dataclass
@@ -55,6 +59,9 @@ class FileConfig(TorchConfig):  # type: ignore[misc]
 
 class _FileBackend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if not _alone():  # a machine has joined since
+            super().on_start(worker_group, replace(backend_config, init_method="env"))
+            return
         url = f"file://{Path(backend_config.folder) / secrets.token_hex(8)}"
         super().on_start(_Redirected(worker_group, url), replace(backend_config, init_method="env"))
 

@@ -138,3 +138,18 @@ def test_a_manifest_that_has_not_grown_is_stored_as_before() -> None:
     assert grown["version"] == 3  # which older versions refuse
     assert grown["grown"] == {"code": (21, 33), "prose": (6,)}
     assert Manifest.from_json(grown) == manifest_of(2)
+
+
+def test_a_reader_that_was_there_before_reads_on(tmp_path: Path) -> None:
+    """It keeps to its slices; what has been added to them since is there."""
+    store = new_store(tmp_path / "store", manifest_of(0))
+    record_some(store, random.Random(0), 100)
+    reader = Store.open(tmp_path / "store")
+    before = reader.segments()
+    store.grow(manifest_of(1))
+    record_some(store, random.Random(0), 100)
+    merge_ready(store)
+    after = reader.segments()
+    assert before and {segment.slice for segment in after} == {"code", "prose"}
+    assert max(segment.last for segment in after) == 33
+    assert reader.reader() is not None

@@ -24,6 +24,17 @@ from tinyonn.train.need import MATRIX_BYTES
 
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB
+HOST = frozenset(  # held in RAM wherever the dense model is
+    {
+        "its cuts",
+        "records of a slice",
+        "chunks of the store",
+        "ranks of all weights",
+        "a tensor's scores",
+        "the trained model",
+        "experts merged for a prompt",
+    }
+)
 LOGITS = 3  # copies of a chunk of logits in float32: as they are, their logarithms, and in the head's dtype
 HESSIANS = 6  # of an update: H, its factor and its inverse in float64
 REMEDY = (
@@ -180,13 +191,15 @@ def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:
     """
     if choose_device(config.device).type != "cuda":
         return state_ram(what, [*needs, Need("the process", OWN_BYTES)], REMEDY)
-    total = sum(need.bytes for need in needs) + CUDA_BYTES
+    host = [need for need in needs if need.what in HOST]
+    total = sum(need.bytes for need in needs if need not in host) + CUDA_BYTES
     free = min((gpu.free for gpu in gpus()), default=None)
     if free is not None and total > free:
         raise CapacityError(
-            f"{what} needs {format_size(total)} of VRAM and {format_size(free)} are there; {REMEDY}"
+            f"{what} needs {format_size(total)} of VRAM and {format_size(free)} are there; {REMEDY}; "
+            "model.device: cpu evaluates without the GPU"
         )
-    return state_ram(what, [Need("the process", PROCESS_BYTES["cuda"])], REMEDY)
+    return state_ram(what, [*host, Need("the process", PROCESS_BYTES["cuda"])], REMEDY)
 
 
 def _largest(parameters: Sequence[Parameter]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,9 +201,11 @@ def card_figures(folder: Path, selection: Any) -> dict[str, dict[str, float]] | 
     """
     path = folder / "evaluate" / CARDS
     try:
-        cards = (read_derived(path) or {}).get("cards", [])
+        tree = json.loads(path.read_text("utf-8"))
+        # An earlier version wrote the list alone.
+        cards = tree if isinstance(tree, list) else (read_derived(path) or {}).get("cards", [])
         lines = next((card["lines"] for card in cards if card["selection"] == selection), None)
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if lines is None:
         return None

@@ -205,10 +205,14 @@ class Store:
 
     def _segments_of(self, session: icechunk.Session) -> list[Segment]:
         if self._listed[0] != session.snapshot_id:
-            found = sorted(list_segments(session.store, self.manifest, self.location))
+            # Of this snapshot: another process may have made the corpus grow since this store was opened.
+            attributes = read_attributes(session.store, "", self.location) or {}
+            manifest = Manifest.from_json(attributes["tinyonn"])
+            found = sorted(list_segments(session.store, manifest, self.location))
             if (content := self._content(session)) is not None:
                 content.check([segment.name for segment in found], self.location)
-            self._listed = (session.snapshot_id, found)
+            known = [segment for segment in found if segment.slice in self.manifest.slices]
+            self._listed = (session.snapshot_id, known)
         return self._listed[1]
 
     def covered(self, slice: str) -> list[tuple[int, int]]:

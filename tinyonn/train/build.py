@@ -128,6 +128,13 @@ def is_cached(spec: Spec, corpus: Corpus) -> bool:
     ).exists()
 
 
+def cached_bytes(spec: Spec, corpus: Corpus) -> int:
+    """Bytes of the parts of the teacher's cache that lie there already."""
+    assert spec.teacher_k is not None
+    folder = Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k)
+    return sum(path.stat().st_size for path in folder.glob("part-*.safetensors"))
+
+
 def _taught_by(spec: Spec) -> str:
     return str(sorted(item for item in spec.identity.items() if item[0].startswith("teacher.")))
 

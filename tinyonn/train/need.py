@@ -134,8 +134,10 @@ def train_needs(
     logits = T * base.vocabulary * b * (1 + max(1, compared)) + LOGIT_COPIES * _chunk_bytes(base, device)
     wide = MOMENTUM_BYTES if optimizers.experts == "muon" and learns else 0
     matrices = max(MATRIX_BYTES, 4 * b * student.largest, wide * student.largest) if student.entries else 0
-    # At a checkpoint the optimizer's state is copied, and the model's weights when it is written.
-    written = max(student.entries * STATES[optimizers.experts], (student.entries + student.others) * b)
+    # At a checkpoint the optimizer's state is copied into RAM, and the model's weights, cast, when it is written.
+    written = student.entries * b
+    if device == "cpu":
+        written = max(student.entries * STATES[optimizers.experts], written + student.others * b)
     needs = [
         Need("experts" + (", trained" if learns else ""), student.entries * values + student.places),
         Need("trunk and head of the student", trunk),

@@ -20,9 +20,9 @@ from tinyonn.memory import Need, Tier
 from tinyonn.places import local_folder
 from tinyonn.planning import describe_model
 from tinyonn.record.cluster import cluster_address, cluster_device, connected
-from tinyonn.train.build import is_cached
+from tinyonn.train.build import cached_bytes, is_cached
 from tinyonn.train.checkpoint import Checkpoints
-from tinyonn.train.disk import check_disk, disk_needs, router_weights, written
+from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
 from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.places import Places, alone, places_of
@@ -223,7 +223,7 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
     return TrainPlan(tuple(needs), tier)
 
 
-def plan_disk(spec: Spec, model: bool = True) -> int:
+def plan_disk(spec: Spec, model: bool = True, checkpoints: int | None = None) -> int:
     """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps.
 
     Parameters
@@ -231,6 +231,8 @@ def plan_disk(spec: Spec, model: bool = True) -> int:
     spec : Spec
     model : bool
         The trained model is written.
+    checkpoints : int, optional
+        That lie there at a time; by default those that are kept and the one that is written.
 
     Returns
     -------
@@ -249,11 +251,12 @@ def plan_disk(spec: Spec, model: bool = True) -> int:
     router = router_weights(spec.router or tree.get("router"), base.hidden)
     cached = 0
     if spec.needs_teacher and spec.teacher_k is not None and not is_cached(spec, corpus):
-        cached = corpus.tokens * spec.teacher_k
+        cached = max(0, corpus.tokens * spec.teacher_k - cached_bytes(spec, corpus) // CACHED)
     track = spec.track.tensorboard
+    keep = train.keep if checkpoints is None else checkpoints - 1
     steps = train.warm_start + train.steps
     student = StudentFacts.of(tree, parameters)
-    what = written(student, router, train.optimizers, steps, train.keep, cached, track)
+    what = written(student, router, train.optimizers, steps, keep, cached, track)
     its, output = disk_needs(what, len(Checkpoints(folder, {}).paths()), model)
     return check_disk([(folder, its), (Path(spec.output), output)])
 

@@ -126,7 +126,7 @@ def tune_train(
             places = take_places(asked, config, stack, options.trials, lambda: "the trials that ended stay")
             spec = replace(spec, device=places.device, threads=places.threads)
             plan_training(spec, places, train.memory)
-            plan_disk(spec, model=False)
+            plan_disk(spec, model=False, checkpoints=places.workers)  # one of each trial, removed at its end
             if places.address is None and places.workers == 1:
                 take_part(spec, options, str(folder), 0, tell)
             else:

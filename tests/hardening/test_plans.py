@@ -33,9 +33,8 @@ from tinyonn.train.stage import train_run
 
 Usage = namedtuple("Usage", "total used free")
 CLOSE = 1.15  # planned over measured, at most
-KERNELS = (
-    128 * MiB
-)  # that a process holds the first time, when its kernels are compiled, and may not hold later
+# What a process holds the first time, when its kernels are compiled, and may not hold later.
+KERNELS = 192 * MiB
 
 
 def random_run(folder: Path, parameters: tuple[Parameter, ...], slices: int = 2, parts: int = 2) -> Path:
@@ -77,7 +76,7 @@ def run_stage(stage: str, run: Path, *more: str, code: int = 0) -> dict[str, Any
 
 
 def close(figures: dict[str, Any]) -> None:
-    """Measured <= planned <= 1.15 times measured, or 160 MiB above it."""
+    """Measured <= planned <= 1.15 times measured, or 192 MiB above it."""
     planned, measured = figures["planned_rss_bytes"], figures["peak_rss_bytes"]
     assert measured <= planned <= max(CLOSE * measured, measured + KERNELS), (
         f"{figures['stage']}: planned {planned / MiB:.0f}, took {measured / MiB:.0f} MiB"

@@ -43,18 +43,21 @@ def test_the_dask_dashboard_answers(
     assert "Dask" in pages[0]
 
 
+TASKS = [GiB] * 1000
+
+
 def test_workers_are_as_many_as_fit() -> None:
-    assert EngineOptions(memory=64 * GiB).fitting_workers(GiB, "it") == 2 * usable_cpus()
-    assert EngineOptions(workers=7, memory=64 * GiB).fitting_workers(GiB, "it") == 7
-    assert EngineOptions(workers=7, memory=PROCESS_BYTES + 3 * GiB).fitting_workers(GiB, "it") == 3
+    assert EngineOptions(memory=64 * GiB).fit(TASKS, "it").workers == 2 * usable_cpus()
+    assert EngineOptions(workers=7, memory=64 * GiB).fit(TASKS, "it").workers == 7
+    assert EngineOptions(workers=7, memory=PROCESS_BYTES + 3 * GiB).fit(TASKS, "it").workers == 3
     each = GiB + PROCESS_BYTES  # workers of a cluster are processes
     options = EngineOptions("distributed", 7, memory=PROCESS_BYTES + 3 * each)
-    assert options.fitting_workers(GiB, "it") == 3
+    assert options.fit(TASKS, "it").workers == 3
 
 
 def test_what_does_not_fit_or_is_unknown_is_refused() -> None:
     with pytest.raises(CapacityError, match=r"it needs 1\.\d+ GiB .* does not fit in 700 MiB of --memory"):
-        EngineOptions(memory=700 * MiB).fitting_workers(GiB, "it")
+        EngineOptions(memory=700 * MiB).fit(TASKS, "it")
     with (
         pytest.raises(InputError, match="--engine 'spark' is unknown; choose threads, distributed, ray"),
         computing(

@@ -101,12 +101,6 @@ class EngineOptions:
         LOG.info("%s needs %s of RAM at most, %d task(s) at a time", what, format_size(total), workers)
         return Fit(workers, total)
 
-    def fitting_workers(self, task_bytes: int, what: str) -> int:
-        """How many tasks of one size may run at a time; see `fit`."""
-        in_process = self.kind == "threads"
-        wanted = self.workers or (WORKERS_PER_CPU if in_process else 1) * usable_cpus()
-        return self.fit([task_bytes] * wanted, what).workers
-
 
 THREADS = EngineOptions()
 

@@ -30,15 +30,14 @@ LOGITS_BYTES = 256 * MiB  # of a chunk of logits
 LOGIT_BYTES = 14  # of one value in it, with its float32 copy and gradients
 LOGITS_TOKENS = 16  # that a chunk has at least
 CUDA_BYTES = 640 * MiB  # context, library workspaces and what the allocator cannot use
-# Python with Torch, Transformers, Ray and the store loaded and its kernels compiled; the first as measured.
-PROCESS_BYTES = {"cpu": 1024 * MiB, "cuda": 2816 * MiB}
+# In RAM: Python with Torch, Transformers, Ray and the store loaded, CUDA's libraries among them.
+CUDA_PROCESS_BYTES = 2816 * MiB
 WRITE_BYTES = 96 * MiB  # bands on their way into the store
 # Of a recording: a recorder without a model, what malloc and oneDNN keep included; the driver; Ray; Torch and the rest.
 RECORDER_BYTES = {"cpu": 640 * MiB, "cuda": 2400 * MiB}
 MERGING_BYTES = 600 * MiB
 RAY_BYTES = 340 * MiB
 LIBRARY_BYTES = 420 * MiB
-DRIVER_BYTES = 1536 * MiB  # driver, merging and Ray's own processes
 SYSTEM_BYTES = GiB  # left to the system
 STORED_BYTES = 1.25  # of a record's 2 bytes after compression
 CORPUS_BYTES = 8  # per token: id and label
@@ -117,10 +116,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that must be held."""
+    """One thing that must be held, beside the compute or, with `host`, in RAM wherever that is."""
 
     what: str
     bytes: int
+    host: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,13 @@ import numpy as np
 import psutil
 
 from tests.base.architectures import make_model
-from tests.record.runs import record_segment, records_of
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.load import load_tokenizer
+from tests.record.runs import record_in_order, records_of
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, load_config
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.profile.stage import ProfileOptions, profile_run
-from tinyonn.record.calibration import layer_windows
-from tinyonn.record.identity import identity_of
-from tinyonn.record.worker import Worker
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
-from tinyonn.store.manifest import Manifest
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
 from tinyonn.train.settings import train_stage_options
@@ -124,7 +118,7 @@ def _advance(run: Path, stage: str, config: Config) -> None:
     """Do a stage, alone and undisturbed."""
     place = str(run)
     if stage == "record":
-        _record_unmerged(run, config)
+        record_in_order(run, config)
     elif stage == "merge":
         merge_ready(Store.open(run / "store", read_only=False))
     elif stage == "score":
@@ -137,29 +131,6 @@ def _advance(run: Path, stage: str, config: Config) -> None:
         profile_run(place, config, ProfileOptions(samples=config.profile.samples, workers=1))
     elif stage == "train":
         train_run(place, config, train_stage_options(config))
-
-
-def _record_unmerged(run: Path, config: Config) -> None:
-    """Every segment committed by this process, without Ray, and none merged."""
-    corpus = prepare_corpus(config, load_tokenizer(config.model), run / "corpus.arrow")
-    worker = Worker(config.model, config.record.threads, config.record.seed)
-    parameters = worker.load().parameters
-    windows = layer_windows([(p.name, p.layer, p.size) for p in parameters], 1)
-    assert isinstance(config.record.segment, int)
-    manifest = Manifest(
-        **identity_of(config),
-        data={"corpus": corpus.fingerprint},
-        slices=corpus.slices,
-        segment_size=config.record.segment,
-        parameters=parameters,
-    )
-    store = Store.create(run / "store", manifest)
-    calibration = worker.calibrate(corpus.calibration(config.record.calibration), windows)
-    store.commit_calibration(calibration)
-    worker.prepare(calibration, windows)
-    for name in manifest.slices:
-        for leaf in manifest.leaves(name):
-            record_segment(worker, store, leaf, corpus.range(leaf.slice, leaf.first, leaf.last), len(windows))
 
 
 def records(run: Path) -> Bits:

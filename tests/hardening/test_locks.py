@@ -9,10 +9,8 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from typer.testing import CliRunner
 
 from tests.experts.runs import CELLS, by_cells
 from tests.hardening.neighbour import environment
+from tests.store.machines import beating
 from tests.train.runs import World, make_world
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
@@ -156,33 +155,6 @@ def test_what_a_message_shows_of_a_lock_is_harmless(tmp_path: Path) -> None:
 
 def lock_long(folder: Path, shared: bool = False) -> RunLock:
     return RunLock(folder / "run", stale=20, shared=True) if shared else RunLock(folder / "run", stale=20)
-
-
-@contextmanager
-def beating(path: Path, skew: float = 0.0, host: str = "elsewhere", odd: Any = None) -> Iterator[None]:
-    """A process of another machine, with another clock, holds the run."""
-    ended = threading.Event()
-    path.parent.mkdir(exist_ok=True)
-
-    def write() -> None:
-        beat = time.time() + skew if odd is None else f"{odd}{time.time()}"
-        text = json.dumps({"host": host, "pid": 5, "started": 1.0 + skew, "heartbeat": beat})
-        side = path.with_suffix(".side")
-        side.write_text(text)
-        side.replace(path)
-
-    def go_on() -> None:
-        while not ended.wait(0.05):
-            write()
-
-    write()
-    thread = threading.Thread(target=go_on)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("skew", [-1e9, -7200.0, -30.0, 0.0, 30.0, 7200.0, 1e9])

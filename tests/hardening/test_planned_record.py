@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tinyonn.base.reference import model_path
+from benchmarks.memory_plan import random_model
 
 ROOT = Path(__file__).parents[2]
 NEAR = 0.60  # of what is planned, at least: short samples, and no merges of many segments
@@ -66,23 +65,6 @@ def test_the_shipped_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_model_of_the_size_of_smollm2(tmp_path: Path) -> None:
-    model = random_model(tmp_path / "model")
+    model = random_model(tmp_path / "model", "135m")
     rows = write_rows(tmp_path / "rows.jsonl", 36, 40)
     check(record(tmp_path, model, rows, max_tokens=256, segment=18, calibration=4))
-
-
-def random_model(folder: Path) -> Path:
-    """SmolLM2-135M's shape with the shipped model's tokenizer; random weights in BF16."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=2048,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in model_path().iterdir():
-        if "token" in file.name or "template" in file.name:
-            shutil.copy(file, folder)
-    return folder

@@ -116,7 +116,14 @@ def expected_aside(rows: Sequence[dict[str, str]]) -> dict[int, str]:
 
 
 def serial_run(folder: Path, config: Config) -> Store:
-    """The whole run in this process, segment after segment, without Ray."""
+    """The whole run in this process, segment after segment, without Ray; merged."""
+    store = record_in_order(folder, config)
+    merge_ready(store)
+    return store
+
+
+def record_in_order(folder: Path, config: Config) -> Store:
+    """As `serial_run`, with every segment as it was committed."""
     corpus = prepare_corpus(config, load_tokenizer(config.model), folder / "corpus.arrow")
     worker = Worker(config.model, config.record.threads, config.record.seed)
     parameters = worker.load().parameters
@@ -136,7 +143,6 @@ def serial_run(folder: Path, config: Config) -> Store:
     for name in manifest.slices:
         for leaf in manifest.leaves(name):
             record_segment(worker, store, leaf, corpus.range(leaf.slice, leaf.first, leaf.last), len(windows))
-    merge_ready(store)
     return store
 
 

@@ -6,14 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.store.machines import beating
 from tinyonn.errors import StoreBusyError
 from tinyonn.store.lock import RunLock, read_owner
 
@@ -66,30 +64,10 @@ def other_host(path: Path, age: float) -> None:
     path.write_text(json.dumps({"host": "elsewhere", "pid": 5, "started": now - 900, "heartbeat": now - age}))
 
 
-@contextmanager
-def beating(path: Path, age: float) -> Iterator[None]:
-    """Another machine whose clock is `age` seconds behind holds the run meanwhile."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(0.05):
-            other_host(path.with_suffix(".new"), age)
-            path.with_suffix(".new").replace(path)
-
-    other_host(path, age)
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 @pytest.mark.parametrize("skew", [0.0, 3600.0, -3600.0])
 def test_another_machine_counts_by_whether_its_heartbeat_changes(tmp_path: Path, skew: float) -> None:
     with (
-        beating(tmp_path / "lock", skew),
+        beating(tmp_path / "lock", -skew),
         pytest.raises(StoreBusyError, match=r"held by process 5 on elsewhere \(.*lock\)"),
     ):
         RunLock(tmp_path, stale=30).__enter__()

@@ -18,23 +18,12 @@ from tinyonn.demands import codec_bytes, state_ram
 from tinyonn.errors import CapacityError
 from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
 from tinyonn.machine import gpus
-from tinyonn.memory import CUDA_BYTES, NF4_BYTES, PROCESS_BYTES, ModelFacts, Need, is_quantized
+from tinyonn.memory import CUDA_BYTES, CUDA_PROCESS_BYTES, NF4_BYTES, ModelFacts, Need, is_quantized
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MATRIX_BYTES
 
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB
-HOST = frozenset(  # held in RAM wherever the dense model is
-    {
-        "its cuts",
-        "records of a slice",
-        "chunks of the store",
-        "ranks of all weights",
-        "a tensor's scores",
-        "the trained model",
-        "experts merged for a prompt",
-    }
-)
 LOGITS = 3  # copies of a chunk of logits in float32: as they are, their logarithms, and in the head's dtype
 HESSIANS = 6  # of an update: H, its factor and its inverse in float64
 REMEDY = (
@@ -81,7 +70,10 @@ def cut_needs(parameters: Sequence[Parameter], model: ModelFacts, select: int) -
         Of `tinyonn.experts.select.select_bytes`.
     """
     largest = _largest(parameters)
-    return [Need("a matrix while it is cut", largest * (2 * model.dtype_bytes + 2)), Need("its cuts", select)]
+    return [
+        Need("a matrix while it is cut", largest * (2 * model.dtype_bytes + 2)),
+        Need("its cuts", select, host=True),
+    ]
 
 
 def update_needs(parameters: Sequence[Parameter]) -> list[Need]:
@@ -98,7 +90,7 @@ def update_needs(parameters: Sequence[Parameter]) -> list[Need]:
 
 def oracle_needs(parameters: Sequence[Parameter], parts: int) -> list[Need]:
     """Of masks made of one slice: a tensor's records of it, of so many segments, and their mean."""
-    return [Need("records of a slice", 2 * (parts + 1) * _largest(parameters))]
+    return [Need("records of a slice", 2 * (parts + 1) * _largest(parameters), host=True)]
 
 
 def evaluate_needs(
@@ -134,7 +126,9 @@ def evaluate_needs(
     needs += cut_needs(parameters, model, select)
     needs += update_needs(parameters) if updates else []
     needs += oracle_needs(parameters, parts) if parts else []
-    needs.append(Need("chunks of the store", codec_bytes(parameter.shape for parameter in parameters)))
+    needs.append(
+        Need("chunks of the store", codec_bytes(parameter.shape for parameter in parameters), host=True)
+    )
     return needs
 
 
@@ -146,7 +140,11 @@ def allocate_needs(
     """
     ranks = 2 * sum(p.size for p in parameters if p.kind == "linear" and p.layer is not None)
     needs = evaluate_needs(parameters, model, longest, select, original=False)
-    return [*needs, Need("ranks of all weights", ranks), Need("a tensor's scores", 26 * _largest(parameters))]
+    return [
+        *needs,
+        Need("ranks of all weights", ranks, True),
+        Need("a tensor's scores", 26 * _largest(parameters), True),
+    ]
 
 
 def trained_needs(
@@ -166,9 +164,9 @@ def trained_needs(
     other = max(sparse, sum(need.bytes for need in dense_needs(parameters, model)))
     largest = _largest(parameters) * model.dtype_bytes
     return [
-        Need("the trained model", sparse),
+        Need("the trained model", sparse, host=True),
         Need("the model beside it", other),
-        Need("experts merged for a prompt", sparse),
+        Need("experts merged for a prompt", sparse, host=True),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
         *pass_needs(model, max(BATCH_TOKENS, longest)),
     ]
@@ -191,15 +189,16 @@ def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:
     """
     if choose_device(config.device).type != "cuda":
         return state_ram(what, [*needs, Need("the process", OWN_BYTES)], REMEDY)
-    host = [need for need in needs if need.what in HOST]
-    total = sum(need.bytes for need in needs if need not in host) + CUDA_BYTES
+    total = sum(need.bytes for need in needs if not need.host) + CUDA_BYTES
     free = min((gpu.free for gpu in gpus()), default=None)
     if free is not None and total > free:
         raise CapacityError(
             f"{what} needs {format_size(total)} of VRAM and {format_size(free)} are there; {REMEDY}; "
             "model.device: cpu evaluates without the GPU"
         )
-    return state_ram(what, [*host, Need("the process", PROCESS_BYTES["cuda"])], REMEDY)
+    return state_ram(
+        what, [*(need for need in needs if need.host), Need("the process", CUDA_PROCESS_BYTES)], REMEDY
+    )
 
 
 def _largest(parameters: Sequence[Parameter]) -> int:

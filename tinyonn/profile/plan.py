@@ -14,9 +14,9 @@ from tinyonn.base.parameters import Parameter
 from tinyonn.cost import Device
 from tinyonn.errors import CapacityError
 from tinyonn.memory import (
+    CUDA_PROCESS_BYTES,
     LIBRARY_BYTES,
     MERGING_BYTES,
-    PROCESS_BYTES,
     RAY_BYTES,
     RECORDER_BYTES,
     SYSTEM_BYTES,
@@ -30,7 +30,8 @@ from tinyonn.memory import (
 from tinyonn.profile.kernel import CHUNK
 from tinyonn.sizes import MiB, format_size
 
-ALONE_BYTES = 900 * MiB  # of a process that measures by itself on a CPU, libraries and kernels included
+# Of a process that measures by itself, libraries and kernels included.
+ALONE_BYTES = {"cpu": 900 * MiB, "cuda": CUDA_PROCESS_BYTES}
 CHUNK_BYTES = 72  # of a weight while its chunk is summed on a GPU: floats, levels, places, products
 
 
@@ -111,7 +112,7 @@ def plan_profile(
 def _ram(device: Device, worker: Tier, workers: int, limit: int | None) -> Tier:
     """All of them together."""
     if workers == 1:
-        processes = [Need("process", ALONE_BYTES if device == "cpu" else PROCESS_BYTES[device])]
+        processes = [Need("process", ALONE_BYTES[device])]
     else:
         processes = [
             Need("processes of the workers", workers * RECORDER_BYTES[device]),

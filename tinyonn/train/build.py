@@ -97,15 +97,14 @@ def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher |
     check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
     if spec.teacher_k is None:
         return Live(load_model(spec.teacher, device).model)
-    folder, fingerprint = Path(spec.folder) / CACHE, _taught_by(spec)
-    target = folder / cache_key(corpus, fingerprint, spec.teacher_k)
+    target = _teacher_folder(spec, corpus)
     first = Workers.found().first
     while (cached := _cached(target, warn=first)) is None and not first:
         time.sleep(POLL)  # no barrier: a large corpus takes longer than any of them waits
     if cached is not None:
         return cached
     teacher = Live(load_model(spec.teacher, device).model)
-    return cache_teacher(teacher, corpus, folder, fingerprint, spec.teacher_k)
+    return cache_teacher(teacher, corpus, target.parent, _taught_by(spec), spec.teacher_k)
 
 
 def _cached(target: Path, warn: bool) -> Cached | None:
@@ -122,17 +121,19 @@ def _cached(target: Path, warn: bool) -> Cached | None:
 
 def is_cached(spec: Spec, corpus: Corpus) -> bool:
     """Whether all of the teacher's likeliest tokens are on the disk already."""
-    assert spec.teacher_k is not None
-    return (
-        Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k) / "teacher.json"
-    ).exists()
+    return (_teacher_folder(spec, corpus) / "teacher.json").exists()
 
 
 def cached_bytes(spec: Spec, corpus: Corpus) -> int:
     """Bytes of the parts of the teacher's cache that lie there already."""
+    parts = _teacher_folder(spec, corpus).glob("part-*.safetensors")
+    return sum(path.stat().st_size for path in parts)
+
+
+def _teacher_folder(spec: Spec, corpus: Corpus) -> Path:
+    """Where the likeliest tokens of such a teacher on such a corpus are kept."""
     assert spec.teacher_k is not None
-    folder = Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k)
-    return sum(path.stat().st_size for path in folder.glob("part-*.safetensors"))
+    return Path(spec.folder) / CACHE / cache_key(corpus, _taught_by(spec), spec.teacher_k)
 
 
 def _taught_by(spec: Spec) -> str:

@@ -41,9 +41,7 @@ STATES = {"adamw": 8, "muon": 4, "frozen": 0}
 MATRIX_BYTES = 64 * MiB  # of dense matrices at a time, or four of the layer's
 MOMENTUM_BYTES = 16  # of a weight of a dense matrix while its momentum is made orthogonal
 LOGIT_COPIES = 6  # of a chunk of logits: the student's, the teacher's, their exponentials and products
-PROCESS_BYTES = (
-    1000 * MiB
-)  # with Torch and Transformers, kernels as they are compiled, what the allocator keeps
+PROCESS_BYTES = 1000 * MiB  # with its libraries, kernels as they are compiled, what the allocator keeps
 SYSTEM = "system"  # what is left to it, in a plan
 DRIVER_BYTES = {1: 0, 2: 512 * MiB}  # of Ray itself, beside a group of several
 

@@ -7,7 +7,6 @@ Rows stand slice by slice in their stored order, see `tinyonn.base.corpus_rows`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from tinyonn.base.corpus_rows import Int32, Int64, Row, Rows, RowWriter, read_rows
 from tinyonn.errors import InputError
-from tinyonn.files import KEY, opened_text, sealed, sync
+from tinyonn.files import KEY, opened_text, sealed, write_whole
 
 __all__ = [
     "Corpus",
@@ -257,22 +256,20 @@ class Corpus:
 
 
 def write_corpus(path: Path, header: Header, slicer: bytes | None, rows: Iterator[Row]) -> Corpus:
-    """Write a corpus whole: under another name first, renamed when it is on the disk."""
+    """Write a corpus, whole or not at all."""
     header = replace(header, slicer=_slicer_digest(slicer))
     metadata = {b"tinyonn": json.dumps(sealed(asdict(header))).encode()}
     if slicer is not None:
         metadata[b"slicer"] = slicer
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
+
+    def write(side: Path) -> None:
+        with side.open("wb") as stream:
             writer = RowWriter(stream, metadata)
             for row in rows:
                 writer.append(*row)
             writer.close()
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, write)
     return Corpus(path)
 
 

@@ -7,16 +7,14 @@ it, of an earlier version, is taken as it is; so is a file that it does not list
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 from tinyonn.errors import InputError, StoreDamagedError
-from tinyonn.files import read_json, write_json
+from tinyonn.files import file_checksum, read_json, write_json
 
 LOG = logging.getLogger(__name__)
 FILE = "digests.json"
-BLOCK = 1 << 22
 
 
 def seal_folder(folder: Path, files: Iterable[Path]) -> None:
@@ -64,8 +62,4 @@ def folder_fault(folder: Path) -> str | None:
 
 
 def _digest(path: Path) -> str:
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            crc = zlib.crc32(block, crc)
-    return f"{crc:08x}"
+    return f"{file_checksum(path):08x}"

@@ -114,6 +114,7 @@ import asyncio, logging, os
 from distributed import Client
 from distributed.comm import connect
 from distributed.security import Security
+Security.temporary()  # which loads what it imports only when it is called
 logging.disable()
 """
 RUN_ON_DASK = """

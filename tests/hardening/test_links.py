@@ -17,6 +17,7 @@ from tinyonn.config import ClusterConfig, Config, ScoreConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
+from tinyonn.record.driver import record
 from tinyonn.score.stage import score_run
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjE"
@@ -74,6 +75,18 @@ def test_a_link_out_of_the_models_folder_is_refused_before_any_work(
     with pytest.raises(InputError, match=rf"{name} is a link to {key}, outside of the model's folder"):
         assemble(folder, config)
     assert not holds_secret(folder / "run")
+
+
+def test_recording_warns_of_a_link_that_assembling_would_refuse(
+    made: tuple[Path, Config], tmp_path: Path, key: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, config = copy(made, tmp_path)
+    (folder / "model" / "vocab.txt").symlink_to(key)
+    nothing = config.data.model_copy(update={"path": str(tmp_path / "nowhere.jsonl")})
+    with pytest.raises(InputError, match="nowhere"):
+        record(str(folder / "new"), config.model_copy(update={"data": nothing}))
+    (line,) = [one.getMessage() for one in caplog.records if "is a link to" in one.getMessage()]
+    assert "vocab.txt" in line and "tinyonn assemble" in line
 
 
 def linked(folder: Path, key: Path) -> None:

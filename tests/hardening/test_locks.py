@@ -33,7 +33,7 @@ from tinyonn.merging import merge_run
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.record.driver import record
 from tinyonn.score.stage import score_run
-from tinyonn.store.lock import RunLock, read_owner
+from tinyonn.store.lock import RunLock, only_writer, read_owner
 from tinyonn.train.stage import train_run
 
 TEXT = b"-----BEGIN PRIVATE KEY-----\n" + bytes(range(256))
@@ -336,3 +336,12 @@ def test_one_evaluates_at_a_time_beside_a_training(world: World) -> None:
         evaluating(world.run),
     ):
         pass
+
+
+def test_one_assembles_into_a_folder_at_a_time(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with only_writer(folder), pytest.raises(StoreBusyError, match=rf"writes into {folder}; .*--output"):
+        assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
+    assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
+    assert not list(folder.glob("lock*"))

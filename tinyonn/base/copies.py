@@ -7,6 +7,7 @@ repository.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from tinyonn.errors import InputError
 
+LOG = logging.getLogger(__name__)
 TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -49,6 +51,14 @@ def check_files(folder: Path, patterns: Iterable[str] = (*SETTINGS, *CARD, *TOKE
     for path in _named(folder, patterns):
         if not path.is_dir():
             os.close(_opened(path))
+
+
+def warn_of_links(folder: Path) -> None:
+    """Say before a long work what will be refused after it: a tokenizer's or setting's file that may not be copied."""
+    try:
+        check_files(folder)
+    except InputError as error:
+        LOG.warning("%s; `tinyonn assemble` refuses the model as it is", error)
 
 
 def check_regular(folder: Path, patterns: Iterable[str]) -> None:

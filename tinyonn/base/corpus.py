@@ -260,7 +260,9 @@ def _lost(places: dict[str, Int64]) -> dict[str, int]:
 
 def _warn_of_lost(earlier: Earlier, lost: dict[str, int]) -> None:
     LOG.warning(
-        "%d of the %d samples that the run was begun with are not in the data now, first some of slice %s",
+        "%d of the %d samples that the run was begun with are not in the data now, first some of slice %s: rows were "
+        "changed or removed, or they spell out special tokens of the model, which are text now (they were read as "
+        "tokens by versions before; data.rendered: true still does so)",
         sum(lost.values()),
         sum(earlier.slices.values()),
         min(lost),

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from tinyonn.base.load import choose_device
 from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
 from tinyonn.demands import codec_bytes, state_ram
 from tinyonn.errors import CapacityError
 from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
-from tinyonn.machine import gpus
 from tinyonn.memory import CUDA_BYTES, CUDA_PROCESS_BYTES, NF4_BYTES, ModelFacts, Need, is_quantized
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MATRIX_BYTES
@@ -187,11 +188,12 @@ def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:
     CapacityError
         It does not fit into RAM, or into the GPU's memory.
     """
-    if choose_device(config.device).type != "cuda":
+    device = choose_device(config.device)
+    if device.type != "cuda":
         return state_ram(what, [*needs, Need("the process", OWN_BYTES)], REMEDY)
     total = sum(need.bytes for need in needs if not need.host) + CUDA_BYTES
-    free = min((gpu.free for gpu in gpus()), default=None)
-    if free is not None and total > free:
+    free = torch.cuda.mem_get_info(device)[0]
+    if total > free:
         raise CapacityError(
             f"{what} needs {format_size(total)} of VRAM and {format_size(free)} are there; {REMEDY}; "
             "model.device: cpu evaluates without the GPU"

@@ -65,7 +65,7 @@ from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 from tinyonn.runtime import bound_memory
 from tinyonn.sizes import MiB
-from tinyonn.store.lock import RunLock
+from tinyonn.store.lock import RunLock, only_writer
 
 if TYPE_CHECKING:
     from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
@@ -165,11 +165,14 @@ class _Assembly:
                 **stored | {"location": self.location, "folder": str(self.folder), "fresh": False}
             )
         self._take_folder()
-        for name in (CONFIG, INDEX):
-            (self.folder / name).unlink(missing_ok=True)
         inside = tensors_outside(self.run.parameters, self.choice.trunk)
         weights = sum(parameter.size for parameter in inside)
-        with Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar:
+        with (
+            only_writer(self.folder),
+            Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar,
+        ):
+            for name in (CONFIG, INDEX):
+                (self.folder / name).unlink(missing_ok=True)
             return self._make()
 
     def _make(self) -> AssembleReport:

@@ -464,6 +464,8 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
         if isinstance(self.router, PromptRouter):  # its options may have changed
             self.config.router = self.router.options.tree()
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_main_process:  # of the files that lay there before
+            (Path(save_directory) / "digests.json").unlink(missing_ok=True)
         identity = self.config.assembly.get("id")
         if is_main_process:
             stem = "model" if kwargs.get("variant") is None else f"model.{kwargs['variant']}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from tinyonn.base.copies import warn_of_links
 from tinyonn.base.corpus_file import Corpus
 from tinyonn.base.load import choose_device, recordable_shape
 from tinyonn.base.parameters import list_parameters
@@ -84,7 +85,9 @@ def record(
             choose_device(config.model.device)
         shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done
         check_model(config, list_parameters(shape))
-        BaseWeights(config.model).check(name for name, _ in shape.named_parameters())
+        base = BaseWeights(config.model)
+        base.check(name for name, _ in shape.named_parameters())
+        warn_of_links(base.folder)
         store = Store.open(place, read_only=False) if Store.exists(place) else None
         identity = identity_of(config)
         stored = None if store is None else store.manifest

@@ -247,6 +247,30 @@ class RunLock:
 
 
 @contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """A folder outside of any run that one process of this machine writes into; nothing is left in it.
+
+    Raises
+    ------
+    StoreBusyError
+        Another process does.
+    """
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreBusyError(
+                f"another process writes into {folder}; wait for it, or give another --output"
+            ) from None
+        except OSError as error:
+            LOG.debug("%s: the file system knows no locks (%s)", folder, error.strerror)
+        yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
 def evaluating(location: str) -> Iterator[None]:
     """A run that only one evaluates, and that nobody changes meanwhile.
 

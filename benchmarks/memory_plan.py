@@ -155,8 +155,9 @@ def measure(
         figures = json.loads(done.stdout.splitlines()[-1])
         planned = int(figures.get("planned_rss_bytes") or 0)
         found.append(Stage(stage, planned, int(figures["peak_rss_bytes"]), float(figures["seconds"])))
+        parts = ", ".join(f"{k} {v / MiB:,.0f}" for k, v in figures.get("peak_parts_bytes", {}).items())
         print(
-            f"{stage}: planned {planned / MiB:,.0f} MiB, measured {found[-1].measured / MiB:,.0f}",
+            f"{stage}: planned {planned / MiB:,.0f} MiB, measured {found[-1].measured / MiB:,.0f} ({parts})",
             file=sys.stderr,
         )
     return found

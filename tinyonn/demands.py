@@ -38,7 +38,7 @@ def state_ram(what: str, needs: Sequence[Need], remedy: str, limit: int | None =
     Returns
     -------
     int
-        Bytes needed.
+        Bytes needed, without those that are mapped.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def state_ram(what: str, needs: Sequence[Need], remedy: str, limit: int | None =
             f"{what} needs {format_size(total)} of RAM and {format_size(there)} are there ({parts}); {remedy}"
         )
     LOG.info("%s needs %s of RAM at most: %s", what, format_size(total), parts)
-    return total
+    return sum(need.bytes for need in needs if not need.mapped)
 
 
 def codec_bytes(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -116,11 +116,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that must be held, beside the compute or, with `host`, in RAM wherever that is."""
+    """One thing that must be held, beside the compute or, with `host`, in RAM wherever that is.
+
+    What is `mapped` from a file must find room like anything else, or it is read again and again; it is nobody's own
+    memory though, and `tinyonn.usage` does not count it.
+    """
 
     what: str
     bytes: int
     host: bool = False
+    mapped: bool = False
 
 
 @dataclass(frozen=True)

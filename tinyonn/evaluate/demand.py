@@ -151,7 +151,7 @@ def allocate_needs(
 def trained_needs(
     parameters: Sequence[Parameter], model: ModelFacts, sparse: int, longest: int
 ) -> list[Need]:
-    """Of a trained model beside the dense one, and then beside the assembled one.
+    """Of the dense model or a sparse one, whichever takes more: one is there at a time.
 
     Parameters
     ----------
@@ -162,15 +162,15 @@ def trained_needs(
     longest : int
         Tokens of the longest sample.
     """
-    other = max(sparse, sum(need.bytes for need in dense_needs(parameters, model)))
     largest = _largest(parameters) * model.dtype_bytes
-    return [
-        Need("the trained model", sparse, host=True),
-        Need("the model beside it", other),
+    dense = dense_needs(parameters, model)
+    routed = [
+        Need("the sparse model", sparse, host=True, mapped=True),
         Need("experts merged for a prompt", sparse, host=True),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
-        *pass_needs(model, max(BATCH_TOKENS, longest)),
     ]
+    more = max(dense, routed, key=lambda needs: sum(need.bytes for need in needs))
+    return [*more, *pass_needs(model, max(BATCH_TOKENS, longest))]
 
 
 def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:

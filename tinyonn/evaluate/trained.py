@@ -6,7 +6,7 @@ Experts are chosen from each sample's prompt; losses count the labelled tokens a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tinyonn.evaluate.perplexity import Losses
 from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.router_options_tinyonn import RouterOptions
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.planning import describe_model
@@ -30,7 +31,7 @@ from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import evaluating
 from tinyonn.train.data import Batch, held_out_batches
 from tinyonn.train.need import StudentFacts, sparse_bytes
-from tinyonn.train.spec import read_student
+from tinyonn.train.spec import experts_of, read_student
 
 CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card
 DENSE, ASSEMBLED, TRAINED = "dense, as recorded", "assembled, untrained", "trained"
@@ -169,7 +170,8 @@ def _measured(
     run = local_folder(location)
     corpus = held_out_corpus(config, options, run)
     parameters, facts = describe_model(config.model)
-    sparse = sparse_bytes(StudentFacts.of(read_student(folder), parameters), facts.dtype_bytes)
+    student = read_student(folder)
+    sparse = sparse_bytes(StudentFacts.of(student, parameters), facts.dtype_bytes)
     needs = trained_needs(parameters, facts, sparse, corpus.longest)
     planned = state("evaluating the trained model", config.model, needs)
     batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
@@ -180,8 +182,7 @@ def _measured(
         lines.append(TrainedLine(name, experts, weights, evaluate_routed(one, batches, k)))
         tell(f"{name}, {weights / all_weights:.1%} of the weights active: {lines[-1].losses.mean:.4f} nats")
 
-    trained = open_assembled(folder)
-    numbers = _numbers(trained)
+    numbers = _numbers(student)
     assembled = (run / "experts" / "config.json").is_file()
     with Bar("evaluating", 1 + assembled + len(numbers), "lines") as bar:
         dense = DenseWeights(config.model)
@@ -192,6 +193,7 @@ def _measured(
         if assembled:
             measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
             bar.add()
+        trained = open_assembled(folder)
         for k in numbers:
             measure(TRAINED, trained, k, linear)
             bar.add()
@@ -252,13 +254,14 @@ def continue_text(location: str, prompt: str, tokens: int = 24) -> str:
     return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def _numbers(model: Any) -> list[Experts]:
+def _numbers(student: Mapping[str, Any]) -> list[Experts]:
     """All experts, half of them, a quarter, a tenth; and as the model is set."""
-    experts = int(model.config.experts)
+    experts = experts_of(student)
     found: list[Experts] = ["all"]
-    if model.router is None:
+    if student.get("router") is None:
         return found
-    fewer = [*(max(1, experts // part) for part in (2, 4, 10)), model.router.top_k]
+    top_k = RouterOptions.read(student["router"]).top_k
+    fewer = [*(max(1, experts // part) for part in (2, 4, 10)), top_k]
     return found + sorted({k for k in fewer if k is not None and k < experts}, reverse=True)
 
 

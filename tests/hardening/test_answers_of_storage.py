@@ -101,7 +101,12 @@ def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
 
 
-PATIENT = ("nothing", "a fault of its own", "a fault told by a page")  # Icechunk asks again for half a minute
+PATIENT = (  # Icechunk asks again for half a minute
+    "nothing",
+    "a fault of its own",
+    "a fault told by a page",
+    "too many requests",
+)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tinyonn.profile.manifest import Part
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job, ProfileWorker
 from tinyonn.record.alive import Waiting, check
-from tinyonn.record.cluster import LOST, Crew, capacity, outcome
+from tinyonn.record.cluster import LOST, THREADS, Crew, capacity, outcome
 from tinyonn.record.worker import WorkerUse
 from tinyonn.runtime import worker_environment
 
@@ -58,10 +58,10 @@ class ProfileCrew(Crew):
         options: dict[str, Any] = {
             "num_cpus": self.job.threads if self.device == "cpu" else 1,
             "num_gpus": 1 if self.device == "cuda" else 0,
-            "max_concurrency": 2,  # `use` answers while `measure` runs
+            **THREADS,
             "runtime_env": {"env_vars": worker_environment(threads)},
         }
-        return ray.remote(ProfileWorker).options(**options).remote(self.job)
+        return ray.remote(**options)(ProfileWorker).remote(self.job)
 
 
 class Dealer:

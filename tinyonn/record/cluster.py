@@ -29,6 +29,10 @@ LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between
 CONNECT_SECONDS = 10.0
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+# `use` is answered while the worker works; all else is done in one thread, always the same: kernels that are kept by
+# thread, and heaps of threads, would else be there twice (280 MiB for a model of 135 million weights).
+LOOKING = "looking"
+THREADS: dict[str, Any] = {"max_concurrency": 1, "concurrency_groups": {LOOKING: 1}}
 LOST = (RayActorError, ObjectLostError)  # a worker is gone, or its machine with the result
 
 
@@ -131,6 +135,11 @@ def cluster_device(config: Config) -> Device:
     return "cuda" if gpus and config.model.device != "cpu" else "cpu"
 
 
+def use_of(worker: Any) -> Any:
+    """Reference of `Worker.use`, which is answered while the worker works."""
+    return worker.use.options(concurrency_group=LOOKING).remote()
+
+
 @dataclass
 class Crew:
     """The workers of a run: starts them, replaces the lost ones, adds some when machines join.
@@ -158,7 +167,7 @@ class Crew:
         self._wanted = count
         while len(self.workers) < count:
             worker = self.workers[self._next] = self._start()
-            self._hellos[worker.use.remote()] = self._next
+            self._hellos[use_of(worker)] = self._next
             new.append(self._next)
             self._next += 1
         return new
@@ -169,11 +178,11 @@ class Crew:
         options: dict[str, Any] = {
             "num_cpus": record.threads if self.device == "cpu" else 1,
             "num_gpus": 1 if self.device == "cuda" else 0,
-            "max_concurrency": 2,  # `use` answers while `record` runs
+            **THREADS,
             "runtime_env": {"env_vars": worker_environment(threads)},
         }
         model = self.config.model.model_copy(update={"device": self.device})
-        return ray.remote(Worker).options(**options).remote(model, record.threads, record.seed)
+        return ray.remote(**options)(Worker).remote(model, record.threads, record.seed)
 
     def any_up(self) -> bool:
         """Whether the process of some worker runs, be it that it still loads."""
@@ -227,9 +236,7 @@ class Crew:
 
     def use(self, timeout: float = 2.0) -> dict[int, Any]:
         """`Worker.use` of those that answer in time."""
-        asked = {
-            worker.use.remote(): number for number, worker in self.workers.items() if number in self.facts
-        }
+        asked = {use_of(worker): number for number, worker in self.workers.items() if number in self.facts}
         done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout) if asked else ([], [])
         result = {}
         for reference in done:

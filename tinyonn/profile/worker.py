@@ -102,7 +102,7 @@ class ProfileWorker:
         CapacityError
             Out of GPU memory.
         """
-        torch.set_num_threads(self._job.threads)  # a setting of the calling thread, and actors have several
+        torch.set_num_threads(self._job.threads)  # a setting of the calling thread
         started = time.perf_counter()
         found: list[SampleProfile] = []
         aside: dict[int, str] = {}

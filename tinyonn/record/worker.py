@@ -126,7 +126,7 @@ class Worker:
         CapacityError
             Out of GPU memory.
         """
-        torch.set_num_threads(self._threads)  # a setting of the calling thread, and actors have several
+        torch.set_num_threads(self._threads)  # a setting of the calling thread
         started = time.perf_counter()
         calibration = {name: self._calibration[name] for name in self._windows[window]}
         good = [sample for sample in samples if sample.index not in known_bad]

@@ -163,10 +163,11 @@ def trained_needs(
         Tokens of the longest sample.
     """
     largest = _largest(parameters) * model.dtype_bytes
+    whole = model.dtype_bytes * sum(p.size for p in parameters if p.kind != "linear" or p.layer is None)
     dense = dense_needs(parameters, model)
     routed = [
         Need("the sparse model", sparse, host=True, mapped=True),
-        Need("experts merged for a prompt", sparse, host=True),
+        Need("experts merged for a prompt", max(0, sparse - whole), host=True),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
     ]
     more = max(dense, routed, key=lambda needs: sum(need.bytes for need in needs))

@@ -14,9 +14,9 @@ from tinyonn.errors import InputError
 from tinyonn.escape import shortened
 
 if TYPE_CHECKING:
-    from tinyonn.base.parameters import Parameter
     from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig
-    from tinyonn.memory import ModelFacts
+    from tinyonn.dense.parameters import Parameter
+    from tinyonn.plan.needs import ModelFacts
 
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
 UPDATED = "+update"  # of a method's name

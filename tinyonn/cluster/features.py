@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.store.records import Float64
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.store.records import Float64
 

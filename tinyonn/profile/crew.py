@@ -11,14 +11,14 @@ from typing import Any
 
 import ray
 
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.profile.manifest import Part
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job, ProfileWorker
-from tinyonn.record.alive import Waiting, check
-from tinyonn.record.cluster import LOST, THREADS, Crew, capacity, outcome
 from tinyonn.record.worker import WorkerUse
 from tinyonn.runtime import worker_environment
+from tinyonn.workers.alive import Waiting, check
+from tinyonn.workers.ray import LOST, THREADS, Crew, capacity, outcome
 
 LOG = logging.getLogger(__name__)
 SCALE = 10.0  # seconds between looks for machines that joined

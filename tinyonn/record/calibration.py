@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.corpus_file import Sample
+from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.record.activations import BINS, COLUMN_LOW, STEPS, WEIGHT_LOW, weight_bins
 from tinyonn.record.gradients import CountSink

@@ -16,20 +16,29 @@ from typing import Any
 
 import ray
 
-from tinyonn.base.copies import warn_of_links
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import choose_device, recordable_shape
-from tinyonn.base.parameters import list_parameters
-from tinyonn.base.weights import BaseWeights
 from tinyonn.checks import check_model
 from tinyonn.config import Config
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.copies import warn_of_links
+from tinyonn.dense.load import choose_device, recordable_shape
+from tinyonn.dense.parameters import list_parameters
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
-from tinyonn.planning import plan_recording
+from tinyonn.plan.facts import plan_recording
+from tinyonn.plan.usage import Meter, measured
 from tinyonn.progress import Bar
-from tinyonn.record.alive import Waiting, check
 from tinyonn.record.calibration import layer_windows
-from tinyonn.record.cluster import (
+from tinyonn.record.effort import Efforts
+from tinyonn.record.identity import check_same, corpus_of_run, identity_of
+from tinyonn.record.report import Progress, RecordReport
+from tinyonn.store.lock import RunLock
+from tinyonn.store.manifest import Manifest, Segment
+from tinyonn.store.merge import merge_ready, next_segment, ready_merges
+from tinyonn.store.repository import Store
+from tinyonn.track import Tracker
+from tinyonn.workers.alive import Waiting, check
+from tinyonn.workers.ray import (
     LOST,
     Crew,
     Task,
@@ -39,15 +48,6 @@ from tinyonn.record.cluster import (
     connected,
     outcome,
 )
-from tinyonn.record.effort import Efforts
-from tinyonn.record.identity import check_same, corpus_of_run, identity_of
-from tinyonn.record.report import Progress, RecordReport
-from tinyonn.store.lock import RunLock
-from tinyonn.store.manifest import Manifest, Segment
-from tinyonn.store.merge import merge_ready, next_segment, ready_merges
-from tinyonn.store.repository import Store
-from tinyonn.track import Tracker
-from tinyonn.usage import Meter, measured
 
 LOG = logging.getLogger(__name__)
 POLL = 1.0  # seconds between looks at progress
@@ -65,7 +65,7 @@ def record(
         The run's folder, or its ``s3://`` address.
     config : Config
     address : str, optional
-        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+        Of a Ray cluster; see `tinyonn.workers.ray.cluster_address`.
     progress : bool
         Show a progress bar on a terminal, a line now and then elsewhere.
 

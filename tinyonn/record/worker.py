@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, load_model
-from tinyonn.base.parameters import Parameter
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel, load_model
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
+from tinyonn.plan.usage import process_meter
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, dither_seed
-from tinyonn.usage import process_meter
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig

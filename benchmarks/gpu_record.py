@@ -34,12 +34,12 @@ from tinyonn.dense.load import DenseModel
 from tinyonn.dense.parameters import Parameter, Use, list_uses
 from tinyonn.dense.passes import attach
 from tinyonn.plan.needs import CUDA_BYTES, DataFacts, Machine, ModelFacts
-from tinyonn.plan.recording import RecordOptions, plan_record
+from tinyonn.plan.recording import RecordOptions, layer_windows, plan_record
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.kernel import Totals
 from tinyonn.profile.measure import Measurer
 from tinyonn.record.activations import add_dense_levels, input_bins
-from tinyonn.record.calibration import calibrate, layer_windows
+from tinyonn.record.calibration import calibrate
 from tinyonn.record.device import gpu_kernels
 from tinyonn.record.gradients import LevelSink, product_bands, spill
 from tinyonn.record.levels import SUM_SAMPLES

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
-from tinyonn.cluster.features import kind_of, space_of
+from tinyonn.cluster.features import space_of
 from tinyonn.cluster.histogram import Grid, Moved, count_bytes
 from tinyonn.cluster.incremental import churn_of, match_numbers, stored_centres
 from tinyonn.cluster.stage import OWN_BYTES, cluster_run
 from tinyonn.config import ClusterConfig, FeatureWeights, ScoreConfig, parse_config
+from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.plan.demands import codec_bytes
 from tinyonn.run import open_run

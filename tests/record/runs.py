@@ -19,7 +19,7 @@ from tinyonn.config import Config, parse_config
 from tinyonn.corpus.corpus import prepare_corpus
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_tokenizer
-from tinyonn.record.calibration import layer_windows
+from tinyonn.plan.recording import layer_windows
 from tinyonn.record.identity import identity_of
 from tinyonn.record.worker import Worker
 from tinyonn.store.manifest import Manifest, Segment

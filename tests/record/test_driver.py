@@ -42,7 +42,7 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import next_segment
-from tinyonn.workers.ray import MAX_LOSSES, Crew
+from tinyonn.workers.crew import MAX_LOSSES, Crew
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -24,7 +24,7 @@ from tests.record.runs import (
 )
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_tokenizer
-from tinyonn.record.calibration import layer_windows
+from tinyonn.plan.recording import layer_windows
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.worker import Worker
 from tinyonn.store.manifest import Manifest, Segment

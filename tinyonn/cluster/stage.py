@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn.checks import check_kinds
-from tinyonn.cluster.features import BUCKETS, Space, kind_of, space_of
+from tinyonn.cluster.features import BUCKETS, Space, space_of
 from tinyonn.cluster.histogram import (
     Grid,
     LabelTable,
@@ -30,7 +30,7 @@ from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_c
 from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
 from tinyonn.cluster.summary import Cell, cell_table, summarise
 from tinyonn.config import ClusterConfig
-from tinyonn.dense.parameters import Parameter
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.pace import Phase

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from tinyonn.corpus.file import Sample
 from tinyonn.dense.head import REMEDY, Head, head_of
 from tinyonn.errors import InputError
 
@@ -23,8 +22,20 @@ VALUE_BYTES = 14  # a logit, in the dtype of the head, in float32, and their gra
 FORM_BYTES = 16  # the same of a scaled or capped one's steps
 
 
+class Labelled(Protocol):
+    """A sample: token ids and labels, both int32 [tokens], -100 where nothing is to be predicted."""
+
+    @property
+    def input_ids(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """What is read."""
+
+    @property
+    def labels(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """What is to be predicted."""
+
+
 def forward_backward(
-    decoder: Any, head: Head, sample: Sample, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
+    decoder: Any, head: Head, sample: Labelled, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a sample; taps behind the modules meet inputs and gradients on the way.
 
@@ -33,7 +44,7 @@ def forward_backward(
     decoder : torch.nn.Module
         Of a causal language model.
     head : Head
-    sample : Sample
+    sample : Labelled
     on_loss : callable
         Called with the loss before the decoder's backward pass.
 
@@ -73,7 +84,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
-def head_backward(head: Head, hidden: torch.Tensor, sample: Sample) -> torch.Tensor:
+def head_backward(head: Head, hidden: torch.Tensor, sample: Labelled) -> torch.Tensor:
     """Loss of a sample, and its gradient on what the head reads.
 
     Parameters
@@ -81,7 +92,7 @@ def head_backward(head: Head, hidden: torch.Tensor, sample: Sample) -> torch.Ten
     head : Head
     hidden : [1, T, H]
         What its output embeddings read: a leaf that requires a gradient; its ``grad`` is filled.
-    sample : Sample
+    sample : Labelled
 
     Returns
     -------

@@ -76,6 +76,13 @@ class Parameter:
         return self.name.split(".")[-2] if "." in self.name else self.name
 
 
+def kind_of(parameter: Parameter) -> str:
+    """Kind of module: ``embedding``, ``head``, ``norm``, ``bias``, or a linear layer's own name such as ``q_proj``."""
+    if parameter.kind != "linear":
+        return parameter.kind
+    return "head" if parameter.layer is None else parameter.role
+
+
 @dataclass(frozen=True)
 class Use:
     """One place where a parameter meets an input. A tied tensor has several.

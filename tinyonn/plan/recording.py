@@ -7,6 +7,7 @@ refuses with the limit and a remedy that it has tried. What a tier must hold is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
@@ -44,6 +45,7 @@ __all__ = [
     "RecordOptions",
     "RecordPlan",
     "Tier",
+    "layer_windows",
     "plan_record",
     "segment_size",
 ]
@@ -187,8 +189,6 @@ def _fastest(
     record: RecordOptions,
 ) -> RecordPlan | Tier:
     """The plan with the most samples per second; else the tier that is too small where least is missing."""
-    from tinyonn.record.calibration import layer_windows
-
     names = [(parameter.name, parameter.layer, parameter.size) for parameter in parameters]
     most = len({p.layer for p in parameters} - {None}) + sum(p.layer is None for p in parameters)
     if record.windows != "auto" and record.windows > most:
@@ -314,3 +314,29 @@ def _remedy(
         if isinstance(_fastest(parameters, its_model, its_data, its_machine, its_record), RecordPlan):
             return f"it fits with {text}"
     return "use a smaller model, or a machine with more of it"
+
+
+def layer_windows(names: Sequence[tuple[str, int | None, int]], windows: int) -> list[list[str]]:
+    """Split tensors into windows of near-equal size that keep a layer together.
+
+    Parameters
+    ----------
+    names : sequence of (name, layer, size)
+        In model order.
+    windows : int
+    """
+    groups: list[tuple[int | None, list[str], int]] = []
+    for name, layer, size in names:
+        if groups and layer is not None and groups[-1][0] == layer:
+            groups[-1][1].append(name)
+            groups[-1] = (layer, groups[-1][1], groups[-1][2] + size)
+        else:
+            groups.append((layer, [name], size))
+    total = sum(group[2] for group in groups)
+    result: dict[int, list[str]] = {}
+    seen = 0
+    for _, members, size in groups:
+        place = min(math.floor((seen + size / 2) * windows / total), windows - 1)
+        result.setdefault(place, []).extend(members)
+        seen += size
+    return list(result.values())

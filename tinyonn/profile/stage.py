@@ -26,7 +26,7 @@ from tinyonn.plan.cost import Device
 from tinyonn.plan.facts import cluster_ram, describe_model
 from tinyonn.plan.needs import DataFacts, Machine
 from tinyonn.plan.usage import Meter, measured, total_peak
-from tinyonn.profile.crew import Dealer, ProfileCrew, measure_here
+from tinyonn.profile.crew import Dealer, measure_here, profile_crew
 from tinyonn.profile.dataset import Dataset
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
 from tinyonn.profile.manifest import Manifest, Part
@@ -37,11 +37,11 @@ from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
-from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.workers.alive import patiently
+from tinyonn.workers.facts import WorkerUse
 from tinyonn.workers.ray import cluster_address, cluster_device, connected
 
 LOG = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class _Profiling:
             plan = self._plan(device, units, cluster_ram())
             self._state(plan, min(plan.workers, len(parts)))
             job = self._job(device)
-            crew = ProfileCrew(self.config, device, job=job)
+            crew = profile_crew(job, device)
             doing = self._done, self._seen, self._held
             return Dealer(crew, self.corpus, parts, wanted, plan.workers, *doing).run()
 

@@ -25,8 +25,8 @@ from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.measure import Measurer
 from tinyonn.profile.tables import PartProfile, SampleProfile
 from tinyonn.record.recorder import BadSampleError
-from tinyonn.record.worker import WorkerFacts, WorkerUse
 from tinyonn.store.records import TensorCalibration
+from tinyonn.workers.facts import WorkerFacts, WorkerUse
 
 TOKENS_PER_CHARACTER = 4  # at most, of an excerpt
 

@@ -8,9 +8,9 @@ from math import ceil
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.parameters import Parameter
 from tinyonn.plan.cost import Device, commit_seconds, sample_seconds
-from tinyonn.record.worker import WorkerUse
 from tinyonn.store.manifest import Segment
-from tinyonn.workers.ray import Task
+from tinyonn.workers.crew import Task
+from tinyonn.workers.facts import WorkerUse
 
 WRITING = 0.5  # of a commit that is spent while it is being written, on average
 

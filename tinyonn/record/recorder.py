@@ -1,8 +1,8 @@
 """Record what every weight did on a sample: one forward and one backward pass of the dense model.
 
 Data flow of a sample: token ids -> decoder -> hidden states -> head and loss, in chunks of tokens -> backward. Every
-module's tap (`tinyonn.dense.passes`) then has its input X and the gradient G of its output, and the module's sites (`sites.py`)
-journal the inputs and add the levels of the weight gradient to their sums.
+module's tap (`tinyonn.dense.passes`) then has its input X and the gradient G of its output, and the module's sites
+(`sites.py`) journal the inputs and add the levels of the weight gradient to their sums.
 
 The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
 large vocabulary are never held whole. A tensor with several uses (tied embeddings) waits until all have come.

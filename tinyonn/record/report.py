@@ -12,11 +12,11 @@ from typing import Any
 from tinyonn.corpus.file import Corpus
 from tinyonn.plan.usage import Meter, total_peak
 from tinyonn.progress import Bar
-from tinyonn.record.worker import WorkerUse
 from tinyonn.sheet import Sheet, pairs, whole
 from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
+from tinyonn.workers.facts import WorkerUse
 
 LOG = logging.getLogger(__name__)
 LOG_SECONDS = 15.0  # between lines about the workers in the log

@@ -226,7 +226,7 @@ def _in_tasks(spec: Spec, options: TuneOptions, folder: Path, places: Places) ->
     """Run trials in tasks of the connected Ray, which all reach the folder."""
     import ray
 
-    from tinyonn.workers.ray import outcome
+    from tinyonn.workers.crew import outcome
 
     cuda = places.device == "cuda"
     resources: dict[str, Any] = {"num_cpus": 1 if cuda else places.threads, "num_gpus": int(cuda)}

@@ -48,7 +48,7 @@ LOG = logging.getLogger(__name__)
 
 # Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
 ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
-OWN_BYTES = 400 * MiB  # of the process: Python with the store, Dask, Numba's kernels and scikit-learn
+OWN_BYTES = 415 * MiB  # of the process: Python with the store, Dask, Numba's kernels and scikit-learn
 FEW_ITERATIONS = 5  # before which their number cannot be told
 MOVED = 1e-7  # share of the weights that moves, below which it counts as none
 WAVES = 8  # in which the counting is done, so that what does not fit is found early

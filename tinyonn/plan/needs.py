@@ -34,7 +34,7 @@ CUDA_BYTES = 640 * MiB  # context, library workspaces and what the allocator can
 CUDA_PROCESS_BYTES = 2816 * MiB
 WRITE_BYTES = 96 * MiB  # bands on their way into the store
 # Of a recording: a recorder without a model, what malloc and oneDNN keep included; the driver; Ray; Torch and the rest.
-RECORDER_BYTES = {"cpu": 640 * MiB, "cuda": 2400 * MiB}
+RECORDER_BYTES = {"cpu": 400 * MiB, "cuda": 2400 * MiB}
 MERGING_BYTES = 600 * MiB
 RAY_BYTES = 340 * MiB
 LIBRARY_BYTES = 420 * MiB

@@ -43,7 +43,7 @@ LOOKED_AT = 1 << 18  # weights of a tensor that its tables are fitted to
 LOOKED_AT_BANDS = 8  # that they are taken from, evenly spread
 HELD_BYTES = 128 * MiB  # of records a task keeps between fitting and scoring, instead of reading them again
 TASK_WEIGHTS = 1 << 22  # small tensors are put together to so many
-OWN_BYTES = 330 * MiB  # of the process: Python with the store, Dask and Numba's kernels as they are compiled
+OWN_BYTES = 345 * MiB  # of the process: Python with the store, Dask and Numba's kernels as they are compiled
 FEW_SAMPLES = 16  # of a slice, below which its affinity is mostly chance
 
 

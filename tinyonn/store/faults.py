@@ -23,9 +23,11 @@ DENIED = (
     "signaturedoesnotmatch", "expiredtoken", "invalidtoken", "requesttimetooskewed", "allaccessdisabled",
     "authorizationheadermalformed", "could not load credentials", "no credentials",
 )  # fmt: skip
-NEWER = "written with a more modern version"
+NEWER = ("written with a more modern version", "only supports up to version")  # Icechunk 1, and 2
 AWAY = ("nosuchbucket", "dispatch failure", "connection refused", "timed out", "dns error")
-ANSWERED = ("service error", "streaming error", "response error", "construction failure")  # of requests to S3
+ANSWERED = (  # of requests to S3
+    "service error", "streaming error", "response error", "construction failure", "should have an etag",
+)  # fmt: skip
 GONE = "nosuchkey"  # an answer about bytes
 SILENT = ("error", "unhandled error", "service error")  # causes that say nothing
 
@@ -74,7 +76,7 @@ def translated(what: str) -> Iterator[None]:
             f"{what}: another process committed to the run meanwhile ({_short(error)}); only one may record"
         ) from error
     except (icechunk.IcechunkError, ValueError, RuntimeError, OSError) as error:
-        if NEWER in str(error).lower():
+        if any(text in str(error).lower() for text in NEWER):
             raise InputError(newer_store(what)) from error
         if is_full(error):
             raise CapacityError(
@@ -101,8 +103,11 @@ def translated(what: str) -> Iterator[None]:
 
 
 def _short(error: BaseException) -> str:
-    """The first cause: Icechunk's messages are a page long and end with it."""
-    lines = [line.strip(" |-`>\u25b6\u00d7x") for line in str(error).splitlines()]
+    """The first cause: messages of Icechunk 1 are a page long and end with it, those of 2 begin with it."""
+    message = str(error)
+    if "->" not in message:
+        message = message.partition("context:")[0].strip() or message
+    lines = [line.strip(" |-`>\u25b6\u00d7x") for line in message.splitlines()]
     causes = [line for line in lines if line]
     told = [cause for cause in causes if cause.lower() not in SILENT]
     text = (told or causes)[-1] if causes and isinstance(error, icechunk.IcechunkError) else " ".join(causes)

@@ -21,7 +21,7 @@ merging status doctor cli_experts cli __main__
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Level and name of all that a file imports when it runs, in functions too."""
-    nodes = [ast.parse(path.read_text("utf-8"))]
+    nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

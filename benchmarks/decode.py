@@ -27,7 +27,7 @@ from report import Goal, at_least, finish
 from scipy.sparse import csr_matrix
 from torch.nn import functional
 
-from tinyonn.experts.sparse_tinyonn import Merged, merge, sparse_linear
+from tinyonn.model.sparse_tinyonn import Merged, merge, sparse_linear
 
 SHARES = (0.01, 0.03, 0.1, 0.31, 1.0)
 MODEL_LAYERS = 40

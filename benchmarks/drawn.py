@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
-from tinyonn.experts.sparse_tinyonn import ExpertMatrix
+from tinyonn.model.sparse_tinyonn import ExpertMatrix
 
 KEPT, CORE = 0.315, 0.5
 

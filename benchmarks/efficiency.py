@@ -107,7 +107,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
     """
     import torch
 
-    from tinyonn.base.load import load_model, load_shape
+    from tinyonn.dense.load import load_model, load_shape
     from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
     from tinyonn.evaluate.trained import active_weights
     from tinyonn.experts.assemble import open_assembled

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.parameters import Use
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.parameters import Use
+from tinyonn.dense.passes import attach
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import weight_of
-from tinyonn.record.taps import attach
 from tinyonn.store.records import Float64, TensorCalibration
 
 SMALLEST = 2.0**-126  # of float32's normal numbers: what is smaller counts as zero

@@ -35,11 +35,11 @@ from scipy.stats import rankdata
 
 from benchmarks.exact import ExactTensor, exact_statistics
 from benchmarks.report import at_least, finish, show
-from tinyonn.base.corpus import Corpus, prepare_corpus
-from tinyonn.base.load import fingerprint_model, load_tokenizer
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import Config, parse_config
-from tinyonn.cost import segment_size
+from tinyonn.corpus.corpus import Corpus, prepare_corpus
+from tinyonn.dense.load import fingerprint_model, load_tokenizer
+from tinyonn.dense.parameters import Parameter
+from tinyonn.plan.cost import segment_size
 from tinyonn.record.worker import Worker
 from tinyonn.run import Run, open_run
 from tinyonn.store.manifest import Manifest, Segment

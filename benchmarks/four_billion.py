@@ -38,14 +38,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, at_most, finish
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.parameters import Parameter
-from tinyonn.base.source import SHAPES
 from tinyonn.config import ModelConfig, RecordConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.parameters import Parameter
+from tinyonn.dense.source import SHAPES
 from tinyonn.machine import free_disk, free_ram
-from tinyonn.memory import LIBRARY_BYTES
-from tinyonn.plan import DataFacts, Machine, RecordPlan, plan_record
-from tinyonn.planning import describe_model
+from tinyonn.plan.facts import describe_model
+from tinyonn.plan.needs import LIBRARY_BYTES
+from tinyonn.plan.recording import DataFacts, Machine, RecordPlan, plan_record
 from tinyonn.record.worker import Worker
 from tinyonn.sizes import GiB, MiB, format_size
 from tinyonn.store.arrays import SegmentWriter, bands

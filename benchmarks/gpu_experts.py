@@ -15,7 +15,7 @@ from report import Goal, at_least, at_most
 from torch import nn
 from torch.nn import functional
 
-from tinyonn.experts.sparse_tinyonn import Form, Merged, merge, sparse_linear
+from tinyonn.model.sparse_tinyonn import Form, Merged, merge, sparse_linear
 from tinyonn.train.data import Batch
 from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
 from tinyonn.train.options import LossWeights, TrainOptions

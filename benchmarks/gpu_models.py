@@ -16,12 +16,12 @@ import torch
 from report import Goal
 from torch import nn
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, prepare_model
-from tinyonn.base.nf4 import BLOCK, NF4Linear
-from tinyonn.base.reference import model_path
-from tinyonn.experts import matrix_tinyonn
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel, prepare_model
+from tinyonn.dense.nf4 import BLOCK, NF4Linear
+from tinyonn.model import matrix_tinyonn
 from tinyonn.record import device as record_device
+from tinyonn.reference import model_path
 from tinyonn.store.records import TensorCalibration
 
 ROOT = Path(__file__).resolve().parents[1]

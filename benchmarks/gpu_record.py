@@ -29,22 +29,22 @@ from gpu_models import (
 )
 from report import at_most
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel
-from tinyonn.base.parameters import Parameter, Use, list_uses
-from tinyonn.memory import CUDA_BYTES, DataFacts, Machine, ModelFacts
-from tinyonn.plan import RecordOptions, plan_record
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel
+from tinyonn.dense.parameters import Parameter, Use, list_uses
+from tinyonn.dense.passes import attach
+from tinyonn.plan.needs import CUDA_BYTES, DataFacts, Machine, ModelFacts
+from tinyonn.plan.recording import RecordOptions, layer_windows, plan_record
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.kernel import Totals
 from tinyonn.profile.measure import Measurer
 from tinyonn.record.activations import add_dense_levels, input_bins
-from tinyonn.record.calibration import calibrate, layer_windows
+from tinyonn.record.calibration import calibrate
 from tinyonn.record.device import gpu_kernels
 from tinyonn.record.gradients import LevelSink, product_bands, spill
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import WithRows, embedding_gradient
-from tinyonn.record.taps import attach
 from tinyonn.store.records import TensorCalibration
 
 GIB = 1 << 30

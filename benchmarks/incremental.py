@@ -30,18 +30,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.report import Goal, at_least, at_most, finish
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.load import fingerprint_model, load_tokenizer
 from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import ClusterReport, cluster_run
 from tinyonn.config import ClusterConfig, RecordConfig, ScoreConfig, load_config
-from tinyonn.engine import EngineOptions
+from tinyonn.corpus.corpus import prepare_corpus
+from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.record.worker import Worker
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import EngineOptions
 
 SEGMENT = 16
 

@@ -39,19 +39,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.large_run import PeakWatch
 from benchmarks.report import Goal, at_least, at_most, finish
 from benchmarks.synthetic import recorded, synthesise
-from tinyonn.base.source import SHAPES
 from tinyonn.cluster.features import Space, space_of
 from tinyonn.cluster.histogram import count_tensors
 from tinyonn.cluster.kmeans import KMeans, Rows
 from tinyonn.cluster.stage import cluster_run, rows_of, tensors_of
 from tinyonn.config import ClusterConfig, ModelConfig, ScoreConfig
-from tinyonn.engine import EngineOptions
-from tinyonn.planning import describe_model
+from tinyonn.dense.source import SHAPES
+from tinyonn.plan.facts import describe_model
 from tinyonn.score.stage import score_run
 from tinyonn.sizes import GiB
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import Float64
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import EngineOptions
 
 ONE_LAYER = {"num_hidden_layers": 1, "vocab_size": 1024}
 Float32 = np.ndarray[Any, np.dtype[np.float32]]

@@ -23,7 +23,7 @@ from zarr.core.sync import sync
 
 from benchmarks.large_run import Measured, PeakWatch, chunk_keys, disk_bytes, leave_the_cache, run_stage
 from benchmarks.report import at_most, finish
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.shards import plan_shards, write_tensors
 from tinyonn.sizes import GiB
 from tinyonn.store.repository import Store

@@ -25,9 +25,9 @@ from zarr.core.sync import sync
 
 from benchmarks.report import Goal, at_most, finish
 from benchmarks.synthetic import synthesise
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
-from tinyonn.planning import describe_model
+from tinyonn.dense.parameters import Parameter
+from tinyonn.plan.facts import describe_model
 from tinyonn.sizes import GiB
 from tinyonn.store.arrays import band_rows, bands, create_array
 from tinyonn.store.repository import Store

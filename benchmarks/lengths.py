@@ -150,9 +150,9 @@ class Child:
 def serve(path: str, plain: bool) -> None:
     """Answer questions on standard input: record a sample, or tell the digest of all sums."""
     from tinyonn import runtime
-    from tinyonn.base.corpus_file import Sample
-    from tinyonn.base.load import load_model
     from tinyonn.config import ModelConfig
+    from tinyonn.corpus.file import Sample
+    from tinyonn.dense.load import load_model
     from tinyonn.record.calibration import calibrate
     from tinyonn.record.recorder import Recorder
 

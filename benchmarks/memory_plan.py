@@ -2,7 +2,7 @@
 
 A run of a few samples is made with the model, each stage in a process of its own, and what the stage said that it would
 need (`planned_rss_bytes`) is compared with what all its processes held together at one time (`peak_rss_bytes`, see
-`tinyonn.usage`). All samples are cut to the same length, for which the plan is made. ``--random 1b`` (or ``135m``)
+`tinyonn.plan.usage`). All samples are cut to the same length, for which the plan is made. ``--random 1b`` (or ``135m``)
 makes a model of that size of random weights, for figures that do not depend on what it has learned.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, finish
-from tinyonn.base.reference import model_path
+from tinyonn.reference import model_path
 from tinyonn.sizes import MiB
 
 STAGES = (

@@ -25,12 +25,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, at_most, finish
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.load import fingerprint_model, load_tokenizer
 from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, RecordConfig, ScoreConfig, load_config
-from tinyonn.engine import EngineOptions
+from tinyonn.corpus.corpus import prepare_corpus
+from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.baselines import METHODS
 from tinyonn.evaluate.report import DENSE, ORACLE, ORIGINAL, EvaluateReport
@@ -40,6 +39,7 @@ from tinyonn.record.worker import Worker
 from tinyonn.score.stage import score_run
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import EngineOptions
 
 TOLD = 0.315  # budget that the goals are about
 BEHIND = 0.01  # nats

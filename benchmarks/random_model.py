@@ -9,8 +9,8 @@ import torch
 from bitsandbytes.functional import QuantState, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from tinyonn.base.load import DenseModel, load_shape, prepare_model
 from tinyonn.config import ModelConfig
+from tinyonn.dense.load import DenseModel, load_shape, prepare_model
 
 BLOCK = 64  # weights that share a scale in NF4
 POOL_BLOCKS = 1 << 17

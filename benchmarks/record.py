@@ -25,16 +25,16 @@ import numpy as np
 import torch
 from report import Goal, finish
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, load_model
-from tinyonn.base.parameters import Use, list_uses
-from tinyonn.base.reference import model_path
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel, load_model
+from tinyonn.dense.parameters import Use, list_uses
+from tinyonn.dense.passes import attach
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import embedding_gradient, mean_square, normalised, token_share, weight_of
-from tinyonn.record.taps import attach
+from tinyonn.reference import model_path
 
 QWEN_LAYER = {
     "hidden_size": 2560,

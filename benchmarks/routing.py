@@ -54,7 +54,6 @@ from benchmarks.routing_wanda import evaluate_prompt_masks
 from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
-from tinyonn.engine import EngineOptions
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.routed import Experts, evaluate_routed
@@ -71,6 +70,7 @@ from tinyonn.train.data import held_out_batches
 from tinyonn.train.options import LossWeights, TrainOptions
 from tinyonn.train.settings import train_stage_options
 from tinyonn.train.stage import TrainStageOptions, train_run
+from tinyonn.workers.tasks import EngineOptions
 
 ARMS = ("routed", "static", "magnitude", "random", "wanda", "small", "dense")
 ALL = "all"

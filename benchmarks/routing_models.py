@@ -17,21 +17,21 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tinyonn.base.copies import copy_file, tokenizer_files
-from tinyonn.base.parameters import list_parameters
-from tinyonn.base.source import read_model_config
 from tinyonn.config import ModelConfig
+from tinyonn.dense.copies import copy_file, tokenizer_files
+from tinyonn.dense.parameters import list_parameters
+from tinyonn.dense.source import read_model_config
 from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.routed import Experts, gates_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.compress import DROPPED, compress
-from tinyonn.experts.configuration_tinyonn import TinyONNConfig
-from tinyonn.experts.matrix_tinyonn import rows_and_groups
-from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select
 from tinyonn.experts.source import Source, digest
+from tinyonn.model.configuration_tinyonn import TinyONNConfig
+from tinyonn.model.matrix_tinyonn import rows_and_groups
+from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
 from tinyonn.train.data import Batch
 
 Groups = Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]
@@ -232,7 +232,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 def base_folder(config: ModelConfig) -> Path:
     """Where the dense model lies."""
-    from tinyonn.base.weights import BaseWeights
+    from tinyonn.dense.weights import BaseWeights
 
     return BaseWeights(config).folder
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from tinyonn.base.head import head_of
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.head import head_of
+from tinyonn.dense.states import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Losses, token_losses
 from tinyonn.train.data import Batch
-from tinyonn.train.states import decoder_states
 
 
 @torch.no_grad()

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.run import Run, open_run
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment

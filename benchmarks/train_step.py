@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from tinyonn.base.reference import model_path
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.experts.assemble import open_assembled
-from tinyonn.experts.linear_tinyonn import ExpertLinear
-from tinyonn.experts.sparse_tinyonn import gated_linear
+from tinyonn.model.linear_tinyonn import ExpertLinear
+from tinyonn.model.sparse_tinyonn import gated_linear
+from tinyonn.reference import model_path
 
 EXPERTS, ACTIVE = 100, 10
 WAYS = ("dense", "one pattern", "a pattern a sample", "peer")

@@ -134,7 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sources", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("tinyonn/base/reference/corpus"))
+    parser.add_argument("--out", type=Path, default=Path("tinyonn/reference/corpus"))
     options = parser.parse_args()
     train, heldout = split(deduplicated(documents(options.sources)))
     for name, chosen in (("train", train), ("heldout", heldout)):

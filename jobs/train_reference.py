@@ -25,7 +25,7 @@ from reference_model import Loss, Recipe, build_model, build_optimizers, export,
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-REFERENCE = Path("tinyonn/base/reference")
+REFERENCE = Path("tinyonn/reference")
 CHECKPOINT_SECONDS = 180.0
 PROBE_TOKENS = 8_192  # held-out tokens per slice that the curve is measured on
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import (
     VALUE_STEPS,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.store.arrays import SegmentWriter
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import (

@@ -25,7 +25,7 @@ import torch
 import yaml
 from typer.testing import CliRunner, Result
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.runs import POISON, make_sick_model, reasons
 from tinyonn.cli import app
 from tinyonn.logs import close_logging

@@ -18,10 +18,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.cli import app
 from tinyonn.command import run_stage
 from tinyonn.config import Config
+from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import examine, look_at_disk, look_at_nf4, look_at_python, look_at_ram, look_at_ray
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.logs import FILE_BYTES, close_logging, setup_logging

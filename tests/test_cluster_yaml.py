@@ -140,7 +140,7 @@ def test_upload_has_code_model_and_corpus_and_no_runs(tmp_path: Path, include_gi
     shipped = [
         path.relative_to(ROOT).as_posix() for path in (ROOT / "tinyonn" / "base" / "reference").rglob("*")
     ]
-    wanted = ["jobs/record.py", "configs/demo.yaml", "tinyonn/cli.py", "tinyonn/base/shapes/a/config.json"]
+    wanted = ["jobs/record.py", "configs/demo.yaml", "tinyonn/cli.py", "tinyonn/dense/shapes/a/config.json"]
     wanted += [name for name in shipped if (ROOT / name).is_file() and "__pycache__" not in name]
     unwanted = [
         ".git/objects/ab/cd",

@@ -14,7 +14,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.documents import (
     PAGES,
     ROOT,

@@ -7,11 +7,11 @@ import urllib.request
 
 import pytest
 
-from tinyonn.engine import PROCESS_BYTES, EngineOptions, Watch, computing
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import usable_cpus
 from tinyonn.progress import Bar
 from tinyonn.sizes import GiB, MiB
+from tinyonn.workers.tasks import PROCESS_BYTES, EngineOptions, Watch, computing
 
 
 def square(number: int) -> int:

@@ -15,11 +15,11 @@ ray dask distributed zarr numcodecs icechunk bitsandbytes datasets accelerate py
 google_crc32c scipy sklearn
 """.split()  # not PyYAML: transformers does not come without it
 COMPUTING = """
-base.checkpoint base.corpus_file base.files base.forms base.gguf_folder base.hub base.json_rows base.load base.messages
-base.parameters base.reference base.source base.tokens cost errors experts machine memory
-plan profile.groups profile.kernel profile.measure record.calibration record.recorder record.worker sizes store.records
-train.data train.diagnosis train.losses train.optimizers train.options train.prepare train.routing train.samples
-train.student train.teacher train.workers
+corpus.file corpus.files corpus.forms corpus.json_rows corpus.messages corpus.tokens dense.checkpoint
+dense.gguf_folder dense.hub dense.load dense.parameters dense.source errors experts machine plan.cost plan.needs
+plan.recording profile.groups profile.kernel profile.measure record.calibration record.recorder record.worker
+reference sizes store.records train.data train.diagnosis train.losses train.optimizers train.options train.prepare
+train.routing train.samples train.student train.teacher train.workers
 """.split()
 HEAVY = "torch ray dask zarr transformers numba".split()
 

@@ -12,13 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import DataConfig, ModelConfig, RecordConfig, load_config
-from tinyonn.cost import EXACT_SAMPLES, LOST_SECONDS, commit_seconds, sample_seconds
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, parse_gpus
-from tinyonn.memory import BATCH, compute_needs
-from tinyonn.plan import (
+from tinyonn.plan.cost import EXACT_SAMPLES, LOST_SECONDS, commit_seconds, sample_seconds
+from tinyonn.plan.facts import describe_data, describe_machine, describe_model, plan_run
+from tinyonn.plan.needs import BATCH, compute_needs
+from tinyonn.plan.recording import (
     DataFacts,
     Machine,
     ModelFacts,
@@ -27,7 +28,6 @@ from tinyonn.plan import (
     plan_record,
     segment_size,
 )
-from tinyonn.planning import describe_data, describe_machine, describe_model, plan_run
 from tinyonn.sizes import GiB, MiB
 
 QWEN = Path(__file__).parent.parent / "configs" / "qwen1.5-4b.yaml"

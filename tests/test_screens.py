@@ -21,11 +21,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tinyonn import progress
-from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.incremental import Churn
 from tinyonn.cluster.stage import ClusterReport
 from tinyonn.cluster.summary import Cell
 from tinyonn.config import RecordConfig
+from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import DoctorReport, Finding
 from tinyonn.evaluate.allocate import AllocateReport
 from tinyonn.evaluate.perplexity import Losses
@@ -38,7 +38,7 @@ from tinyonn.experts.report import AssembleReport
 from tinyonn.experts.totals import Kept, Totals
 from tinyonn.merging import MergeReport
 from tinyonn.pace import Phase
-from tinyonn.plan import DataFacts, Machine, ModelFacts, plan_record
+from tinyonn.plan.recording import DataFacts, Machine, ModelFacts, plan_record
 from tinyonn.profile.report import ProfileReport
 from tinyonn.progress import Bar, counted, shown_progress
 from tinyonn.record.report import RecordReport

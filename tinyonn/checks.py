@@ -14,9 +14,9 @@ from tinyonn.errors import InputError
 from tinyonn.escape import shortened
 
 if TYPE_CHECKING:
-    from tinyonn.base.parameters import Parameter
     from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig
-    from tinyonn.memory import ModelFacts
+    from tinyonn.dense.parameters import Parameter
+    from tinyonn.plan.needs import ModelFacts
 
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
 UPDATED = "+update"  # of a method's name
@@ -54,7 +54,7 @@ def check_kinds(config: ClusterConfig, parameters: Sequence[Parameter]) -> None:
     InputError
         Names the kind and those that there are; or nothing would be left to be clustered.
     """
-    from tinyonn.cluster.features import kind_of
+    from tinyonn.dense.parameters import kind_of
 
     there = sorted({kind_of(parameter) for parameter in parameters})
     known = sorted({*KINDS, *there})
@@ -81,7 +81,7 @@ def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
         As of `check_kinds`; labels that experts by cells would lack; more weights to keep than there are, or fewer than
         experts.
     """
-    from tinyonn.cluster.features import kind_of
+    from tinyonn.dense.parameters import kind_of
 
     check_kinds(config.cluster, parameters)
     cut = [p for p in parameters if p.kind == "linear" and kind_of(p) not in KINDS]

@@ -65,7 +65,7 @@ def plan(
     """State what recording needs in VRAM, RAM and on disk, and refuse what does not fit; loads nothing."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.planning import plan_run
+        from tinyonn.plan.facts import plan_run
         from tinyonn.sizes import parse_size
 
         limits = {name: parse_size(text, f"--{name}") for name, text in given(vram=vram, ram=ram, disk=disk)}

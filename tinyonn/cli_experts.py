@@ -253,7 +253,7 @@ def export(
     """Write a sparse model for others: for a hub, as a dense checkpoint that every tool reads, or as masks."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.base.source import model_folder
+        from tinyonn.dense.source import model_folder
         from tinyonn.evaluate.report import card_figures
         from tinyonn.evaluate.trained import trained_card_figures
         from tinyonn.experts.export import Assembled, export_model, numbers_of

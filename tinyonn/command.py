@@ -21,8 +21,8 @@ from tinyonn.places import local_folder, run_location
 
 if TYPE_CHECKING:
     from tinyonn.config import Config
-    from tinyonn.engine import EngineOptions
     from tinyonn.sheet import Sheet
+    from tinyonn.workers.tasks import EngineOptions
 
 UNUSABLE = (  # what a path can be wrong with
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
@@ -90,8 +90,8 @@ def run_stage(
 
         settings = load_config(config)
         location = run_location(run, settings.storage.root)
+        from tinyonn.plan.usage import measured
         from tinyonn.runtime import bound_caches
-        from tinyonn.usage import measured
 
         bound_caches()
 
@@ -157,7 +157,7 @@ def changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
 
 def engine_options(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:
     """What --engine, --workers, --memory and --address ask for."""
-    from tinyonn.engine import KINDS, EngineOptions
+    from tinyonn.workers.tasks import KINDS, EngineOptions
 
     if kind not in KINDS:
         raise InputError(f"--engine {kind!r} is unknown; choose {', '.join(KINDS)}")

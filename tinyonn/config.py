@@ -74,7 +74,7 @@ class SourceConfig(Section):
     )
     name: Text | None = None  # configuration of a `datasets` name
     split: Text = "train"
-    format: DataFormat = "auto"  # what the columns are; auto: as their names say, see tinyonn/base/forms.py
+    format: DataFormat = "auto"  # what the columns are; auto: as their names say, see tinyonn/corpus/forms.py
     text: Text | None = None  # column of plain text
     messages: Text | None = None  # column of chat messages; labels are the assistant's turns
     slice: Text | None = None  # column that names the slice; without it slices are derived

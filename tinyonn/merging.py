@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tinyonn.demands import state_ram
-from tinyonn.memory import Need
 from tinyonn.places import local_folder, store_location
+from tinyonn.plan.demands import state_ram
+from tinyonn.plan.needs import Need
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.lock import RunLock

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.store.arrays import bands
 from tinyonn.store.combine import MEAN_BINS, count_means, final_codebooks, shares, weighted_values

@@ -182,7 +182,7 @@ def _model_name(run: Run) -> str:
 
 def _corpus_facts(location: str) -> tuple[int | None, list[dict[str, Any]]]:
     """Tokens and what was set aside before recording, from the run's folder if it is on this machine."""
-    from tinyonn.base.corpus_file import Corpus
+    from tinyonn.corpus.file import Corpus
 
     path = local_folder(location) / "corpus.arrow"
     if not path.is_file():

@@ -15,11 +15,11 @@ import pytest
 
 from benchmarks.exact import SMALLEST, exact_statistics
 from benchmarks.report import at_least, at_most, finish, show
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.oracle import float64_copy, statistics
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_model
 from tinyonn.record.recorder import Recorder
 from tinyonn.store.records import TensorCalibration
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assembled
 from tests.experts.routers import FOUR, decide
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.experts.export import export_model
-from tinyonn.experts.router_tinyonn import PromptRouter
+from tinyonn.model.router_tinyonn import PromptRouter
 
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 256, "eos_token_id": None}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from tests.base.templates import KINDS, tokenizer_of
-from tinyonn.base.reference import model_path
+from tests.corpus.templates import KINDS, tokenizer_of
 from tinyonn.experts.ending import turn_ends, with_turn_ends
+from tinyonn.reference import model_path
 
 CHATML = ["<|im_end|>"]
 WANTED = {

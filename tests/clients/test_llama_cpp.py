@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.experts.assembled import assembled
-from tinyonn.base.reference import model_path
 from tinyonn.experts.export import export_model
+from tinyonn.reference import model_path
 
 SOURCE = os.environ.get("LLAMA_CPP", "")
 pytestmark = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.base.architectures import make_model
 from tests.clients.models import GREEDY, model_of, tokens
+from tests.dense.architectures import make_model
 from tests.experts.assembled import Groups, assemble, dense_model, random_groups
 
 SPLIT = {

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.clients.models import dense_of, model_of, tokens
 from tests.documents import ROOT
 from tests.experts.assembled import assembled
-from tinyonn.base.reference import model_path
+from tinyonn.reference import model_path
 
 KINDS = ("all on", "routed", "dense")
 

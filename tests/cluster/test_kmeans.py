@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans as Reference
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import CODE_AXES, Space, space_of
 from tinyonn.cluster.kmeans import Assignment, KMeans, Rows
 from tinyonn.config import FeatureWeights
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.store.records import Float64
 

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
-from tinyonn.cluster.features import kind_of, space_of
+from tinyonn.cluster.features import space_of
 from tinyonn.cluster.histogram import Grid, Moved, count_bytes
 from tinyonn.cluster.incremental import churn_of, match_numbers, stored_centres
 from tinyonn.cluster.stage import OWN_BYTES, cluster_run
 from tinyonn.config import ClusterConfig, FeatureWeights, ScoreConfig, parse_config
-from tinyonn.demands import codec_bytes
-from tinyonn.engine import EngineOptions
+from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
+from tinyonn.plan.demands import codec_bytes
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.store.records import Float64, unpack
+from tinyonn.workers.tasks import EngineOptions
 
 CONFIG = ClusterConfig(cells=7, iterations=200, tolerance=0.0)
 

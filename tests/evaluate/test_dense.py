@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import make_model
-from tinyonn.base.load import load_model
+from tests.dense.architectures import make_model
 from tinyonn.config import ModelConfig
+from tinyonn.dense.load import load_model
 from tinyonn.evaluate.dense import DenseWeights
 
 IDS = torch.arange(24)[None]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import make_model
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model
+from tests.dense.architectures import make_model
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError
 from tinyonn.evaluate.perplexity import Losses, batches_of, losses, token_losses
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assembled, dense_model
 from tests.train.trained import make_corpus, make_models
-from tinyonn.base.corpus_file import Sample
+from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.evaluate.routed import evaluate_routed
 from tinyonn.train.data import held_out_batches

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyonn.base.corpus import Corpus
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import Config
+from tinyonn.corpus.corpus import Corpus
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import make_model
-from tinyonn.base.corpus_file import Sample
+from tests.dense.architectures import make_model
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.experts.sparsegpt import prune, prune_model, second_moments
+from tinyonn.evaluate.sparsegpt import prune, prune_model, second_moments
 
 
 def problem(outputs: int = 12, inputs: int = 20, tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.source import ArraySource
 
 CELLS = 5

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tinyonn.experts.router_tinyonn import PromptRouter
+from tinyonn.model.router_tinyonn import PromptRouter
 
 FOUR: dict[str, Any] = {"branches": [[0, 3], [1, 2]], "width": 16, "top_k": 2}
 

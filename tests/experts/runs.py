@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.runs import config_of, serial_run
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ModelConfig, ScoreConfig

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.allocation import (
     Curve,

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
-from tinyonn.base.weights import BaseWeights
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ScoreConfig
-from tinyonn.engine import EngineOptions, Kind
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
+from tinyonn.workers.tasks import EngineOptions, Kind
 
 
 @pytest.fixture(scope="module")

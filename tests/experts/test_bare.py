@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assembled
 from tests.experts.routers import FOUR
 

@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tinyonn.experts.batched_tinyonn as batched
-from tests.base.architectures import make_model
+import tinyonn.model.batched_tinyonn as batched
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assemble, assembled, dense_model, random_groups
 from tests.experts.test_sparse import by_definition, random_matrix
 from tinyonn.experts import TinyONNForCausalLM
-from tinyonn.experts.sparse_tinyonn import batched_linear, gated_linear
+from tinyonn.model.sparse_tinyonn import batched_linear, gated_linear
 
 UP = "model.layers.0.mlp.up_proj"
 # Without and with the compiled passes; the large one has several blocks of rows

@@ -10,7 +10,7 @@ import pytest
 import tinyonn.experts.class_cuts as class_cuts
 import tinyonn.experts.cuts as cuts_module
 from tests.experts.arrays import CELLS, arrays, attributes
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.class_cuts import ClassCutter
 from tinyonn.experts.class_passes import BLOCK

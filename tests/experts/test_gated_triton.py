@@ -18,9 +18,9 @@ PRELUDE = """
 import sys
 import torch
 import torch.utils.checkpoint
-import tinyonn.experts.batched_tinyonn as batched
+import tinyonn.model.batched_tinyonn as batched
 from tests.experts.test_batched import GATES, VALUE_GATES, by_definition, exact, leaves, run
-from tinyonn.experts import gated_triton_tinyonn as kernels
+from tinyonn.model import gated_triton_tinyonn as kernels
 
 device = sys.argv[1]
 torch.manual_seed(0)
@@ -190,7 +190,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
-from tinyonn.experts import gated_triton_tinyonn as kernels
+from tinyonn.model import gated_triton_tinyonn as kernels
 
 arch, shared = int(sys.argv[1]), int(sys.argv[2])
 WHOLE = {"groups_ptr": "*u8", "columns_ptr": "*u16", "pointer_ptr": "*i32"}

@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
 
-from tests.base.architectures import ARCHITECTURES, make_model
+from tests.dense.architectures import ARCHITECTURES, make_model
 from tests.experts.assembled import assemble, assembled, dense_model, random_groups
-from tinyonn.base.load import load_model
-from tinyonn.base.reference import model_path
 from tinyonn.config import ModelConfig
+from tinyonn.dense.load import load_model
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
-from tinyonn.experts.sparse_tinyonn import dense_of
+from tinyonn.model.sparse_tinyonn import dense_of
+from tinyonn.reference import model_path
 
 UP = "model.layers.0.mlp.up_proj"
 Folder = Callable[[str], Path]

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from tests.experts.runs import clustered_run
-from tinyonn.base.weights import BaseWeights
 from tinyonn.config import Config, ExpertsConfig
-from tinyonn.engine import EngineOptions, computing
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts import assemble as assembly
 from tinyonn.experts import need_passes
@@ -27,6 +26,7 @@ from tinyonn.experts.need_passes import label_path
 from tinyonn.experts.select import allocate, groups_of, select
 from tinyonn.experts.source import RunSource
 from tinyonn.run import open_run
+from tinyonn.workers.tasks import EngineOptions, computing
 
 CONFIG = ExpertsConfig(budget=0.4, count=7, core=0.1)
 

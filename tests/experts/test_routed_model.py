@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assemble, assembled, dense_model, random_groups
 from tests.experts.routers import FOUR, decide
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
-from tinyonn.experts.configuration_tinyonn import GATE_RULE, ROUTER_RULE
-from tinyonn.experts.router_tinyonn import PromptRouter
+from tinyonn.model.configuration_tinyonn import GATE_RULE, ROUTER_RULE
+from tinyonn.model.router_tinyonn import PromptRouter
 
 SETTINGS: dict[str, Any] = {"do_sample": False, "pad_token_id": 256}
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
 from tests.experts.routers import decide
-from tinyonn.experts.router_options_tinyonn import RouterOptions
-from tinyonn.experts.router_tinyonn import PromptRouter, RouterLogits
+from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]
 TREE: dict[str, Any] = {"branches": BRANCHES, "width": 16, "top_k": 2}
@@ -95,7 +95,7 @@ def test_an_empty_prompt_does_not_drown_the_others(base: Any) -> None:
 
 def test_long_prompts_are_read_in_parts(router: PromptRouter, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = router.logits(tokens())
-    monkeypatch.setattr("tinyonn.experts.router_tinyonn.CHUNK", 2)
+    monkeypatch.setattr("tinyonn.model.router_tinyonn.CHUNK", 2)
     same(router.logits(tokens()), wanted)
 
 

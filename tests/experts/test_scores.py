@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.experts.arrays import arrays, attributes, make_source
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.absolute import LEVEL_SHIFT, gradient_sizes, look_at
 from tinyonn.experts.scores import SCORES, ScoreSettings, core_ranks, score_named, score_table

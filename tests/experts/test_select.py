@@ -13,10 +13,9 @@ import pytest
 
 from tests.experts.arrays import CELLS, arrays, attributes, make_source
 from tests.recorded import make_run
-from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, ScoreConfig
-from tinyonn.engine import EngineOptions, computing
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.allocation import Curve
 from tinyonn.experts.cuts import NONE, ONE_GROUP, exact_cuts, keys_of
@@ -28,6 +27,7 @@ from tinyonn.experts.totals import totals
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.records import dither_seed
+from tinyonn.workers.tasks import EngineOptions, computing
 
 WITHIN = ("cell", "tensor", "row")
 

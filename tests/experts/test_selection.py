@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
-from tinyonn.experts.router_tinyonn import PromptRouter, RouterLogits, limit_load
-from tinyonn.experts.selection_tinyonn import slopes
+from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits, limit_load
+from tinyonn.model.selection_tinyonn import slopes
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]
 

@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-import tinyonn.experts.sparse_tinyonn as sparse
-from tinyonn.experts import cpu_tinyonn
-from tinyonn.experts.sparse_tinyonn import (
+import tinyonn.model.sparse_tinyonn as sparse
+from tinyonn.model import cpu_tinyonn
+from tinyonn.model.sparse_tinyonn import (
     ExpertMatrix,
     choose_path,
     costs,

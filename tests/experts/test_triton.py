@@ -18,8 +18,8 @@ SCRIPT = """
 import sys
 import torch
 from tests.experts.test_sparse import by_definition, compress, random_matrix
-from tinyonn.experts import triton_tinyonn
-from tinyonn.experts.sparse_tinyonn import dense_of, merge, sparse_linear
+from tinyonn.model import triton_tinyonn
+from tinyonn.model.sparse_tinyonn import dense_of, merge, sparse_linear
 
 device, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 forms = ("dense", "rows") if dtype == torch.float32 else ("dense", "rows", "masks")
@@ -139,7 +139,7 @@ def test_kernels_compile_without_a_gpu(
     capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiler refuses what the interpreter lets pass, an annotation that is not Triton's for one."""
-    from tinyonn.experts import triton_tinyonn as kernels
+    from tinyonn.model import triton_tinyonn as kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled: list[str] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.base.architectures import ARCHITECTURES, COMMON, FAMILIES, REFUSED
+from tests.dense.architectures import ARCHITECTURES, COMMON, FAMILIES, REFUSED
 
 # Family -> its name, and what is particular.
 FAMILY_NOTES: dict[str, tuple[str, str]] = {

@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.base.architectures import ARCHITECTURES, FAMILIES, VOCAB, make_model
+from tests.dense.architectures import ARCHITECTURES, FAMILIES, VOCAB, make_model
 from tests.experts.assembled import assembled
 from tests.experts.runs import by_cells, clustered_run
 from tests.families.table import FAMILY_NOTES, REFUSALS, families_table, refusals_table, write_settings
-from tinyonn.base.load import load_model
 from tinyonn.config import ModelConfig, parse_config
+from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.experts.export import export_model
-from tinyonn.planning import describe_model, plan_run
+from tinyonn.plan.facts import describe_model, plan_run
 from tinyonn.record.driver import record
 
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import VOCAB, make_model
+from tests.dense.architectures import VOCAB, make_model
 from tests.experts.assembled import assembled
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense import loss as recording
+from tinyonn.dense.load import load_model
+from tinyonn.dense.loss import checked_head, forward_backward
 from tinyonn.evaluate.perplexity import batches_of, losses
 from tinyonn.evaluate.routed import evaluate_routed
-from tinyonn.record import loss as recording
-from tinyonn.record.loss import checked_head, forward_backward
 from tinyonn.train.data import collate
 from tinyonn.train.options import LossWeights
 from tinyonn.train.student import Student

@@ -27,9 +27,9 @@ import numpy as np
 
 from tests.experts.runs import clustered_run
 from tests.train.runs import OPTIONS, ROUTER
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import fingerprint_model
 from tinyonn.config import Config, DataConfig, ExpertsConfig
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.load import fingerprint_model
 from tinyonn.errors import TinyONNError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.report import card_figures

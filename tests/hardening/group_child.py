@@ -32,8 +32,8 @@ def add_and_look(folder: str, report: Any) -> None:
 
 def main(folder: str) -> None:
     """Two members on a local Ray."""
-    from tinyonn.record.cluster import connected
-    from tinyonn.train.group import GroupOptions, run_group
+    from tinyonn.workers.group import GroupOptions, run_group
+    from tinyonn.workers.ray import connected
 
     with connected(None, 2):
         run_group(add_and_look, folder, Path(folder) / "train", GroupOptions(2, 1, "cpu"), lambda: 0)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.runs import record_in_order, records_of
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, load_config

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.runs import write_rows
 from tests.recorded import make_run
-from tinyonn.base.parameters import Parameter
 from tinyonn.checks import UPDATED, Score, check_model, experts_of
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, load_config, parse_config
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import METHODS
 from tinyonn.experts.scores import SCORES
-from tinyonn.planning import plan_run
+from tinyonn.plan.facts import plan_run
 from tinyonn.record.driver import record
 from tinyonn.score.stage import score_run
 from tinyonn.train.settings import train_stage_options

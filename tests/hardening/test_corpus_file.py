@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from tests.hardening.flips import flipped, outcome
-from tinyonn.base.corpus_file import Corpus, Header, Sample, write_corpus
-from tinyonn.base.corpus_rows import RowWriter
+from tinyonn.corpus.file import Corpus, Header, Sample, write_corpus
+from tinyonn.corpus.token_rows import RowWriter
 from tinyonn.errors import StoreDamagedError
 
 SLICES = {"code": 700, "prose": 500}

@@ -16,7 +16,7 @@ import pytest
 from tests.hardening.lives import HANG, ROOT, slack
 from tests.record.runs import make_sick_model
 from tinyonn.errors import CapacityError
-from tinyonn.record.alive import Waiting
+from tinyonn.workers.alive import Waiting
 
 GOES_ON = "the same command goes on from there"
 SCRIPT = """
@@ -138,8 +138,8 @@ from tinyonn import endings
 from tinyonn.command import run_stage
 def body(location, settings):
     import ray
-    from tinyonn.record.alive import check, patiently
-    from tinyonn.record.cluster import connected
+    from tinyonn.workers.alive import check, patiently
+    from tinyonn.workers.ray import connected
     with connected(None, 1, lambda: "7 of 9 samples are committed and stay"):
         Path(sys.argv[1]).write_text("ready")
         {wait}

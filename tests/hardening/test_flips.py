@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hardening.flips import KINDS, SILENT, UNNAMED, Flip, World, flipped, make_world, table, take
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import StoreDamagedError
 from tinyonn.experts.choice import read_allocation
 from tinyonn.files import read_json

@@ -21,7 +21,7 @@ from tinyonn.config import load_config, parse_config
 from tinyonn.errors import InputError, TinyONNError
 from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
-from tinyonn.planning import plan_run
+from tinyonn.plan.facts import plan_run
 from tinyonn.sizes import parse_size
 
 LIMITS = {"ram": 32 << 30, "disk": 1 << 40}

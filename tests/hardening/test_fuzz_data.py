@@ -16,10 +16,10 @@ from hypothesis import given, settings
 
 from tests.hardening.data_files import files
 from tests.hardening.fuzz import COMMON, bounded
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.load import load_tokenizer
-from tinyonn.base.tokens import UNLABELLED
 from tinyonn.config import ModelConfig, parse_config
+from tinyonn.corpus.corpus import prepare_corpus
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.load import load_tokenizer
 from tinyonn.errors import TinyONNError
 
 seen: Counter[str] = Counter()

@@ -22,8 +22,8 @@ def held():
 RECORDER = """
 import json
 import numpy as np
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_model
 from tinyonn.config import ModelConfig
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.recorder import Recorder
@@ -42,7 +42,7 @@ print(json.dumps(sizes))
 GATES = """
 import json
 import torch
-from tinyonn.base.load import load_model
+from tinyonn.dense.load import load_model
 from tinyonn.config import ModelConfig
 model = load_model(ModelConfig(path="reference", quantization="none", dtype="bfloat16", device="cpu")).model
 sizes = []
@@ -85,7 +85,7 @@ def test_what_the_user_has_set_stays_and_goes_to_workers(monkeypatch: pytest.Mon
 
 KEEPING = """
 import numpy as np
-from tinyonn.engine import THREADS, computing
+from tinyonn.workers.tasks import THREADS, computing
 def churn():
     parts = [np.ones(4 << 20, np.uint8) for _ in range(48)]
     del parts[::2]

@@ -198,7 +198,7 @@ def test_the_hubs_cache_is_assembled_though_it_is_links(
 def test_a_pipe_or_device_in_a_model_is_refused_and_never_read(
     made: tuple[Path, Config], tmp_path: Path, name: str
 ) -> None:
-    from tinyonn.base.source import model_folder
+    from tinyonn.dense.source import model_folder
 
     folder, config = copy(made, tmp_path)
     for plant in (os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero")):
@@ -211,7 +211,7 @@ def test_a_pipe_or_device_in_a_model_is_refused_and_never_read(
 def test_a_link_that_is_swapped_while_it_is_copied_is_judged_by_what_was_opened(
     tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tinyonn.base.copies import copy_file
+    from tinyonn.dense.copies import copy_file
 
     (tmp_path / "model").mkdir()
     (tmp_path / "out").mkdir()

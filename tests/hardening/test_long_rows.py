@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from tests.base.gguf_models import say_sentencepiece, write_gguf
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.gguf_file import GGUFFile
-from tinyonn.base.rows import Row
-from tinyonn.base.source import BASE
-from tinyonn.base.tokens import encode_rows
+from tests.dense.gguf_models import say_sentencepiece, write_gguf
 from tinyonn.config import parse_config
+from tinyonn.corpus.corpus import prepare_corpus
+from tinyonn.corpus.rows import Row
+from tinyonn.corpus.tokens import encode_rows
+from tinyonn.dense.gguf_file import GGUFFile
+from tinyonn.dense.source import REFERENCE_MODEL
 
 WORDS = "All work and no play makes a dull row. "
 UNITS = {"words": WORDS, "one word": "a", "special tokens": "<|im_end|>", "blanks": " ", "wide": "é🙂"}
@@ -29,7 +29,7 @@ BYTES = 2 << 30
 
 
 def reference() -> Any:
-    return AutoTokenizer.from_pretrained(BASE / "reference" / "model")
+    return AutoTokenizer.from_pretrained(REFERENCE_MODEL)
 
 
 def measured(call: Any) -> Any:

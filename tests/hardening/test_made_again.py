@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
 from tests.experts.runs import by_cells, clustered_run
 from tests.hardening.models import place_of, turn
@@ -45,9 +45,9 @@ def test_a_teachers_cache_is_compared_and_its_damaged_part_made_again(tmp_path: 
 
 def test_a_converted_gguf_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     pytest.importorskip("gguf")
-    from tests.base.gguf_models import write_gguf
-    from tinyonn.base import gguf_folder
-    from tinyonn.base.source import model_folder
+    from tests.dense.gguf_models import write_gguf
+    from tinyonn.dense import gguf_folder
+    from tinyonn.dense.source import model_folder
 
     monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
     path = tmp_path / "model.gguf"

@@ -16,8 +16,8 @@ from tests.hardening.models import refused, turn
 from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import open_assembled
-from tinyonn.experts.configuration_tinyonn import FREE
 from tinyonn.experts.export import Assembled
+from tinyonn.model.configuration_tinyonn import FREE
 
 
 def test_no_turned_bit_of_the_settings_is_silent(model: Path) -> None:
@@ -84,7 +84,7 @@ def test_settings_of_the_wrong_kind_are_a_message(model: Path, key: str) -> None
 )
 def test_hostile_text_is_a_message(model: Path, saved: Path, tmp_path: Path, text: str) -> None:
     base = Path(shutil.copytree(saved / "base", tmp_path / "base"))
-    from tinyonn.base.load import recordable_shape
+    from tinyonn.dense.load import recordable_shape
 
     for folder in (model, base):
         (folder / "config.json").write_bytes(text.encode("latin-1"))
@@ -105,7 +105,7 @@ OF_BASE: list[tuple[str, Any]] = [
 def test_a_bases_hostile_settings_are_a_message_at_once(
     saved: Path, tmp_path: Path, key: str, value: Any
 ) -> None:
-    from tinyonn.planning import describe_model
+    from tinyonn.plan.facts import describe_model
 
     base = Path(shutil.copytree(saved / "base", tmp_path / "base"))
     tree = json.loads((base / "config.json").read_text("utf-8"))

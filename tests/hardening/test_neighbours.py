@@ -32,7 +32,7 @@ from tests.hardening.neighbour import (
 
 LOCAL_RAY = """
 import json, os, sys
-from tinyonn.record.cluster import connected
+from tinyonn.workers.ray import connected
 import ray
 from ray._private.worker import _global_node as before
 with connected(None, 1):
@@ -142,7 +142,7 @@ asyncio.run(attack())
 """
 LOCAL_DASK = """
 import json, sys
-from tinyonn.engine import EngineOptions, computing
+from tinyonn.workers.tasks import EngineOptions, computing
 if __name__ == "__main__":
     with computing(EngineOptions("distributed", 1), 1) as compute:
         assert compute([(abs, (-3,))]) == [3]
@@ -283,8 +283,8 @@ def test_a_scheduler_of_ones_own_is_reached_with_dasks_certificates(certificates
     from distributed import LocalCluster
     from distributed.security import Security
 
-    from tinyonn.engine import EngineOptions, computing
     from tinyonn.errors import InputError
+    from tinyonn.workers.tasks import EngineOptions, computing
 
     with dask.config.set(certificates):
         cluster = LocalCluster(  # type: ignore[no-untyped-call]

@@ -17,11 +17,11 @@ import pytest
 
 from tests.train.conftest import world  # noqa: F401
 from tests.train.runs import OPTIONS, World
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.memory import LOGITS_BYTES, ModelFacts
-from tinyonn.planning import describe_model
+from tinyonn.plan.facts import describe_model
+from tinyonn.plan.needs import LOGITS_BYTES, ModelFacts
 from tinyonn.sizes import GiB, MiB
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.base.gguf_models import say_sentencepiece, write_gguf
-from tinyonn.base.gguf_file import GGUFFile
-from tinyonn.base.rows import Row
-from tinyonn.base.source import BASE
-from tinyonn.base.tokens import PARTED, UNLABELLED, Encoded, encode_rows
+from tests.dense.gguf_models import say_sentencepiece, write_gguf
+from tinyonn.corpus.rows import Row
+from tinyonn.corpus.tokens import PARTED, UNLABELLED, Encoded, encode_rows
+from tinyonn.dense.gguf_file import GGUFFile
+from tinyonn.dense.source import REFERENCE_MODEL
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -95,7 +95,7 @@ def compatibility() -> Any:
 
 
 def reference() -> Any:
-    return AutoTokenizer.from_pretrained(BASE / "reference" / "model")
+    return AutoTokenizer.from_pretrained(REFERENCE_MODEL)
 
 
 TOKENIZERS: dict[str, Callable[[], Any]] = {

@@ -141,7 +141,7 @@ def test_an_export_of_what_is_damaged_is_refused(model: Path, tmp_path: Path) ->
     export_model(model, tmp_path / "whole", "dense")
     dense = next((tmp_path / "whole").glob("*.safetensors"))
     turn(dense, -2)
-    from tinyonn.base.load import load_model
+    from tinyonn.dense.load import load_model
 
     with pytest.raises(InputError, match=rf"{dense.name} is damaged"):
         load_model(ModelConfig(path=str(tmp_path / "whole"), quantization="none", device="cpu"))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyonn import usage
+from tinyonn.plan import usage
+from tinyonn.plan.usage import Meter, measured, total_peak
 from tinyonn.sizes import MiB
-from tinyonn.usage import Meter, measured, total_peak
 
 SIZE = 160 * MiB
 SLACK = 24 * MiB

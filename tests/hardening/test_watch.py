@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from tinyonn import endings
-from tinyonn.base.copies import copy_file
+from tinyonn.dense.copies import copy_file
 from tinyonn.errors import EngineLostError, InputError, StoreError
-from tinyonn.record import alive
-from tinyonn.record.alive import Watch
+from tinyonn.workers import alive
+from tinyonn.workers.alive import Watch
 
 
 def reaped() -> psutil.Process:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.base.conftest import few_threads, model_of
+from tests.dense.conftest import few_threads, model_of
 from tests.profile.runs import World, make_world
 
 __all__ = ["few_threads", "model_of"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.kernel import Totals
 from tinyonn.record.levels import levels

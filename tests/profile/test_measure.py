@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.base.architectures import ARCHITECTURES
+from tests.dense.architectures import ARCHITECTURES
 from tests.profile.oracle import ArrayGroups, added, random_group, totals_of
 from tests.record.oracle import float64_copy, statistics
 from tests.record.runs import LATE, POISON, load_token, make_sick_model, reasons
 from tests.record.test_oracle import samples_of
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, load_model
-from tinyonn.base.parameters import Parameter, list_parameters
-from tinyonn.base.prompts import prompt_length
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.corpus.prompts import prompt_length
+from tinyonn.dense.load import DenseModel, load_model
+from tinyonn.dense.parameters import Parameter, list_parameters
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.measure import Measured, Measurer

@@ -19,9 +19,9 @@ import pytest
 
 from tests.profile.runs import CELLS, SLICES, World, assemble, contents
 from tests.record.runs import expected_aside
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import load_model
 from tinyonn.config import parse_config
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.load import load_model
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.profile import open_profile
 from tinyonn.profile.groups import find_groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.compiled import compile_kernel
-from tinyonn.base import nf4_triton
+from tinyonn.dense import nf4_triton
 from tinyonn.record import kernels_triton as kernels
 from tinyonn.record.activations import BINS, COLUMN_LOW, TOKEN_CHUNK
 

@@ -1,3 +1,3 @@
-from tests.base.conftest import few_threads, model_of
+from tests.dense.conftest import few_threads, model_of
 
 __all__ = ["few_threads", "model_of"]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.nf4 import dequantized, is_nf4
-from tinyonn.base.parameters import Use, list_uses, looked_up
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.nf4 import dequantized, is_nf4
+from tinyonn.dense.parameters import Use, list_uses, looked_up
 
 
 def float64_copy(model: Any) -> Any:

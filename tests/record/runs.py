@@ -14,12 +14,12 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.base.architectures import make_model
-from tinyonn.base.corpus import prepare_corpus
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_tokenizer
+from tests.dense.architectures import make_model
 from tinyonn.config import Config, parse_config
-from tinyonn.record.calibration import layer_windows
+from tinyonn.corpus.corpus import prepare_corpus
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_tokenizer
+from tinyonn.plan.recording import layer_windows
 from tinyonn.record.identity import identity_of
 from tinyonn.record.worker import Worker
 from tinyonn.store.manifest import Manifest, Segment

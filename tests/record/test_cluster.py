@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from tinyonn.record.cluster import THREADS, use_of
+from tinyonn.workers.crew import THREADS, use_of
 
 
 class Thread:

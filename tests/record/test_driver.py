@@ -20,7 +20,7 @@ import pytest
 import ray
 
 import tinyonn.record.driver as driver
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.invariants import check_live
 from tests.record.runs import (
     SLICES,
@@ -34,7 +34,6 @@ from tests.record.runs import (
 )
 from tinyonn.config import Config, parse_config
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
-from tinyonn.record.cluster import MAX_LOSSES, Crew
 from tinyonn.record.driver import record
 from tinyonn.record.report import RecordReport
 from tinyonn.status import read_status
@@ -43,6 +42,7 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import next_segment
+from tinyonn.workers.crew import MAX_LOSSES, Crew
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

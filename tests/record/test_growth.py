@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from tests.record.runs import assert_same_run, make_sick_model, records_of, write_rows
-from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config, parse_config
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.record.driver import _Recording, record
 from tinyonn.record.identity import recorded_corpus

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.base.architectures import ARCHITECTURES, VOCAB
+from tests.dense.architectures import ARCHITECTURES, VOCAB
 from tests.record.oracle import float64_copy, statistics
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_model
 from tinyonn.record.activations import column_tables, frequency_curve, level_curve, weight_bins
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.levels import levels

@@ -22,9 +22,9 @@ from tests.record.runs import (
     record_segment,
     records_of,
 )
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_tokenizer
-from tinyonn.record.calibration import layer_windows
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_tokenizer
+from tinyonn.plan.recording import layer_windows
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.worker import Worker
 from tinyonn.store.manifest import Manifest, Segment

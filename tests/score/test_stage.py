@@ -9,13 +9,13 @@ import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
 from tinyonn.config import ScoreConfig
-from tinyonn.engine import EngineOptions
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run, spread, task_groups
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.store.records import unpack
+from tinyonn.workers.tasks import EngineOptions
 
 
 def everything(folder: Path) -> dict[str, tuple[bytes, bytes]]:

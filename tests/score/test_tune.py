@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.record.runs import config_of, serial_run, write_rows
 from tinyonn.config import Config
 from tinyonn.score.tune import tune_run

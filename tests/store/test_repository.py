@@ -17,7 +17,7 @@ from tests.invariants import (
     small_manifest,
 )
 from tests.store.worlds import disk_bytes, new_store, record_leaf, write_leaf
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError, StoreError
 from tinyonn.store.arrays import MiB, SegmentWriter, band_rows, bands
 from tinyonn.store.manifest import Manifest, Segment, parse_segment

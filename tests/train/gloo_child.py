@@ -16,7 +16,7 @@ from torch import distributed
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from tests.train.trained import OPTIONS, changed, load_models
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer

@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.experts.assembled import DROPPED, compress
 from tinyonn.experts import TinyONNConfig
-from tinyonn.experts.gates_tinyonn import Switch
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.gates_tinyonn import Switch
+from tinyonn.model.linear_tinyonn import ExpertLinear
 
 EXPERTS = 5
 GROUPS = EXPERTS + 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.train.trained import make_corpus
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.train.data import WINDOW, Order, collate, held_out_batches, prompt_lengths, share
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from tests.train.runs import OPTIONS, World
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.train.checkpoint import read_curve
-from tinyonn.train.group import MAX_LOSSES, GroupOptions, Report, run_group
 from tinyonn.train.monitor import read_lines
 from tinyonn.train.stage import train_run
+from tinyonn.workers.group import MAX_LOSSES, GroupOptions, Report, run_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

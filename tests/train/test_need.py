@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import OPTIONS, World
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.memory import ModelFacts, Need
+from tinyonn.plan.needs import ModelFacts, Need
 from tinyonn.sizes import GiB, MiB
 from tinyonn.train.need import StudentFacts, check_needs, train_needs
 from tinyonn.train.optimizers import OptimizerOptions

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from tests.train.layers import GROUPS, Model, bits, group_slices, sparse_layer
 from tinyonn.errors import InputError
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train import optimizers as built
 from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
 from tinyonn.train.smk import mask_value_gradients
@@ -242,7 +242,7 @@ def test_a_state_of_another_run_is_refused() -> None:
 
 def test_gradients_of_a_real_model_move_the_experts_that_ran(tmp_path: Path) -> None:
     """One backward pass with two of four experts on: those and the core learn, the others stay to the bit."""
-    from tests.base.architectures import make_model
+    from tests.dense.architectures import make_model
     from tests.experts.assembled import assembled
 
     _, model = assembled(make_model("qwen2", tmp_path / "model"), experts=4)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.train.runs import OPTIONS, ROUTER, World
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.evaluate.routed import evaluate_routed

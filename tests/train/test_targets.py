@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.base.architectures import make_model
-from tests.base.test_mixture import Room
-from tinyonn.base.corpus import Corpus
+from tests.corpus.test_mixture import Room
+from tests.dense.architectures import make_model
+from tinyonn.corpus.corpus import Corpus
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.manifest import Manifest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.base.architectures import make_model, make_tokenizer
+from tests.dense.architectures import make_model, make_tokenizer
 from tests.experts.assembled import dense_model
 from tests.train.trained import make_corpus
 from tinyonn.errors import InputError

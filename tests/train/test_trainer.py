@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
 from tests.train.trained import EXPERTS, OPTIONS, changed, load_models, make_corpus, make_models
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.train.checkpoint import read_curve
 from tinyonn.train.monitor import StepFacts

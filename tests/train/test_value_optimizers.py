@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.train.layers import group_slices, sparse_layer
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train.newton_schulz import iterated, orthogonalised
 from tinyonn.train.sparse_adamw import SparseAdamW
 from tinyonn.train.sparse_muon import SparseMuon

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.base.architectures import make_model
+from tests.dense.architectures import make_model
 from tests.experts.assembled import assemble, dense_model, random_groups
-from tinyonn.base.corpus_file import Corpus, Header, write_corpus
+from tinyonn.corpus.file import Corpus, Header, write_corpus
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.train.options import LossWeights, RoutingOptions, StageOptions, TrainOptions
 

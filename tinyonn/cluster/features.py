@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.store.records import Float64
 
 if TYPE_CHECKING:
@@ -41,13 +41,6 @@ BUCKETS = 16
 KEYS = 1 << 20
 CODE_AXES = 4  # score, act, grad, freq
 HALF = 2**-0.5  # distance between two kinds becomes 1
-
-
-def kind_of(parameter: Parameter) -> str:
-    """Kind of module: ``embedding``, ``head``, ``norm``, ``bias``, or a linear layer's own name such as ``q_proj``."""
-    if parameter.kind != "linear":
-        return parameter.kind
-    return "head" if parameter.layer is None else parameter.role
 
 
 @dataclass(frozen=True)

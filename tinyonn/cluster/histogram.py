@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.cluster.features import KEYS, bucket_edges, bucket_number
+from tinyonn.dense.parameters import Parameter
 from tinyonn.store.arrays import BandWriter, band_rows, bands, read_chunks
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import UInt8, UInt16

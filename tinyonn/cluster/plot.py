@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import InputError
 from tinyonn.escape import html, picture
 from tinyonn.run import Run, open_run

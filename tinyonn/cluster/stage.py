@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.checks import check_kinds
-from tinyonn.cluster.features import BUCKETS, Space, kind_of, space_of
+from tinyonn.cluster.features import BUCKETS, Space, space_of
 from tinyonn.cluster.histogram import (
     Grid,
     LabelTable,
@@ -31,18 +30,19 @@ from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_c
 from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
 from tinyonn.cluster.summary import Cell, cell_table, summarise
 from tinyonn.config import ClusterConfig
-from tinyonn.demands import codec_bytes
-from tinyonn.engine import THREADS, Call, Compute, EngineOptions, Watch, computing
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
 from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
+from tinyonn.plan.demands import codec_bytes
 from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
 from tinyonn.sheet import Sheet
 from tinyonn.sizes import MiB, format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import THREADS, Call, Compute, EngineOptions, Watch, computing
 
 LOG = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import CODE_AXES, Space, kind_of
+from tinyonn.cluster.features import CODE_AXES, Space
 from tinyonn.cluster.histogram import Place
 from tinyonn.cluster.kmeans import Assignment, Rows
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds
 

@@ -39,7 +39,7 @@ from tinyonn.experts.select import select, select_bytes
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
-from tinyonn.planning import describe_model
+from tinyonn.plan.facts import describe_model
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.parameters import Parameter
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.sparsegpt import prune_model
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.scores import SCORES
 from tinyonn.experts.select import groups_of, select
 from tinyonn.experts.source import Band, RunSource, Source
-from tinyonn.experts.sparsegpt import prune_model
 from tinyonn.run import Run
 from tinyonn.store.arrays import attributes_of
 from tinyonn.store.records import CODES, SHIFTS, STATISTICS, UInt16

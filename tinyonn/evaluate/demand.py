@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import torch
 
-from tinyonn.base.load import choose_device
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import ModelConfig
-from tinyonn.demands import codec_bytes, state_ram
+from tinyonn.dense.load import choose_device
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
-from tinyonn.memory import CUDA_BYTES, CUDA_PROCESS_BYTES, NF4_BYTES, ModelFacts, Need, is_quantized
+from tinyonn.plan.demands import codec_bytes, state_ram
+from tinyonn.plan.needs import CUDA_BYTES, CUDA_PROCESS_BYTES, NF4_BYTES, ModelFacts, Need, is_quantized
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MATRIX_BYTES
 

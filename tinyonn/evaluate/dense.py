@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.load import DTYPES, load_model
-from tinyonn.base.nf4 import dequantized, is_nf4
-from tinyonn.base.parameters import Parameter, list_parameters
 from tinyonn.config import ModelConfig
+from tinyonn.dense.load import DTYPES, load_model
+from tinyonn.dense.nf4 import dequantized, is_nf4
+from tinyonn.dense.parameters import Parameter, list_parameters
 
 
 class DenseWeights:

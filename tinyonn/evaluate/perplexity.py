@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.head import head_of
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.head import head_of
 from tinyonn.errors import InputError
 
 BATCH_TOKENS = 2048  # of a batch, padding counted; larger ones leave the caches

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from tinyonn.base.head import head_of
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.head import head_of
+from tinyonn.dense.states import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.perplexity import Losses, token_losses
 from tinyonn.train.data import Batch
-from tinyonn.train.states import decoder_states
 
 Experts = int | Literal["all"] | None
 

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, losses
 from tinyonn.experts.allocation import Curve, solve

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.corpus import Corpus, prepare_corpus
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import load_model, load_tokenizer
 from tinyonn.config import Config, DataConfig
+from tinyonn.corpus.corpus import Corpus, prepare_corpus
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import METHODS, Recipe, SliceSource, cut, recipe_of
 from tinyonn.evaluate.demand import evaluate_needs, state
@@ -36,7 +36,7 @@ from tinyonn.experts.select import select, select_bytes
 from tinyonn.experts.source import RunSource
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
-from tinyonn.planning import describe_model
+from tinyonn.plan.facts import describe_model
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run

@@ -21,10 +21,10 @@ from tinyonn.evaluate.perplexity import Losses
 from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
-from tinyonn.experts.router_options_tinyonn import RouterOptions
 from tinyonn.files import read_derived, write_json
+from tinyonn.model.router_options_tinyonn import RouterOptions
 from tinyonn.places import local_folder
-from tinyonn.planning import describe_model
+from tinyonn.plan.facts import describe_model
 from tinyonn.progress import Bar
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds

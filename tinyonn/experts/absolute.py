@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.source import Float32, Source
 from tinyonn.score.stage import spread
 from tinyonn.store.arrays import band_rows, bands

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyonn.base.copies import check_files, copy_file, tokenizer_files
-from tinyonn.base.load import load_shape, load_tokenizer
-from tinyonn.base.settings import base_settings
-from tinyonn.base.weights import BaseWeights
 from tinyonn.config import ExpertsConfig, ModelConfig
-from tinyonn.demands import codec_bytes
-from tinyonn.engine import THREADS, EngineOptions, Watch, computing
+from tinyonn.dense.copies import check_files, copy_file, tokenizer_files
+from tinyonn.dense.load import load_shape, load_tokenizer
+from tinyonn.dense.settings import base_settings
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
@@ -61,14 +59,16 @@ from tinyonn.experts.source import RunSource, digest, tensors_outside
 from tinyonn.experts.totals import totals
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
+from tinyonn.plan.demands import codec_bytes
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
 from tinyonn.runtime import bound_memory
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock, only_writer
+from tinyonn.workers.tasks import THREADS, EngineOptions, Watch, computing
 
 if TYPE_CHECKING:
-    from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
+    from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
 
 LOG = logging.getLogger(__name__)
 OWN_BYTES = 900 * MiB  # of the process: Python with the store, Dask, Torch, Transformers and Numba's kernels
@@ -344,8 +344,8 @@ class _Assembly:
         import torch
         from transformers import GenerationConfig
 
-        from tinyonn.experts.configuration_tinyonn import TinyONNConfig
-        from tinyonn.experts.modeling_tinyonn import TinyONNForCausalLM
+        from tinyonn.model.configuration_tinyonn import TinyONNConfig
+        from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
 
         prior = np.mean([layer.worth for layer in layers], axis=0)
         config = TinyONNConfig(

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.source import fingerprint_model
 from tinyonn.config import ExpertsConfig, ModelConfig
+from tinyonn.dense.source import fingerprint_model
 from tinyonn.errors import InputError
 from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.source import digest

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.allocation import Counts, cell_counts
 from tinyonn.experts.class_passes import ONE_LABEL, count_cells, count_classes, count_tied, gather
 from tinyonn.experts.classes import CLASSES, NEVER, Classes, ClassPart, Kinds, levels_of

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.class_passes import CORE, HASHED, KIND, ONE_LABEL, assign_classes, classify
 from tinyonn.experts.cuts import UInt32, UInt64, keys_of
 from tinyonn.experts.options import CORES, SelectOptions, TensorCuts

@@ -6,12 +6,12 @@ the shipped model.
 
 from __future__ import annotations
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.engine import Call
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.cutting import cut_tensors
 from tinyonn.experts.need_passes import count_needs, label_needs, sample_needs
 from tinyonn.experts.select import worth_histograms
 from tinyonn.experts.shards import Shard, write_shard
+from tinyonn.workers.tasks import Call
 
 EFFORT = {
     worth_histograms: 0.4,

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tinyonn.base.checkpoint import tensor_files
-from tinyonn.base.copies import CARD, check_files, copy_file, tokenizer_files
-from tinyonn.demands import state_ram
+from tinyonn.dense.checkpoint import tensor_files
+from tinyonn.dense.copies import CARD, check_files, copy_file, tokenizer_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
 from tinyonn.experts.compress import Compressed, expand
 from tinyonn.experts.ending import stop_at_turns
 from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, read_settings
-from tinyonn.experts.matrix_tinyonn import ExpertMatrix, matrix_fault
 from tinyonn.experts.shards import write_tensors
-from tinyonn.memory import Need
+from tinyonn.model.matrix_tinyonn import ExpertMatrix, matrix_fault
+from tinyonn.plan.demands import state_ram
+from tinyonn.plan.needs import Need
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import MiB, format_size
 

@@ -1,7 +1,7 @@
 """An assembled or trained model's folder as it was written, or the file of it that is not.
 
 Four things say so: the shards' own digests, those of our settings in ``config.json`` (`digests_tinyonn`), the index,
-which follows from the shards' headers, and ``digests.json`` for all else but the card (`tinyonn.base.sealed_folder`).
+which follows from the shards' headers, and ``digests.json`` for all else but the card (`tinyonn.sealed_folder`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.sealed_folder import FILE, check_folder, folder_fault, seal_folder
-from tinyonn.base.source import read_model_config
+from tinyonn.dense.source import read_model_config
 from tinyonn.errors import InputError
-from tinyonn.experts.configuration_tinyonn import FREE, TinyONNConfig
-from tinyonn.experts.digests_tinyonn import DIGESTS, check_files, check_settings, free_settings_differ
-from tinyonn.experts.shards_tinyonn import check_index
+from tinyonn.model.configuration_tinyonn import FREE, TinyONNConfig
+from tinyonn.model.digests_tinyonn import DIGESTS, check_files, check_settings, free_settings_differ
+from tinyonn.model.shards_tinyonn import check_index
+from tinyonn.sealed_folder import FILE, check_folder, folder_fault, seal_folder
 
 LOG = logging.getLogger(__name__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"

@@ -27,8 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.engine import Compute
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.need_centres import EVENING, ROUNDS, find_centres
 from tinyonn.experts.need_curves import Curves, needed_budgets, shares_under
@@ -49,6 +48,7 @@ from tinyonn.experts.source import MOST_CELLS, Band, RunSource, digest, tensors_
 from tinyonn.files import file_checksum, read_derived, read_json, write_json
 from tinyonn.run import Run
 from tinyonn.score.stage import task_groups
+from tinyonn.workers.tasks import Compute
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
@@ -197,7 +197,7 @@ class ByNeed:
         Parameters
         ----------
         compute : callable
-            From `tinyonn.engine.computing`; the result does not depend on it.
+            From `tinyonn.workers.tasks.computing`; the result does not depend on it.
 
         Returns
         -------

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups, groups_bytes

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import InputError
 from tinyonn.experts.allocation import Curve
 from tinyonn.experts.cuts import UInt64

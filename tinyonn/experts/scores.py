@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import SCORE_PRESETS
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.absolute import gradient_sizes, look_at
 from tinyonn.experts.source import Band, Float32, Source

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.engine import Call, Compute
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts.allocation import (
     apportion,
@@ -42,6 +41,7 @@ from tinyonn.experts.source import Band, Source, tensors_outside
 from tinyonn.score.stage import task_groups
 from tinyonn.store.arrays import band_rows, bands
 from tinyonn.store.records import UInt8
+from tinyonn.workers.tasks import Call, Compute
 
 __all__ = ["SelectOptions", "Selection", "TensorGroups", "groups_of", "select", "select_bytes"]
 
@@ -160,8 +160,8 @@ def select(
     source : Source
     options : SelectOptions
     compute : callable, optional
-        From `tinyonn.engine.computing`, with as many workers as `select_bytes` leaves room for; without it, one task
-        after another in this thread. The result does not depend on it.
+        From `tinyonn.workers.tasks.computing`, with as many workers as `select_bytes` leaves room for; without it, one
+        task after another in this thread. The result does not depend on it.
     spread : Spread, optional
         Of budget and core over the tensors; by default the allocation's, and the core in proportion.
 

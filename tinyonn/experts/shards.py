@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.compress import compress, stored_bytes, sums_by_group
-from tinyonn.experts.digests_tinyonn import (
+from tinyonn.model.digests_tinyonn import (
     METADATA,
     crc_of,
     header_text,
     read_header,
     sealed_metadata,
 )
-from tinyonn.experts.shards_tinyonn import ASSEMBLY
+from tinyonn.model.shards_tinyonn import ASSEMBLY
 from tinyonn.store.records import Float64, UInt8
 
 if TYPE_CHECKING:
-    from tinyonn.base.weights import BaseWeights
+    from tinyonn.dense.weights import BaseWeights
     from tinyonn.experts.options import Selection
     from tinyonn.experts.source import Source
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import InputError
 from tinyonn.store.records import UInt8, UInt16
 

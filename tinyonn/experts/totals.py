@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cluster.features import kind_of
+from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.experts.options import Selection
 from tinyonn.sheet import Sheet
 from tinyonn.sizes import format_count

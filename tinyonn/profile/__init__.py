@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import tinyonn.record  # noqa: F401  (what Ray reads when it is imported, which modules here do)
+import tinyonn.workers  # noqa: F401  (what Ray reads when it is imported, which modules here do)
 
 if TYPE_CHECKING:
     from tinyonn.profile.reader import Profile, open_profile

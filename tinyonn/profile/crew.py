@@ -6,19 +6,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
+from tinyonn.plan.cost import Device
 from tinyonn.profile.manifest import Part
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job, ProfileWorker
-from tinyonn.record.alive import Waiting, check
-from tinyonn.record.cluster import LOST, THREADS, Crew, capacity, outcome
-from tinyonn.record.worker import WorkerUse
-from tinyonn.runtime import worker_environment
+from tinyonn.workers.alive import Waiting, check
+from tinyonn.workers.crew import LOST, Crew, outcome, start_actor
+from tinyonn.workers.facts import WorkerUse
+from tinyonn.workers.ray import capacity
 
 LOG = logging.getLogger(__name__)
 SCALE = 10.0  # seconds between looks for machines that joined
@@ -42,26 +43,10 @@ def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done, se
     return [worker.use()]
 
 
-@dataclass(kw_only=True)
-class ProfileCrew(Crew):
-    """The actors of a profile.
-
-    Parameters
-    ----------
-    job : Job
-    """
-
-    job: Job
-
-    def _start(self) -> Any:
-        threads = self.job.threads
-        options: dict[str, Any] = {
-            "num_cpus": self.job.threads if self.device == "cpu" else 1,
-            "num_gpus": 1 if self.device == "cuda" else 0,
-            **THREADS,
-            "runtime_env": {"env_vars": worker_environment(threads)},
-        }
-        return ray.remote(**options)(ProfileWorker).remote(self.job)
+def profile_crew(job: Job, device: Device) -> Crew:
+    """The actors of a profile."""
+    start = partial(start_actor, ProfileWorker, job, device=device, threads=job.threads)
+    return Crew(start, device, job.threads)
 
 
 class Dealer:
@@ -69,7 +54,8 @@ class Dealer:
 
     Parameters
     ----------
-    crew : ProfileCrew
+    crew : Crew
+        Of `profile_crew`.
     corpus : Corpus
     parts : sequence of Part
     workers : int or None
@@ -86,7 +72,7 @@ class Dealer:
 
     def __init__(
         self,
-        crew: ProfileCrew,
+        crew: Crew,
         corpus: Corpus,
         parts: Sequence[Part],
         workers: int | None,
@@ -127,7 +113,7 @@ class Dealer:
             self.crew.dismiss()
 
     def _scale(self) -> None:
-        room = capacity(self.crew.device, self.crew.job.threads)
+        room = capacity(self.crew.device, self.crew.threads)
         count = self._wanted or max(1, min(room, self._most))
         count = min(count, len(self._queue) + len(self._tasks))
         for number in self.crew.hire(max(1, count)):

@@ -16,13 +16,13 @@ import numpy as np
 from numba import njit
 from safetensors import SafetensorError, safe_open
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.base.weights import BaseWeights
+from tinyonn.dense.parameters import Parameter
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.compress import DROPPED
 from tinyonn.experts.folder import compare, read_settings
-from tinyonn.experts.shards_tinyonn import ASSEMBLY, index_of
 from tinyonn.experts.source import RunSource, check_labels, tensors_outside
+from tinyonn.model.shards_tinyonn import ASSEMBLY, index_of
 from tinyonn.store.records import UInt8
 
 if TYPE_CHECKING:

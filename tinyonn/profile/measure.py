@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel
-from tinyonn.base.parameters import Use, list_uses
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel
+from tinyonn.dense.loss import checked_head, forward_backward
+from tinyonn.dense.parameters import Use, list_uses
+from tinyonn.dense.passes import attach
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
 from tinyonn.record.checks import Checks, raise_top
 from tinyonn.record.gradients import product_bands
-from tinyonn.record.loss import checked_head, forward_backward
 from tinyonn.record.recorder import BadSampleError
 from tinyonn.record.sites import mean_square, weight_of
-from tinyonn.record.taps import attach
 from tinyonn.store.records import TensorCalibration
 
 RESIDENT_SHARE = 0.5  # of the free GPU memory that groups may take; beyond that they are sent band by band
@@ -56,7 +56,7 @@ class Measurer:
     Parameters
     ----------
     dense : DenseModel
-        Loaded by `tinyonn.base.load.load_model`.
+        Loaded by `tinyonn.dense.load.load_model`.
     groups : WeightGroups
     calibration : mapping of str to TensorCalibration
         The run's, of every tensor that has groups.

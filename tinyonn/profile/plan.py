@@ -1,7 +1,7 @@
 """What profiling needs, stated before anything is loaded.
 
-A worker holds what a recorder holds but for its sums (`tinyonn.memory`), a byte for every weight that has a group, and
-while a band is summed its copies in float32 and the sums by group. One worker works in the driver's own process;
+A worker holds what a recorder holds but for its sums (`tinyonn.plan.needs`), a byte for every weight that has a group,
+and while a band is summed its copies in float32 and the sums by group. One worker works in the driver's own process;
 several have Ray's processes and a driver beside them, and share the pages of their libraries.
 """
 
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinyonn.base.parameters import Parameter
-from tinyonn.cost import Device
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.memory import (
+from tinyonn.plan.cost import Device
+from tinyonn.plan.needs import (
     CUDA_PROCESS_BYTES,
     LIBRARY_BYTES,
     MERGING_BYTES,

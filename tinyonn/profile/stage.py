@@ -15,17 +15,18 @@ from dataclasses import dataclass
 
 import ray
 
-from tinyonn.base.corpus import even_shares
-from tinyonn.base.load import choose_device
 from tinyonn.config import Config
-from tinyonn.cost import Device
+from tinyonn.corpus.corpus import even_shares
+from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
 from tinyonn.experts.choice import check_base
 from tinyonn.machine import free_ram, gpus, usable_cpus
-from tinyonn.memory import DataFacts, Machine
 from tinyonn.places import local_folder
-from tinyonn.planning import cluster_ram, describe_model
-from tinyonn.profile.crew import Dealer, ProfileCrew, measure_here
+from tinyonn.plan.cost import Device
+from tinyonn.plan.facts import cluster_ram, describe_model
+from tinyonn.plan.needs import DataFacts, Machine
+from tinyonn.plan.usage import Meter, measured, total_peak
+from tinyonn.profile.crew import Dealer, measure_here, profile_crew
 from tinyonn.profile.dataset import Dataset
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
 from tinyonn.profile.manifest import Manifest, Part
@@ -35,14 +36,13 @@ from tinyonn.profile.report import ProfileReport, spread
 from tinyonn.profile.tables import PartProfile
 from tinyonn.profile.worker import Job
 from tinyonn.progress import Bar
-from tinyonn.record.alive import patiently
-from tinyonn.record.cluster import cluster_address, cluster_device, connected
 from tinyonn.record.identity import recorded_corpus
-from tinyonn.record.worker import WorkerUse
 from tinyonn.run import Run, open_run
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
-from tinyonn.usage import Meter, measured, total_peak
+from tinyonn.workers.alive import patiently
+from tinyonn.workers.facts import WorkerUse
+from tinyonn.workers.ray import cluster_address, cluster_device, connected
 
 LOG = logging.getLogger(__name__)
 SAMPLE_TOKENS = 100  # that a sample costs like, beside its own: its weights' gradients and levels
@@ -111,7 +111,7 @@ def profile_run(
         Its model must be the recorded one; its corpus is the run's own.
     options : ProfileOptions
     address : str, optional
-        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+        Of a Ray cluster; see `tinyonn.workers.ray.cluster_address`.
     tell : callable
         Takes a line of progress now and then.
 
@@ -202,7 +202,7 @@ class _Profiling:
             plan = self._plan(device, units, cluster_ram())
             self._state(plan, min(plan.workers, len(parts)))
             job = self._job(device)
-            crew = ProfileCrew(self.config, device, job=job)
+            crew = profile_crew(job, device)
             doing = self._done, self._seen, self._held
             return Dealer(crew, self.corpus, parts, wanted, plan.workers, *doing).run()
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, load_model
-from tinyonn.base.parameters import list_parameters
-from tinyonn.base.prompts import prompt_length
-from tinyonn.base.tokens import UNLABELLED
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Sample
+from tinyonn.corpus.prompts import prompt_length
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.load import DenseModel, load_model
+from tinyonn.dense.parameters import list_parameters
 from tinyonn.errors import CapacityError
+from tinyonn.plan.usage import process_meter
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.measure import Measurer
 from tinyonn.profile.tables import PartProfile, SampleProfile
 from tinyonn.record.recorder import BadSampleError
-from tinyonn.record.worker import WorkerFacts, WorkerUse
 from tinyonn.store.records import TensorCalibration
-from tinyonn.usage import process_meter
+from tinyonn.workers.facts import WorkerFacts, WorkerUse
 
 TOKENS_PER_CHARACTER = 4  # at most, of an excerpt
 

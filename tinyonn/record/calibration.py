@@ -5,13 +5,12 @@ One pass counts sizes and puts every tensor's median on level 7. The bases are t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tinyonn.base.corpus_file import Sample
+from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.record.activations import BINS, COLUMN_LOW, STEPS, WEIGHT_LOW, weight_bins
 from tinyonn.record.gradients import CountSink
@@ -97,29 +96,3 @@ def _looked_at(recorder: Recorder, site: Site) -> tuple[UInt8, Any]:
     bins = np.concatenate([weight_bins(read(row, row + 1)) for row in chosen.tolist()])
     inputs = np.broadcast_to(chosen[:, None] if site.by_row else np.arange(columns)[None, :], bins.shape)
     return bins, inputs
-
-
-def layer_windows(names: Sequence[tuple[str, int | None, int]], windows: int) -> list[list[str]]:
-    """Split tensors into windows of near-equal size that keep a layer together.
-
-    Parameters
-    ----------
-    names : sequence of (name, layer, size)
-        In model order.
-    windows : int
-    """
-    groups: list[tuple[int | None, list[str], int]] = []
-    for name, layer, size in names:
-        if groups and layer is not None and groups[-1][0] == layer:
-            groups[-1][1].append(name)
-            groups[-1] = (layer, groups[-1][1], groups[-1][2] + size)
-        else:
-            groups.append((layer, [name], size))
-    total = sum(group[2] for group in groups)
-    result: dict[int, list[str]] = {}
-    seen = 0
-    for _, members, size in groups:
-        place = min(math.floor((seen + size / 2) * windows / total), windows - 1)
-        result.setdefault(place, []).extend(members)
-        seen += size
-    return list(result.values())

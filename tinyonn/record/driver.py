@@ -11,43 +11,38 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from tinyonn.base.copies import warn_of_links
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import choose_device, recordable_shape
-from tinyonn.base.parameters import list_parameters
-from tinyonn.base.weights import BaseWeights
 from tinyonn.checks import check_model
 from tinyonn.config import Config
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.copies import warn_of_links
+from tinyonn.dense.load import choose_device, recordable_shape
+from tinyonn.dense.parameters import list_parameters
+from tinyonn.dense.weights import BaseWeights
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder, store_location
-from tinyonn.planning import plan_recording
+from tinyonn.plan.cost import Device
+from tinyonn.plan.facts import plan_recording
+from tinyonn.plan.recording import layer_windows
+from tinyonn.plan.usage import Meter, measured
 from tinyonn.progress import Bar
-from tinyonn.record.alive import Waiting, check
-from tinyonn.record.calibration import layer_windows
-from tinyonn.record.cluster import (
-    LOST,
-    Crew,
-    Task,
-    capacity,
-    cluster_address,
-    cluster_device,
-    connected,
-    outcome,
-)
 from tinyonn.record.effort import Efforts
 from tinyonn.record.identity import check_same, corpus_of_run, identity_of
 from tinyonn.record.report import Progress, RecordReport
+from tinyonn.record.worker import Worker
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready, next_segment, ready_merges
 from tinyonn.store.repository import Store
 from tinyonn.track import Tracker
-from tinyonn.usage import Meter, measured
+from tinyonn.workers.alive import Waiting, check
+from tinyonn.workers.crew import LOST, Crew, Task, outcome, start_actor
+from tinyonn.workers.ray import capacity, cluster_address, cluster_device, connected
 
 LOG = logging.getLogger(__name__)
 POLL = 1.0  # seconds between looks at progress
@@ -65,7 +60,7 @@ def record(
         The run's folder, or its ``s3://`` address.
     config : Config
     address : str, optional
-        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+        Of a Ray cluster; see `tinyonn.workers.ray.cluster_address`.
     progress : bool
         Show a progress bar on a terminal, a line now and then elsewhere.
 
@@ -132,6 +127,12 @@ class _Recording:
         if store is not None:
             self.store = store
 
+    def _worker(self, device: Device) -> Any:
+        record = self.config.record
+        model = self.config.model.model_copy(update={"device": device})
+        arguments = model, record.threads, record.seed
+        return start_actor(Worker, *arguments, device=device, threads=record.threads)
+
     def run(self, identity: dict[str, Any], address: str | None, grown: Manifest | None) -> RecordReport:
         if hasattr(self, "store") and self._missing() == 0 and grown is None:
             LOG.info("all %d samples are recorded: nothing to do", self.progress.total)
@@ -146,7 +147,7 @@ class _Recording:
                 ThreadPoolExecutor(1, "merge") as self.merger,
             ):
                 device = cluster_device(self.config)
-                self.crew = Crew(self.config, device)
+                self.crew = Crew(partial(self._worker, device), device, record.threads)
                 self.waiting = Waiting(self.progress.say, self._held)
                 room = capacity(device, record.threads)
                 self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
@@ -266,7 +267,7 @@ class _Recording:
     def _scale(self) -> None:
         """Start as many workers as the plan and the cluster allow, now that some may have joined or died."""
         wanted = self.config.record.workers
-        room = capacity(self.crew.device, self.config.record.threads)
+        room = capacity(self.crew.device, self.crew.threads)
         count = (
             wanted
             if isinstance(wanted, int)

@@ -1,16 +1,16 @@
-"""What a recording costs and how much of it is spent, in planned seconds of `tinyonn.cost`: progress counts by it."""
+"""What a recording costs and how much of it is spent, in seconds of `tinyonn.plan.cost`: progress counts by it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.parameters import Parameter
-from tinyonn.cost import Device, commit_seconds, sample_seconds
-from tinyonn.record.cluster import Task
-from tinyonn.record.worker import WorkerUse
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.parameters import Parameter
+from tinyonn.plan.cost import Device, commit_seconds, sample_seconds
 from tinyonn.store.manifest import Segment
+from tinyonn.workers.crew import Task
+from tinyonn.workers.facts import WorkerUse
 
 WRITING = 0.5  # of a commit that is spent while it is being written, on average
 

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.corpus import Corpus, prepare_corpus
-from tinyonn.base.growth import Earlier
-from tinyonn.base.load import fingerprint_model, load_tokenizer
 from tinyonn.config import Config
+from tinyonn.corpus.corpus import Corpus, prepare_corpus
+from tinyonn.corpus.growth import Earlier
+from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.store.manifest import Manifest
 

@@ -1,8 +1,8 @@
 """Record what every weight did on a sample: one forward and one backward pass of the dense model.
 
 Data flow of a sample: token ids -> decoder -> hidden states -> head and loss, in chunks of tokens -> backward. Every
-module's tap (`taps.py`) then has its input X and the gradient G of its output, and the module's sites (`sites.py`)
-journal the inputs and add the levels of the weight gradient to their sums.
+module's tap (`tinyonn.dense.passes`) then has its input X and the gradient G of its output, and the module's sites
+(`sites.py`) journal the inputs and add the levels of the weight gradient to their sums.
 
 The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
 large vocabulary are never held whole. A tensor with several uses (tied embeddings) waits until all have come.
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel
-from tinyonn.base.parameters import Parameter, Use, list_parameters, list_uses
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel
+from tinyonn.dense.loss import checked_head, forward_backward
+from tinyonn.dense.parameters import Parameter, Use, list_parameters, list_uses
+from tinyonn.dense.passes import attach
 from tinyonn.errors import InputError
 from tinyonn.record.activations import column_bins, input_bins
 from tinyonn.record.checks import Checks
 from tinyonn.record.levels import SUM_SAMPLES
-from tinyonn.record.loss import checked_head, forward_backward
 from tinyonn.record.sites import (
     Site,
     WithRows,
@@ -39,7 +40,6 @@ from tinyonn.record.sites import (
     token_share,
     weight_of,
 )
-from tinyonn.record.taps import attach
 from tinyonn.record.vectors import VectorSums
 from tinyonn.store.records import TensorCalibration
 

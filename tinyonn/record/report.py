@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
+from tinyonn.plan.usage import Meter, total_peak
 from tinyonn.progress import Bar
-from tinyonn.record.worker import WorkerUse
 from tinyonn.sheet import Sheet, pairs, whole
 from tinyonn.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
-from tinyonn.usage import Meter, total_peak
+from tinyonn.workers.facts import WorkerUse
 
 LOG = logging.getLogger(__name__)
 LOG_SECONDS = 15.0  # between lines about the workers in the log
@@ -117,7 +117,7 @@ class RecordReport:
     samples_per_second : float
         Of this call, all workers together, start-up left out.
     peak_rss_bytes : int
-        Of all processes together, Ray's own among them; see `tinyonn.usage`.
+        Of all processes together, Ray's own among them; see `tinyonn.plan.usage`.
     peak_vram_bytes : int
         Of the largest worker.
     planned_rss_bytes : int

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.base.nf4 import dequantized, is_nf4
-from tinyonn.base.parameters import Parameter, Use
+from tinyonn.dense.nf4 import dequantized, is_nf4
+from tinyonn.dense.parameters import Parameter, Use
 from tinyonn.record.activations import BINS, add_dense_levels, add_to_histograms
 from tinyonn.record.device import gpu_kernels, on_host
 from tinyonn.record.encode import TensorSums

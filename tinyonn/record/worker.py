@@ -10,54 +10,24 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tinyonn.base.corpus_file import Sample
-from tinyonn.base.load import DenseModel, load_model
-from tinyonn.base.parameters import Parameter
+from tinyonn.corpus.file import Sample
+from tinyonn.dense.load import DenseModel, load_model
 from tinyonn.errors import CapacityError
+from tinyonn.plan.usage import process_meter
 from tinyonn.record.calibration import calibrate
 from tinyonn.record.encode import Encoder
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, dither_seed
-from tinyonn.usage import process_meter
+from tinyonn.workers.facts import WorkerFacts, WorkerUse
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class WorkerFacts:
-    """Where a worker runs and what it has loaded."""
-
-    parameters: tuple[Parameter, ...]
-    device: str
-    host: str
-    pid: int
-
-
-@dataclass(frozen=True)
-class WorkerUse:
-    """What a worker has used so far: seconds of recording and of writing, bytes of memory; and which process it is."""
-
-    samples: int
-    recording: float
-    writing: float
-    peak_rss: int
-    peak_vram: int
-    host: str
-    pid: int
-
-    @classmethod
-    def now(cls, samples: int, recording: float, writing: float, peak_vram: int) -> WorkerUse:
-        """Of this process, with what it holds beside the GPU."""
-        peak = process_meter().usage.peak
-        return cls(samples, recording, writing, peak, peak_vram, platform.node(), os.getpid())
 
 
 class Worker:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import ScoreConfig
-from tinyonn.demands import codec_bytes
-from tinyonn.engine import THREADS, Call, EngineOptions, Fit, Watch, computing
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
+from tinyonn.plan.demands import codec_bytes
 from tinyonn.progress import Bar
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
 from tinyonn.sheet import Sheet, whole
@@ -32,6 +31,7 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import TensorCalibration, UInt16
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import THREADS, Call, EngineOptions, Fit, Watch, computing
 
 if TYPE_CHECKING:
     from icechunk import ForkSession

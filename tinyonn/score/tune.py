@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import rankdata
 
-from tinyonn.base.parameters import Parameter
 from tinyonn.config import Config, ScoreConfig
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.places import local_folder
 from tinyonn.run import Run, open_run

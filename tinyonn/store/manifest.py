@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 
 VERSION = 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.base.parameters import Parameter
+from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import StoreError
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, codebooks_of, read_together
 from tinyonn.store.combine import shares, weighted_values

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import load_model, load_tokenizer
 from tinyonn.config import ModelConfig
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.train.spec import Spec, assembled_id, experts_of, read_student
 from tinyonn.train.targets import ProfileTargets, find_profiled

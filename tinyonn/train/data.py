@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Corpus, Sample
-from tinyonn.base.prompts import prompt_length
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.file import Corpus, Sample
+from tinyonn.corpus.prompts import prompt_length
+from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.errors import InputError
 
 WINDOW = 16  # batches within which samples of like length are put together

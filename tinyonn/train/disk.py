@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.errors import CapacityError
-from tinyonn.experts.router_tinyonn import TAPS
 from tinyonn.machine import free_disk
-from tinyonn.memory import Need, Tier
+from tinyonn.model.router_tinyonn import TAPS
+from tinyonn.plan.needs import Need, Tier
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MASTER, STATES, StudentFacts
 from tinyonn.train.optimizers import OptimizerOptions

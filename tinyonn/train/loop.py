@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from tinyonn.base.source import model_folder
+from tinyonn.dense.source import model_folder
 from tinyonn.experts.card import write_card
 from tinyonn.experts.folder import read_settings
 from tinyonn.files import line_of, write_json
+from tinyonn.plan.usage import Meter, measured
 from tinyonn.track import Tracker
 from tinyonn.train.build import build_trainer
 from tinyonn.train.monitor import Monitor, StepFacts
 from tinyonn.train.save import save_model
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import Trainer
-from tinyonn.usage import Meter, measured
 
 STARTS = "starts.jsonl"  # in the training's folder: the step that every start went on from
 USE = "use.json"  # in the training's folder: what the first worker used

@@ -8,24 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.corpus import is_corpus_of, prepare_corpus
-from tinyonn.base.corpus_file import Corpus
-from tinyonn.base.load import choose_device, load_tokenizer
-from tinyonn.base.source import fingerprint_model
 from tinyonn.checks import check_teacher
 from tinyonn.config import Config
+from tinyonn.corpus.corpus import is_corpus_of, prepare_corpus
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.load import choose_device, load_tokenizer
+from tinyonn.dense.source import fingerprint_model
 from tinyonn.errors import InputError
 from tinyonn.machine import usable_cpus
-from tinyonn.memory import Need, Tier
 from tinyonn.places import local_folder
-from tinyonn.planning import describe_model
-from tinyonn.record.cluster import cluster_address, cluster_device, connected
+from tinyonn.plan.facts import describe_model
+from tinyonn.plan.needs import Need, Tier
 from tinyonn.train.build import cached_bytes, is_cached
 from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
 from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.places import Places, alone, places_of
 from tinyonn.train.spec import (
     RouterShape,
     Spec,
@@ -35,6 +33,8 @@ from tinyonn.train.spec import (
     identity_of,
     read_student,
 )
+from tinyonn.workers.places import Places, alone, places_of
+from tinyonn.workers.ray import cluster_address, cluster_device, connected
 
 TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, if another model teaches
 
@@ -59,7 +59,7 @@ class TrainStageOptions:
     threads : int or None
         CPU threads of a worker; None takes a machine's.
     address : str or None
-        Of a Ray cluster; see `tinyonn.record.cluster.cluster_address`.
+        Of a Ray cluster; see `tinyonn.workers.ray.cluster_address`.
     memory : int or None
         Bytes that may be used; None is what is free.
     window : int

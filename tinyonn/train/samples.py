@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.train.data import Batch, share
 from tinyonn.train.diagnosis import cause_of
 from tinyonn.train.options import TrainOptions

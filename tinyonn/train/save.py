@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from tinyonn.base.copies import copy_file, tokenizer_files
+from tinyonn.dense.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError
-from tinyonn.experts.digests_tinyonn import seal_file
 from tinyonn.experts.folder import seal_model
 from tinyonn.experts.source import digest
+from tinyonn.model.digests_tinyonn import seal_file
 from tinyonn.store.faults import is_full
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train.newton_schulz import orthogonalised
 from tinyonn.train.value_groups import runs, touched
 from tinyonn.train.values_optimizer import Named, ValuesOptimizer

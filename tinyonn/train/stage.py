@@ -16,25 +16,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.copies import TOKENIZER, check_files
-from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
+from tinyonn.corpus.file import Corpus
+from tinyonn.dense.copies import TOKENIZER, check_files
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import model_faults, read_settings
 from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
-from tinyonn.record.alive import Waiting
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.follow import Follower, Progress
-from tinyonn.train.group import GroupOptions, run_group
 from tinyonn.train.loop import STARTS, USE, train_loop
 from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
-from tinyonn.train.places import Places
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.report import TrainReport, ends
 from tinyonn.train.spec import Spec
+from tinyonn.workers.alive import Waiting
+from tinyonn.workers.group import GroupOptions, run_group
+from tinyonn.workers.places import Places
 
 __all__ = ["TrainStageOptions", "train_run"]
 

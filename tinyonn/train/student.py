@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyonn.base.head import head_of
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.head import head_of
+from tinyonn.dense.states import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.train import losses
 from tinyonn.train.data import Batch
 from tinyonn.train.losses import Sum
 from tinyonn.train.options import LossWeights
-from tinyonn.train.states import decoder_states
 from tinyonn.train.teacher import TeacherOutput
 
 
@@ -108,7 +108,7 @@ class Student(nn.Module):
 
         Returns
         -------
-        tinyonn.experts.router_tinyonn.Choice
+        tinyonn.model.router_tinyonn.Choice
             With gradients.
         """
         ids_BP, mask_BP = batch.prompt()

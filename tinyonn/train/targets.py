@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Corpus, Int64
-from tinyonn.base.growth import as_digests, content_digest, match_keys
+from tinyonn.corpus.file import Corpus, Int64
+from tinyonn.corpus.growth import as_digests, content_digest, match_keys
 from tinyonn.errors import InputError
 from tinyonn.train.data import Batch
 from tinyonn.train.losses import profile_targets

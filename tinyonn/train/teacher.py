@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tinyonn.base.corpus_file import Corpus, Sample
-from tinyonn.base.head import Head, head_of
-from tinyonn.base.tokens import UNLABELLED
+from tinyonn.corpus.file import Corpus, Sample
+from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.dense.head import Head, head_of
+from tinyonn.dense.states import decoder_states
 from tinyonn.errors import InputError, StoreDamagedError
-from tinyonn.experts.digests_tinyonn import check_files
 from tinyonn.experts.shards import write_tensors
 from tinyonn.files import read_json, write_json
+from tinyonn.model.digests_tinyonn import check_files
 from tinyonn.progress import Bar
 from tinyonn.train.data import Batch, collate
-from tinyonn.train.states import decoder_states
 
 LOG = logging.getLogger(__name__)
 PART = 64  # samples of a part of the cache

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tinyonn.base.corpus_file import Corpus
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.train.checkpoint import Checkpoints, Curve
 from tinyonn.train.clipping import clip_gradients, first_non_finite

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tinyonn.base.corpus_file import Corpus
 from tinyonn.config import Config
+from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
@@ -29,12 +29,12 @@ from tinyonn.store.lock import RunLock
 from tinyonn.train.build import build_trainer
 from tinyonn.train.dotted import option_of, with_options
 from tinyonn.train.monitor import StepFacts
-from tinyonn.train.places import Places
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
 from tinyonn.train.tune_report import TuneReport
+from tinyonn.workers.places import Places
 
 STUDY = "train"
 JOURNAL = "train.log"
@@ -226,7 +226,7 @@ def _in_tasks(spec: Spec, options: TuneOptions, folder: Path, places: Places) ->
     """Run trials in tasks of the connected Ray, which all reach the folder."""
     import ray
 
-    from tinyonn.record.cluster import outcome
+    from tinyonn.workers.crew import outcome
 
     cuda = places.device == "cuda"
     resources: dict[str, Any] = {"num_cpus": 1 if cuda else places.threads, "num_gpus": int(cuda)}

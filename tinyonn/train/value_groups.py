@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.linear_tinyonn import ExpertLinear
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tinyonn.experts.linear_tinyonn import ExpertLinear
+from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train.value_groups import group_sizes
 
 Named = tuple[str, ExpertLinear]

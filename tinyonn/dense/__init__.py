@@ -1,0 +1,1 @@
+"""The dense model: its files, its tensors, and one pass through it."""

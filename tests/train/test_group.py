@@ -39,29 +39,32 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in read_curve(folder / "train" / "curve.jsonl")]
 
 
-def workers() -> list[psutil.Process]:
-    """Processes of Ray Train's workers below this one."""
+def actors(title: str) -> list[psutil.Process]:
+    """Processes of Ray Train's workers below this one, or of its controller."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "TrainWorker" in " ".join([process.name(), *process.cmdline()]):
+            if title in " ".join([process.name(), *process.cmdline()]):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
     return sorted(found, key=lambda process: process.pid)
 
 
-def kill_one(path: Path, step: int) -> None:
-    """Once a training has come to a step, kill a worker."""
+def kill_one(path: Path, step: int, title: str) -> None:
+    """Once a training has come to a step, kill a worker or the controller."""
     while max((line["step"] for line in read_lines(path)), default=0) < step:
         time.sleep(0.02)
-    os.kill(workers()[-1].pid, signal.SIGKILL)
+    os.kill(actors(title)[-1].pid, signal.SIGKILL)
 
 
-def test_a_killed_worker_costs_one_interval_at_most(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("title", ["TrainWorker", "TrainController"])
+def test_a_killed_worker_costs_one_interval_at_most(world: World, tmp_path: Path, title: str) -> None:
     alone = train_run(world.run, world.config, world.options(tmp_path / "alone", steps=STEPS))
     folder = tmp_path / "group"
-    killer = threading.Thread(target=kill_one, args=(folder / "train" / "monitor.jsonl", 17), daemon=True)
+    killer = threading.Thread(
+        target=kill_one, args=(folder / "train" / "monitor.jsonl", 17, title), daemon=True
+    )
     killer.start()
     told: list[str] = []
     report = train_run(world.run, world.config, world.options(folder, steps=STEPS, workers=2), told.append)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def run_group(
     EngineLostError
         Ray is gone.
     """
+    from ray.exceptions import RayActorError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -135,12 +137,12 @@ def run_group(
             )
             try:
                 patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
-            except TrainingFailedError as error:
+            except (TrainingFailedError, RayActorError) as error:
                 LOG.debug("the group ended", exc_info=True)
                 ours = _failure(storage, token)
                 if ours is not None:
                     raise ours from None
-                lost = _losses(error)
+                lost = "Ray Train's controller" if isinstance(error, RayActorError) else _losses(error)
                 if not lost:  # a fault of the program: no other try will help
                     raise
                 # Ray Train has tried a lost worker's group again, but not one that died while it was being started.
@@ -151,6 +153,10 @@ def run_group(
                         f"workers are lost again and again before the next checkpoint, last {lost}; most often a "
                         "machine is out of memory: use a smaller train.micro_batch or fewer --workers"
                     ) from None
+                if isinstance(
+                    error, RayActorError
+                ):  # its workers, which nobody tells what to do any more, end as well
+                    _wait_for_places(options)
                 tell(f"workers were lost ({lost}); going on from step {done()}")
                 continue
             ours = _failure(storage, token)
@@ -170,6 +176,18 @@ def check_places(options: GroupOptions) -> None:
             f"{options.workers} workers of {each} each are asked for and the Ray cluster has places for {room}; "
             "use fewer --workers, or fewer threads of each"
         )
+
+
+def _wait_for_places(options: GroupOptions) -> None:
+    """Until the workers' places are free again, or others have taken them."""
+    from ray import available_resources
+
+    kind, wanted = ("GPU", 1) if options.device == "cuda" else ("CPU", options.threads)
+    deadline = time.monotonic() + START
+    while (
+        patiently(available_resources).get(kind, 0) < options.workers * wanted and time.monotonic() < deadline
+    ):
+        time.sleep(0.2)
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
     config = load_config(options.config)
     corpus = held_out_corpus(config, EvaluateOptions(samples=config.evaluate.samples), options.run)
     samples = samples_of(corpus)
-    batches = held_out_batches(samples, config.profile.prompt_tokens)
+    batches = held_out_batches(samples, prompt_tokens=config.profile.prompt_tokens)
     dense: Any = load_shape(config.model).config
     before = peak_rss()
     if name in (DENSE, NF4):

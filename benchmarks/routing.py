@@ -150,7 +150,7 @@ class Comparison:
             data=config.evaluate.data, samples=14 if options.small else config.evaluate.samples
         )
         corpus = held_out_corpus(config, held, self.place)
-        self.batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
+        self.batches = held_out_batches(samples_of(corpus), prompt_tokens=config.profile.prompt_tokens)
         self.dense = DenseWeights(config.model)
         self.base = base_folder(config.model)
         self.linear = sum(parameter.size for parameter in self.dense.parameters)

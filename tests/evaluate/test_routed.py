@@ -46,16 +46,16 @@ def test_a_routed_model_is_measured_as_it_would_run(tmp_path: Path, samples: lis
     router: Any = model.router
     with torch.no_grad():
         router.sub.weight.mul_(200)  # choices that differ
-    found = evaluate_routed(model, held_out_batches(samples, 64, PROMPT))
+    found = evaluate_routed(model, held_out_batches(samples, tokens=64, prompt_tokens=PROMPT))
     assert found.by_slice == pytest.approx(one_by_one(model, samples), rel=1e-5)
     assert sum(found.tokens.values()) == sum(
         s.input_ids.size - (5 if s.labels[0] == -100 else min(PROMPT, s.input_ids.size // 2)) for s in samples
     )
     router.top_k = 1
-    fewer = evaluate_routed(model, held_out_batches(samples, 64, PROMPT))
+    fewer = evaluate_routed(model, held_out_batches(samples, tokens=64, prompt_tokens=PROMPT))
     assert fewer.by_slice == pytest.approx(one_by_one(model, samples), rel=1e-5)
     router.top_k = 5
-    assert evaluate_routed(model, held_out_batches(samples, 64, PROMPT), 1) == fewer
+    assert evaluate_routed(model, held_out_batches(samples, tokens=64, prompt_tokens=PROMPT), 1) == fewer
 
 
 def test_all_experts_of_a_whole_model_have_the_dense_loss_on_the_same_tokens(
@@ -63,7 +63,7 @@ def test_all_experts_of_a_whole_model_have_the_dense_loss_on_the_same_tokens(
 ) -> None:
     base, model = assembled(make_model("qwen2", tmp_path / "model"), 6)
     model.set_router({"branches": [[0, 1, 2], [3, 4, 5]], "width": 16, "top_k": 2})
-    batches = held_out_batches(samples, 64, PROMPT)
+    batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
     dense = evaluate_routed(base, batches)
     assert dense.by_slice == pytest.approx(one_by_one(base, samples), rel=1e-5)
     assert evaluate_routed(model, batches, "all").by_slice == pytest.approx(dense.by_slice, rel=1e-5)
@@ -74,7 +74,7 @@ def test_a_model_without_a_router_takes_experts_by_their_prior(tmp_path: Path, s
     _, model = make_models(
         tmp_path / "model", router=False, expert_prior=[0.1, 0.9, 0.2, 0.0, 0.8, 0.3], experts_top_k=3
     )
-    batches = held_out_batches(samples, 64, PROMPT)
+    batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
     gates = torch.tensor([0.0, 1, 0, 0, 1, 0])
     assert evaluate_routed(model, batches, 2).by_slice == pytest.approx(
         one_by_one(model, samples, gates=gates), rel=1e-5
@@ -84,7 +84,7 @@ def test_a_model_without_a_router_takes_experts_by_their_prior(tmp_path: Path, s
 
 def test_a_model_in_training_runs_with_its_masters(tmp_path: Path, samples: list[Sample]) -> None:
     _, model = make_models(tmp_path / "model")
-    batches = held_out_batches(samples, 64, PROMPT)
+    batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
     whole = evaluate_routed(model, batches, "all")
     model.bfloat16()
     for layer in model.sparse_layers.values():
@@ -94,7 +94,7 @@ def test_a_model_in_training_runs_with_its_masters(tmp_path: Path, samples: list
 
 def test_experts_that_are_not_there_are_refused(tmp_path: Path, samples: list[Sample]) -> None:
     _, model = make_models(tmp_path / "model")
-    batches = held_out_batches(samples, 64, PROMPT)
+    batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
     with pytest.raises(InputError, match="from 0 to 6"):
         evaluate_routed(model, batches, 7)
     with pytest.raises(InputError, match="has no experts"):

@@ -222,7 +222,7 @@ def teacher(world: World) -> Any:
     cached = Cached(world.run / folder.relative_to(world.folder / "whole"))
     corpus = training_corpus(world.config, world.run)
     every = [corpus.sample(name, at) for name, count in corpus.slices.items() for at in range(count)]
-    said = [cached(batch) for batch in held_out_batches(every, 4)]
+    said = [cached(batch) for batch in held_out_batches(every, tokens=4)]
     return [(digest(out.indices_BTK), digest(out.logprobs_BTK)) for out in said], cached.vocabulary
 
 

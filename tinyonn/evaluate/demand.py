@@ -150,8 +150,8 @@ def allocate_needs(
 
 def trained_needs(
     parameters: Sequence[Parameter], model: ModelFacts, sparse: int, longest: int
-) -> list[Need]:
-    """Of the dense model or a sparse one, whichever takes more: one is there at a time.
+) -> tuple[list[Need], list[Need]]:
+    """Of the dense model, and of a sparse one: one is there at a time.
 
     Parameters
     ----------
@@ -164,14 +164,13 @@ def trained_needs(
     """
     largest = _largest(parameters) * model.dtype_bytes
     whole = model.dtype_bytes * sum(p.size for p in parameters if p.kind != "linear" or p.layer is None)
-    dense = dense_needs(parameters, model)
     routed = [
         Need("the sparse model", sparse, host=True, mapped=True),
         Need("experts merged for a prompt", max(0, sparse - whole), host=True),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
     ]
-    more = max(dense, routed, key=lambda needs: sum(need.bytes for need in needs))
-    return [*more, *pass_needs(model, max(BATCH_TOKENS, longest))]
+    passes = pass_needs(model, max(BATCH_TOKENS, longest))
+    return [*dense_needs(parameters, model), *passes], [*routed, *passes]
 
 
 def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:

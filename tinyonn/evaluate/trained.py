@@ -5,6 +5,7 @@ Experts are chosen from each sample's prompt; losses count the labelled tokens a
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,9 +173,12 @@ def _measured(
     parameters, facts = describe_model(config.model)
     student = read_student(folder)
     sparse = sparse_bytes(StudentFacts.of(student, parameters), facts.dtype_bytes)
-    needs = trained_needs(parameters, facts, sparse, corpus.longest)
-    planned = state("evaluating the trained model", config.model, needs)
-    batches = held_out_batches(samples_of(corpus), config.profile.prompt_tokens)
+    dense_needs, sparse_needs = trained_needs(parameters, facts, sparse, corpus.longest)
+    planned = max(
+        state("evaluating the dense model", config.model, dense_needs),
+        state("evaluating the trained model", config.model, sparse_needs),
+    )
+    batches = held_out_batches(samples_of(corpus), prompt_tokens=config.profile.prompt_tokens)
     lines: list[TrainedLine] = []
 
     def measure(name: str, one: Any, k: Experts, all_weights: float) -> None:
@@ -190,9 +194,11 @@ def _measured(
         measure(DENSE, dense.model, None, linear)
         bar.add()
         del dense
+        gc.collect()  # a model is a ring of references: one is there at a time
         if assembled:
             measure(ASSEMBLED, open_assembled(run / "experts"), "all", linear)
             bar.add()
+            gc.collect()
         trained = open_assembled(folder)
         for k in numbers:
             measure(TRAINED, trained, k, linear)

@@ -260,7 +260,8 @@ def export_needs(assembled: Assembled, format: str) -> list[Need]:
         else:
             made.append(ROW_BYTES * max((layer["entries"] for layer in its), default=0))
     largest_two = sum(sorted(stored)[-2:])
-    return [own, Need("two layers as they are stored", largest_two), Need("what is made of one", max(made))]
+    read = Need("two layers as they are stored", largest_two, mapped=True)
+    return [own, read, Need("what is made of one", max(made))]
 
 
 def experts_of_slices(

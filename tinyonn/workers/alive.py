@@ -3,8 +3,8 @@
 A thread looks: at the processes of a local Ray, which are this one's children, and on a cluster at the scheduler of
 this machine, and whether the control server answers and counts this machine in. Ray itself waits for a minute and then
 ends the process from within; with a scheduler that dies just when it is asked for workers, at once, without a word and
-with exit code 1, before anybody can look. Here the loss is an `EngineLostError` in the main thread: where it waits it asks `check`,
-and where it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
+with exit code 1, before anybody can look. Here the loss is an `EngineLostError` in the main thread: where it waits it
+asks `check`, and where it sits in a call of Ray's it is taken out of it (`tinyonn.endings`).
 """
 
 from __future__ import annotations

@@ -165,8 +165,8 @@ def trained_needs(
     largest = _largest(parameters) * model.dtype_bytes
     whole = model.dtype_bytes * sum(p.size for p in parameters if p.kind != "linear" or p.layer is None)
     routed = [
-        Need("the sparse model", sparse, host=True, mapped=True),
-        Need("experts merged for a prompt", max(0, sparse - whole), host=True),
+        Need("the sparse model", sparse, mapped=True),
+        Need("experts merged for a prompt", max(0, sparse - whole)),
         Need("matrices of a layer", max(MATRIX_BYTES, 4 * largest)),
     ]
     passes = pass_needs(model, max(BATCH_TOKENS, longest))

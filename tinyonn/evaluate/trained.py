@@ -174,9 +174,10 @@ def _measured(
     student = read_student(folder)
     sparse = sparse_bytes(StudentFacts.of(student, parameters), facts.dtype_bytes)
     dense_needs, sparse_needs = trained_needs(parameters, facts, sparse, corpus.longest)
+    on_cpu = config.model.model_copy(update={"device": "cpu"})  # where sparse models are loaded
     planned = max(
         state("evaluating the dense model", config.model, dense_needs),
-        state("evaluating the trained model", config.model, sparse_needs),
+        state("evaluating the trained model", on_cpu, sparse_needs),
     )
     batches = held_out_batches(samples_of(corpus), prompt_tokens=config.profile.prompt_tokens)
     lines: list[TrainedLine] = []

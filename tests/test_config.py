@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn.config import Config, known_keys, load_config, parse_config
+from tinyonn.config import REMOVED, Config, known_keys, load_config, parse_config
 from tinyonn.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -165,6 +165,21 @@ def test_shipped_configurations_are_valid(path: Path) -> None:
 def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
     with pytest.raises(InputError, match=r"unknown key 'data\.max_token', did you mean 'data\.max_tokens'"):
         parse_config({"data": {"max_token": 128}})
+
+
+def test_a_removed_option_or_value_is_refused_with_what_to_do_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(REMOVED, "train.loss.old", "leave it out")
+    monkeypatch.setitem(REMOVED, "model.quantization=int8", "use nf4")
+    with pytest.raises(InputError, match=r"^my\.yaml: train\.loss\.old was removed: leave it out$"):
+        parse_config({"train": {"loss": {"old": 1}}}, "my.yaml")
+    with pytest.raises(InputError, match=r"^my\.yaml: model\.quantization = 'int8' was removed: use nf4$"):
+        parse_config({"model": {"quantization": "int8"}}, "my.yaml")
+
+
+def test_what_was_removed_is_not_there() -> None:
+    assert not set(REMOVED) & set(known_keys())
 
 
 @pytest.mark.parametrize(

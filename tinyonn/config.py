@@ -37,6 +37,9 @@ Auto = Literal["auto"]
 
 TOLD = 5  # faults that a message names
 
+# Options that were, and values of options (`key=value`): what to do instead. Older runs' saved options may name them.
+REMOVED: dict[str, str] = {}
+
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
 SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
 
@@ -412,9 +415,13 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
 def _explain(item: Any) -> str:
     parts = [part for part in item["loc"] if part not in ("int", "literal['auto']", "constrained-int")]
     key = ".".join(part[:SHOWN] if isinstance(part, str) else shortened(part) for part in parts)
+    plain = ".".join(part for part in key.split(".") if not part.isdigit())
+    if instead := REMOVED.get(f"{plain}={item['input']}"):
+        return f"{key} = {shortened(item['input'])} was removed: {instead}"
     if item["type"] == "extra_forbidden":
+        if instead := REMOVED.get(plain):
+            return f"{key} was removed: {instead}"
         known = known_keys() + list(Config.model_fields)
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
         near = difflib.get_close_matches(plain, known, n=1, cutoff=0.3)
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "")
     return f"{key} = {shortened(item['input'])}: {item['msg']}"

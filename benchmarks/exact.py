@@ -170,7 +170,7 @@ def _mean_square(use: Use, X: torch.Tensor) -> Float64:
     return np.asarray(X.square().mean(0).numpy())
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_gradient(gradient: Any, base: int, log2: Any, nonzero: Any, levels: Any) -> float:
     buffer = np.empty(gradient.shape[1], np.float32)
     bits = buffer.view(np.int32)
@@ -188,7 +188,7 @@ def _add_gradient(gradient: Any, base: int, log2: Any, nonzero: Any, levels: Any
     return least
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_levels(W_IO: Any, rms_IS: Any, base: int, threshold: float, act: Any, above: Any) -> None:
     buffer = np.empty(W_IO.shape[1], np.float32)
     bits = buffer.view(np.int32)

@@ -293,7 +293,7 @@ def _dask_ml(rows: Float32, options: Any, results: Any) -> None:
     import dask.array
     from dask_ml.cluster import KMeans as DaskKMeans
 
-    matrix = dask.array.from_array(rows, chunks=(1 << 22, -1))  # type: ignore[no-untyped-call]
+    matrix = dask.array.from_array(rows, chunks=(1 << 22, -1))
     with dask.config.set(scheduler="threads", num_workers=options.threads):
         began = time.perf_counter()
         model = DaskKMeans(options.cells, max_iter=10, tol=0.0, random_state=0)

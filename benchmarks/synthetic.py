@@ -139,7 +139,7 @@ def drawn_bands(parameter: Parameter, pool: UInt16) -> Iterator[tuple[int, UInt1
         yield first, out
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _draw(pool: Any, seed: Any, offset: Any, out: Any) -> None:
     size = np.uint64(pool.size)
     for i in range(out.size):

@@ -328,9 +328,9 @@ screen.suspended = _suspended
 
 def hub_bar(bar: Bar) -> type:
     """A class in place of the hub's own bars, which counts bytes on ours."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
-    class HubBar(tqdm):  # type: ignore[misc]
+    class HubBar(tqdm):
         """Of one download; those of files are of no use beside those of bytes."""
 
         def display(self, *_: object, **__: object) -> None:

@@ -57,7 +57,7 @@ def test_hidden_states_and_head_are_the_models_own_logits(name: str, model_of: M
     assert calls == ["head", "head"]
 
 
-class Shifted(LlamaForCausalLM):  # type: ignore[misc]
+class Shifted(LlamaForCausalLM):
     def forward(self, *args: Any, **options: Any) -> Any:
         found = super().forward(*args, **options)
         found.logits = found.logits + 1
@@ -78,7 +78,7 @@ class Cut(Shifted):
         return found
 
 
-class Turned(LlamaForCausalLM):  # type: ignore[misc]
+class Turned(LlamaForCausalLM):
     def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
         found = self.model(input_ids=input_ids)
         found.logits = self.lm_head(found.last_hidden_state.flip(-1))
@@ -110,13 +110,13 @@ def test_any_other_arithmetic_is_refused(kind: type, message: str) -> None:
     assert "forward" not in model.lm_head.__dict__ and "forward" not in model.model.__dict__
 
 
-class Looped(LlamaForCausalLM):  # type: ignore[misc]
+class Looped(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.model.layers[1].mlp = self.model.layers[0].mlp
 
 
-class Idle(LlamaForCausalLM):  # type: ignore[misc]
+class Idle(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         self.spare = torch.nn.Linear(4, 4)

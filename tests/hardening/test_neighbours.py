@@ -267,7 +267,7 @@ def certificates(tmp_path: Path) -> dict[str, Any]:
     """Dask's configuration with a key of its own, in files."""
     from distributed.security import Security
 
-    made = Security.temporary()  # type: ignore[no-untyped-call]
+    made = Security.temporary()
     for name, text in (("key", made.tls_client_key), ("cert", made.tls_client_cert)):
         (tmp_path / f"{name}.pem").write_text(text)
     key, cert = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
@@ -287,11 +287,11 @@ def test_a_scheduler_of_ones_own_is_reached_with_dasks_certificates(certificates
     from tinyonn.workers.tasks import EngineOptions, computing
 
     with dask.config.set(certificates):
-        cluster = LocalCluster(  # type: ignore[no-untyped-call]
+        cluster = LocalCluster(
             n_workers=1,
             processes=False,
             protocol="tls://",
-            security=Security(),  # type: ignore[no-untyped-call]
+            security=Security(),
             dashboard_address=None,
         )
     with cluster:

@@ -228,7 +228,7 @@ def _compare(before: Any, parameter: Parameter, first: int, labels: UInt8, moves
     _count_moves(old.reshape(-1), labels.reshape(-1), moves)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count(rows: Any, affinity: Any, columns: Any, counts: Any, scores: Any) -> None:
     one = counts.shape[0] == 1
     for i in range(rows.shape[0]):
@@ -239,7 +239,7 @@ def _count(rows: Any, affinity: Any, columns: Any, counts: Any, scores: Any) -> 
             counts[0 if one else columns[j], np.uint32(code) << 8 | affinity[i, j]] += np.uint32(1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _label(rows: Any, affinity: Any, columns: Any, lookup: Any, out: Any) -> None:
     one = lookup.shape[0] == 1
     for i in range(rows.shape[0]):
@@ -247,7 +247,7 @@ def _label(rows: Any, affinity: Any, columns: Any, lookup: Any, out: Any) -> Non
             out[i, j] = lookup[0 if one else columns[j], np.uint32(rows[i, j] >> 4) << 8 | affinity[i, j]]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_moves(old: Any, new: Any, moves: Any) -> None:
     for i in range(old.size):
         moves[old[i], new[i]] += 1

@@ -20,7 +20,7 @@ NUMBERS = (1 << NUMBER_BITS) - 1
 ROUND_UP, ROUND_DOWN = 1 + 2.0**-20, 1 - 2.0**-20  # bounds are kept in float32
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _code_distances(
     code: Any,
     score: Any,
@@ -38,7 +38,7 @@ def _code_distances(
         )
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _least(base: Any, affinity_row: Any) -> Any:
     least = np.int64(0x7FFFFFFFFFFFFFFF)
     for c in range(base.size):
@@ -46,7 +46,7 @@ def _least(base: Any, affinity_row: Any) -> Any:
     return least
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _add_row(sizes: Any, sums: Any, label: Any, count: Any, score: Any, key: Any) -> None:
     sizes[label] += count
     sums[label, 0] += count * score
@@ -56,7 +56,7 @@ def _add_row(sizes: Any, sums: Any, label: Any, count: Any, score: Any, key: Any
     sums[label, CODE_AXES + (key >> 4 & 15)] += count * (key & 15)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def assign_place(
     keys: Any, scores: Any, counts: Any, begin: int, end: int, first: int, step: int,
     score_table: Any, act_table: Any, grad_table: Any, freq_table: Any, affinity_table: Any, near: Any, price: Any,
@@ -87,7 +87,7 @@ def assign_place(
     return inertia, far_row, far
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def advance_place(
     keys: Any, scores: Any, counts: Any, begin: int, end: int,
     score_table: Any, act_table: Any, grad_table: Any, freq_table: Any, affinity_table: Any, near: Any, unit: float,

@@ -93,7 +93,7 @@ def _shares(counts: dict[str, Any], size: int) -> dict[str, float]:
     return {name: float(count / size) for name, count in counts.items() if count}
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_cells(keys: Any, counts: Any, offsets: Any, labels: Any, by_slice: Any, by_place: Any) -> None:
     for place in range(offsets.size - 1):
         for row in range(offsets[place], offsets[place + 1]):

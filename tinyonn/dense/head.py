@@ -136,7 +136,7 @@ def _outer(
     """What the head reads and the logits that come out, with `hidden` of the decoder and `product` of the head."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    class Output(BaseModelOutputWithPast):  # type: ignore[misc]
+    class Output(BaseModelOutputWithPast):
         """Whatever else a decoder may give, such as a router's logits, is None."""
 
         def __getattr__(self, name: str) -> None:

@@ -48,7 +48,7 @@ def round_to_nf4(weight: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(out).to(weight.dtype).reshape(weight.shape)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _round_block(values: Any, largest: Any, bounds: Any, codes: Any, out: Any) -> None:
     """Round 64 values, which are scaled in place; loops have a fixed length, so that they are vectorised."""
     scale = np.float32(1) / max(largest, np.float32(1e-38))
@@ -63,7 +63,7 @@ def _round_block(values: Any, largest: Any, bounds: Any, codes: Any, out: Any) -
         out[i] = out[i] * largest
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _round_rest(values: Any, count: Any, bounds: Any, codes: Any, out: Any) -> None:
     """Round the last, shorter block, which bitsandbytes divides instead of multiplying."""
     largest = np.float32(0)
@@ -77,7 +77,7 @@ def _round_rest(values: Any, count: Any, bounds: Any, codes: Any, out: Any) -> N
         out[i] = codes[place] * largest
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _round_bfloat16(bits: Any, bounds: Any, codes: Any, rounded: Any) -> None:
     given, found = np.zeros(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     values, out = given.view(np.float32), found.view(np.float32)
@@ -101,7 +101,7 @@ def _round_bfloat16(bits: Any, bounds: Any, codes: Any, rounded: Any) -> None:
             rounded[begin + i] = np.uint16((found[i] + half + ((found[i] >> shift) & one)) >> shift)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _round_float32(given: Any, bounds: Any, codes: Any, rounded: Any) -> None:
     values, out = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for begin in range(0, given.size, BLOCK):
@@ -181,7 +181,8 @@ def dequantized(module: Any) -> torch.Tensor:
         return module.dequantized()
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(module.weight.data, module.weight.quant_state)  # type: ignore[no-any-return]
+    weight: torch.Tensor = dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return weight
 
 
 class NF4Linear(torch.nn.Linear):

@@ -13,7 +13,7 @@ VALUES = 2048  # of a program
 _TABLES: dict[torch.device, torch.Tensor] = {}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _dequantize(
     packed_ptr: tl.tensor, absmax_ptr: tl.tensor, codes_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor,
     ROUNDED: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,

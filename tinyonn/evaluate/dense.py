@@ -67,7 +67,8 @@ class DenseWeights:
 
     def module(self, name: str) -> torch.nn.Module:
         """The module that owns a tensor."""
-        return self.model.get_submodule(name.rpartition(".")[0])  # type: ignore[no-any-return]
+        module: torch.nn.Module = self.model.get_submodule(name.rpartition(".")[0])
+        return module
 
     def original(self, name: str) -> torch.Tensor:
         """A matrix before any cut, in the tensor's own shape; read it, do not change it."""

@@ -129,7 +129,7 @@ class _Sums:
         return np.where(np.abs(logs) < 1 << 40, exp2(np.clip(logs, -120 * STEPS, 120 * STEPS)), np.float32(0))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add(
     bits: Any,
     records: Any,

@@ -409,6 +409,9 @@ def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
         raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")
     check_model(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
+        model: TinyONNForCausalLM = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True
+        )
+        return model
     except Exception as error:  # transformers, safetensors and the base's class each have their own
         raise InputError(f"{path} cannot be loaded: {error}") from None

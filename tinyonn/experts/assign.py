@@ -10,7 +10,7 @@ from numba import njit
 from tinyonn.experts.cuts import NONE, OUT, tie_hash
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def assign(
     keys: Any,
     ranks: Any,
@@ -85,7 +85,7 @@ def assign(
             out[i, j] = core if kept[j] else out[i, j]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _reaches(key: Any, cut: Any, index: Any, seed: Any) -> Any:
     high = np.uint32(cut >> np.uint64(32))
     above = key > high
@@ -94,6 +94,6 @@ def _reaches(key: Any, cut: Any, index: Any, seed: Any) -> Any:
     return above
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _rank_key(rank: Any) -> Any:
     return np.uint32(rank) << np.uint32(16)

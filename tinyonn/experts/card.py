@@ -137,7 +137,8 @@ def _training(assembly: dict[str, Any]) -> str:
 def _chosen(config: dict[str, Any]) -> int | None:
     """Experts on per prompt, None is all; earlier folders say ``top_k``."""
     if config.get("router"):
-        return config["router"]["top_k"]  # type: ignore[no-any-return]
+        chosen: int | None = config["router"]["top_k"]
+        return chosen
     return config.get("experts_top_k", config.get("top_k"))
 
 

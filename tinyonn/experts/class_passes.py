@@ -21,7 +21,7 @@ BLOCK = 4096  # weights among which those that tie are noted at once
 ONE_LABEL = np.zeros(1, np.uint8)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def classify(records: Any, affinity: Any, classes: Any) -> None:
     """Classes of a band's weights.
 
@@ -39,7 +39,7 @@ def classify(records: Any, affinity: Any, classes: Any) -> None:
         classes[i] = (records[i] & np.uint16(0xFFF0)) | np.uint16(affinity[i] & np.uint8(15))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_classes(classes: Any, counts: Any) -> None:
     """Count weights by class: the sum of two tables, so that an increment need not wait for the one before.
 
@@ -56,13 +56,13 @@ def count_classes(classes: Any, counts: Any) -> None:
         counts[0, classes[whole]] += np.uint32(1)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _below(value: Any, limit: Any) -> Any:
     """All bits set if it is, or none: int64 from two uint64."""
     return np.int64(value - limit) >> 63
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _choose(classes: Any, labels: Any, what: Any, at: Any, chosen: Any) -> Any:
     """Note where `what` of the class is what it must be `at` the label, and give how many."""
     n = np.uint64(0)
@@ -78,13 +78,13 @@ def _choose(classes: Any, labels: Any, what: Any, at: Any, chosen: Any) -> Any:
     return int(n)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _hash(chosen: Any, count: Any, first: Any, seed: Any, hashes: Any) -> None:
     for j in range(count):  # a loop of its own, which can go in vectors
         hashes[j] = np.uint32(tie_hash(first + np.uint64(chosen[j]), seed))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_tied(classes: Any, first: Any, seed: Any, tied: Any, least: Any, counts: Any) -> None:
     """Count those weights of some classes whose hash is not below `least`.
 
@@ -108,7 +108,7 @@ def count_tied(classes: Any, first: Any, seed: Any, tied: Any, least: Any, count
             counts[its[chosen[j]]] += 1 + _below(np.uint64(hashes[j]), least)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def gather(
     classes: Any,
     labels: Any,
@@ -170,7 +170,7 @@ def gather(
     return n
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_cells(
     classes: Any,
     labels: Any,
@@ -220,7 +220,7 @@ def count_cells(
             counts[cells[chosen[j]], column] += np.uint32(1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def assign_classes(
     records: Any,
     affinity: Any,

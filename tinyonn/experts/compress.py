@@ -110,7 +110,7 @@ def sums_by_group(group: UInt8, codes: np.ndarray, worth: Float64, groups: int) 
     return np.append(worths[:groups], worths[groups:].sum())
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count(group: Any, counts: Any) -> None:
     row = np.empty((4, 256), np.int32)  # four, so that an increment need not wait for the one before
     whole = group.shape[1] // 4 * 4
@@ -125,7 +125,7 @@ def _count(group: Any, counts: Any) -> None:
             counts[g, i] = row[0, g] + row[1, g] + row[2, g] + row[3, g]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _fill(bits: Any, group: Any, pointer: Any, values: Any, columns: Any) -> None:
     out = group.shape[0]
     groups = (pointer.size - 1) // out
@@ -142,7 +142,7 @@ def _fill(bits: Any, group: Any, pointer: Any, values: Any, columns: Any) -> Non
                 cursor[number] = place + 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _expand(values: Any, columns: Any, pointer: Any, chosen: Any, dense: Any, groups: Any) -> None:
     out = dense.shape[0]
     for g in range(chosen.size):
@@ -153,7 +153,7 @@ def _expand(values: Any, columns: Any, pointer: Any, chosen: Any, dense: Any, gr
                     dense[i, columns[place]] = values[place]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_codes(group: Any, records: Any, counts: Any) -> None:
     for i in range(group.size):
         counts[group[i], records[i] >> 12] += 1

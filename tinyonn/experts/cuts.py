@@ -138,7 +138,7 @@ class _Search:
         self.open[:] = False
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def tie_hash(index: Any, seed: Any) -> Any:
     """A bijection of 32-bit integers: two rounds of a multiply–xorshift hash, each after a half of the seed.
 
@@ -154,7 +154,7 @@ def tie_hash(index: Any, seed: Any) -> Any:
     return np.uint64(z)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _keys(bits: Any, keys: Any) -> Any:
     wrong = 0
     for i in range(bits.size):
@@ -165,7 +165,7 @@ def _keys(bits: Any, keys: Any) -> Any:
     return wrong
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count(
     keys: Any, groups: Any, first: Any, seed: Any, shift: Any, prefix: Any, undecided: Any, counts: Any
 ) -> None:
@@ -195,7 +195,7 @@ def _count(
         counts[group, (place >> shift) & low] += np.uint32(1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _known_keys(prefix: Any, undecided: Any, known: Any) -> Any:
     """Of each group, what the upper bits of a key must be, as far as they are known; no key's for a decided group."""
     whole = np.full(256, np.uint64(1) << np.uint64(63), np.uint64)
@@ -206,7 +206,7 @@ def _known_keys(prefix: Any, undecided: Any, known: Any) -> Any:
     return whole
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _gather(
     keys: Any,
     groups: Any,
@@ -234,7 +234,7 @@ def _gather(
         filled[group] += 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def row_cuts(
     keys: Any, groups: Any, first: Any, across: Any, along: Any, seed: Any, wanted: Any, cuts: Any
 ) -> None:
@@ -268,7 +268,7 @@ def row_cuts(
             cuts[i] = np.partition(places[:n], rank)[rank]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_groups(groups: Any, counts: Any) -> None:
     """Count weights by group: uint8 [n], int64 [256]."""
     for i in range(groups.size):

@@ -264,7 +264,7 @@ def row_counts(count: int, rows: int, seed: int) -> np.ndarray:
     return counts
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _hash_rows(seed: Any, out: Any) -> None:
     for row in range(out.size):
         out[row] = dither_bits(seed, np.uint64(row))
@@ -290,13 +290,13 @@ def _ranks(part: Part) -> UInt32:
     return part.ranks.astype(np.uint32) << np.uint32(16)  # as `assign` reads them
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _merge_groups(groups: Any, out: Any) -> None:
     for i in range(groups.size):
         out[i] = np.uint8(255) if groups[i] == 255 else np.uint8(0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _rank(records: Any, affinity: Any, ranks: Any, out: Any) -> None:
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):

@@ -226,13 +226,13 @@ def task_needs(groups: Sequence[Sequence[Parameter]], slices: int) -> list[int]:
     ]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_levels(records_N: Any, shift: Any, table: Any, levels_N: Any) -> None:
     for i in range(records_N.size):
         levels_N[i] += table[(records_N[i] >> shift) & 15]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _bins(weights_N: Any, levels_N: Any, slope: Any, logs: Any, out_N: Any) -> None:
     bits_N = weights_N.view(np.uint32)
     for i in range(weights_N.size):
@@ -243,20 +243,20 @@ def _bins(weights_N: Any, levels_N: Any, slope: Any, logs: Any, out_N: Any) -> N
         out_N[i] = min(max(step, 0), BINS - 1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count(bins_N: Any, counts: Any) -> None:
     for i in range(bins_N.size):
         counts[bins_N[i]] += 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _draw(groups_N: Any, first: Any, seed: Any, limit: Any, core: Any, out_N: Any) -> None:
     for i in range(groups_N.size):
         if groups_N[i] < core:
             out_N[i] = (dither_bits(seed, first + np.uint64(i)) & np.uint64(0xFFFFFFFF)) <= limit
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _nearest(
     groups_N: Any,
     bins_SN: Any,

@@ -128,7 +128,8 @@ class SelectOptions:
     def tree(self) -> dict[str, Any]:
         """JSON values."""
         plain = asdict(self) | {"shares": dict(self.shares)}
-        return json.loads(json.dumps(plain))  # type: ignore[no-any-return]
+        tree: dict[str, Any] = json.loads(json.dumps(plain))
+        return tree
 
     def weights_of(self, source: Source) -> int:
         """The budget in weights.

@@ -235,28 +235,28 @@ SCORES: dict[str, Score] = {
 }
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _look_up(records: Any, table: Any, out: Any) -> None:
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = table[records[i, j] >> 4]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _blend_columns(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = abs(W[i, j]) * (rms[j] + sizes[(records[i, j] >> 8) & 15])
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _blend_rows(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             out[i, j] = abs(W[i, j]) * (rms[i] + sizes[(records[i, j] >> 8) & 15])
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _uniform(seed: Any, first: Any, out: Any) -> None:
     for i in range(out.size):
         out[i] = np.float32(dither_bits(seed, first + np.uint64(i)) >> np.uint64(40))

@@ -306,7 +306,7 @@ def _bin_values() -> np.ndarray:
     return np.where(np.isfinite(values), values, np.float32(0)).astype(np.float64)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_bins(keys: Any, counts: Any) -> None:
     for i in range(keys.size):
         counts[keys[i] >> np.uint32(16)] += 1

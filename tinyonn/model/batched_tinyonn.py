@@ -215,7 +215,8 @@ def _flat(X: torch.Tensor) -> torch.Tensor:
 
 def _like(Y_BTO: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
     # A view of what is made within would forbid callers to add to it in place, as some adapters do.
-    return torch.ops.aten._unsafe_view(Y_BTO, [*X.shape[:-1], Y_BTO.shape[-1]])  # type: ignore[no-any-return]
+    Y: torch.Tensor = torch.ops.aten._unsafe_view(Y_BTO, [*X.shape[:-1], Y_BTO.shape[-1]])
+    return Y
 
 
 def _chunks(X_BTI: torch.Tensor, matrix: ExpertMatrix) -> Iterator[tuple[slice, torch.Tensor]]:

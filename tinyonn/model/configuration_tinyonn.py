@@ -44,7 +44,7 @@ GATE_RULE = (
 ROUTER_RULE = "the router chooses experts from the prompt; router says how many, and which are always on"
 
 
-class TinyONNConfig(PretrainedConfig):  # type: ignore[misc]
+class TinyONNConfig(PretrainedConfig):
     """What the model is made of: a base architecture, and which of its linear layers are sparse.
 
     Attributes of the base's configuration (``vocab_size``, ``hidden_size``, ...) can be read here too.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 try:
-    import llvmlite.binding as llvm  # type: ignore[import-untyped]
+    import llvmlite.binding as llvm
     from numba import njit
 except ImportError as error:
     raise ImportError("the compiled CPU kernels need numba; pip install numba") from error
@@ -66,7 +66,7 @@ def _compiles(kind: str, tokens: int) -> bool:
 # may be read-only.
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def scatter(
     first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int, W: Any
 ) -> None:
@@ -79,7 +79,7 @@ def scatter(
                 W[row, columns[entry]] = items[entry]
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def join(
     first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int,
     starts: Any, joined_items: Any, joined_columns: Any,
@@ -95,7 +95,7 @@ def join(
                 at += 1
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def pack(
     first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int,
     starts: Any, masks: Any, packed: Any,

@@ -32,13 +32,13 @@ def block_rows(inputs: int, itemsize: int) -> int:
 # What goes between a float and an item of a dense weight; bfloat16 is held as its bits.
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def same(item: Any) -> Any:
     """The float itself."""
     return item
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def to_bfloat16(value: Any) -> Any:
     """Rounded to the nearest, ties to even, as Torch does; NaN stays NaN."""
     bits = np.float32(value).view(np.uint32)
@@ -47,7 +47,7 @@ def to_bfloat16(value: Any) -> Any:
     return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def of_bfloat16(bits: Any) -> Any:
     """Exact."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
@@ -56,7 +56,7 @@ def of_bfloat16(bits: Any) -> Any:
 # Not cached on disk: an exported model's folder may be read-only.
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def _places(first: int, last: int, columns: Any, pointer: Any, out: int, inputs: int, starts: Any) -> Any:
     """Place within the block of each of its entries, group after group; `starts` [groups + 1] is filled."""
     groups = starts.size - 1
@@ -85,7 +85,7 @@ def _places(first: int, last: int, columns: Any, pointer: Any, out: int, inputs:
     return places
 
 
-@njit(nogil=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True)
 def fill(
     first: int, last: int, rows: int, values: Any, columns: Any, pointer: Any, gates: Any, out: int, inputs: int,
     store: Any, W: Any,
@@ -122,7 +122,7 @@ def fill(
                     here[places[begin + n]] = store(part[n] * gate)
 
 
-@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def gather(
     first: int, last: int, rows: int, values: Any, columns: Any, pointer: Any, value_gates: Any, out: int,
     inputs: int, load: Any, to_values: bool, to_gates: bool, W: Any, of_values: Any, of_gates: Any,

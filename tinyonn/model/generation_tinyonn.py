@@ -15,7 +15,7 @@ from .gates_tinyonn import Call, read_gates
 from .routing_tinyonn import Routing, routing_of
 
 
-class TinyONNGenerationMixin(GenerationMixin):  # type: ignore[misc]
+class TinyONNGenerationMixin(GenerationMixin):
     """What ``generate`` asks of a model with gates."""
 
     def generate(self, *args: Any, gates: Any = None, **kwargs: Any) -> Any:

@@ -166,7 +166,7 @@ class ExpertLinear(nn.Linear):
         Y: torch.Tensor = self._uncompiled(X) if torch.compiler.is_compiling() else self._run(X)
         return Y
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _uncompiled(self, X: torch.Tensor) -> torch.Tensor:
         return self._run(X)
 

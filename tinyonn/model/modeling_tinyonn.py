@@ -78,7 +78,7 @@ class _Backbone:
             return model.base.get_decoder()(**given, past_key_values=past_key_values, **kwargs)
 
 
-class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: ignore[misc]
+class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
     """The base architecture with sparse layers in the place of its linear ones.
 
     Attributes
@@ -298,7 +298,7 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):  # type: igno
             follow_result(result, routing)
         return result
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable
     def _prepare(
         self,
         input_ids: torch.Tensor | None,

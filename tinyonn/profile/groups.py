@@ -231,7 +231,7 @@ def find_groups(run: Run, folder: Path, model: ModelConfig, wanted: Wanted = "au
     return AssemblyGroups(folder, identity, tensors, BaseWeights(model).recorded_across)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _spread(columns: Any, pointer: Any, group: Any) -> None:
     out = group.shape[0]
     for place in range(pointer.size - 1):

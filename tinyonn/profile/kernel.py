@@ -188,7 +188,7 @@ def sums_torch(
     return torch.stack(levels), torch.stack(sums), top
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add(
     W: Any, D: Any, group: Any, rms: Any, by_row: bool, act_base: int, grad_base: int, groups: int,
     levels: Any, sums: Any,

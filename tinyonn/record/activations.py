@@ -39,7 +39,7 @@ _EIGHTHS = np.floor(_MANTISSA * STEPS).astype(np.int32)
 QUARTERS = np.floor(_MANTISSA * STEPS / 2).astype(np.int32)
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _bin(bits: Any, steps: Any, low: Any, sub: Any) -> Any:
     exponent = (bits >> 23) - 127
     cell = sub[(bits >> 16) & 127]
@@ -47,7 +47,7 @@ def _bin(bits: Any, steps: Any, low: Any, sub: Any) -> Any:
     return 0 if index < 1 else (255 if index > 255 else index)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _weight_bins(bits: Any, low: int, sub: Any, out: UInt8) -> None:
     for i in range(bits.size):
         out[i] = _bin(bits[i] & 0x7FFFFFFF, 8, low, sub)
@@ -61,7 +61,7 @@ def weight_bins(weights: np.ndarray) -> UInt8:
     return out
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _mean_square_bins(bits: Any, low: int, sub: Any, out: UInt8) -> int:
     top = 0
     for j in range(bits.size):
@@ -116,7 +116,7 @@ def input_bins(X_TI: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     return column_bins(X_TI.float().square().mean(0), top)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_squares(X: Any, out: Any) -> None:
     part = np.empty(X.shape[1], np.float32)
     for first in range(0, X.shape[0], TOKEN_CHUNK):
@@ -128,7 +128,7 @@ def _add_squares(X: Any, out: Any) -> None:
             out[j] += part[j]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_squares_bfloat16(bits: Any, out: Any) -> None:
     row, part = np.empty(bits.shape[1], np.float32), np.empty(bits.shape[1], np.float32)
     row_bits = row.view(np.int32)
@@ -145,7 +145,7 @@ def _add_squares_bfloat16(bits: Any, out: Any) -> None:
             out[j] += part[j]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def add_to_histograms(bins: UInt8, histograms: UInt16) -> None:
     """Count column bins: bins uint8 [samples, I], histograms uint16 [I, 256], changed in place."""
     for s in range(bins.shape[0]):
@@ -197,7 +197,7 @@ def column_tables(histograms: UInt16, curve: Float64) -> Float64:
     return out
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _column_tables(histograms: Any, curve: Any, out: Any) -> None:
     for j in range(histograms.shape[0]):
         samples = 0
@@ -212,7 +212,7 @@ def _column_tables(histograms: Any, curve: Any, out: Any) -> None:
             out[j, k] /= max(samples, 1)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def add_dense_levels(
     weights: Any, row_square: Any, column_square: Any, base: int, threshold: float, act: UInt8, freq: UInt8
 ) -> None:

@@ -189,14 +189,14 @@ def _codebook(counts: np.ndarray, steps: int, share: bool = False) -> Float64:
     return codebook_of(values / steps, counts[values].astype(np.float64), share=share)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count(values: Any, counts: Any) -> None:
     """Add a histogram of non-negative integers, any length, to int64 `counts`."""
     for i in range(values.size):
         counts[values[i]] += 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_means(
     weight_bits: Any, level: Any, share: Any, by_row: bool, low: int, sub: Any, act: Any, freq: Any
 ) -> None:
@@ -208,7 +208,7 @@ def _count_means(
             freq[int(share[column, k] * MEAN_STEPS + 0.5)] += 1
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _record(act: Any, grad: Any, freq: Any, bits: Any) -> Any:
     a = (np.uint64(act) + (bits & np.uint64(255))) >> np.uint64(8)
     g = (np.uint64(grad) + ((bits >> np.uint64(8)) & np.uint64(255))) >> np.uint64(8)
@@ -216,7 +216,7 @@ def _record(act: Any, grad: Any, freq: Any, bits: Any) -> Any:
     return np.uint16((a << np.uint64(12)) | (g << np.uint64(8)) | (f << np.uint64(4)))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _encode(
     weight_bits: Any, tables: Any, by_row: bool, grad: Any, grad_positions: Any, seed: Any, offset: Any,
     low: int, sub: Any, out: UInt16,
@@ -230,7 +230,7 @@ def _encode(
             out[i, j] = _record(tables[column, k, 0], grad_positions[grad[i, j]], tables[column, k, 1], bits)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _encode_dense(
     act: Any, grad: Any, freq: Any, act_positions: Any, grad_positions: Any, freq_positions: Any, seed: Any,
     offset: Any, out: UInt16,

@@ -172,7 +172,7 @@ def _add_on_device(values: torch.Tensor, base: int, sums: torch.Tensor, top: tor
         _raise(top, values)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def spill(sums: UInt8, total: UInt16) -> None:
     """Move flat uint8 sums into uint16 sums, saturating, and clear them."""
     for i in range(sums.size):

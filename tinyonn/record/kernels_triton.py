@@ -30,12 +30,12 @@ ROW_BLOCK = 256  # columns of a program that sums rows
 COLUMN_BLOCK = 128  # columns of a program that squares inputs
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _level(half_octaves: tl.tensor, base: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(half_octaves - base, 0), 15)
 
 
-@triton.jit(do_not_specialize=["top_ptr", "base"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["top_ptr", "base"])
 def _add_levels(
     bits_ptr: tl.tensor, sums_ptr: tl.tensor, top_ptr: tl.tensor, size: tl.tensor, base: tl.tensor,
     MAGNITUDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
@@ -49,7 +49,7 @@ def _add_levels(
     tl.atomic_max(top_ptr, tl.max(half_octaves, axis=0))
 
 
-@triton.jit(do_not_specialize=["top_ptr", "base", "T"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["top_ptr", "base", "T"])
 def _add_product_levels(
     A_ptr: tl.tensor, B_ptr: tl.tensor, sums_ptr: tl.tensor, top_ptr: tl.tensor, T: tl.tensor, R: tl.tensor,
     C: tl.tensor, stride_a: tl.tensor, stride_b: tl.tensor, base: tl.tensor, BLOCK_R: tl.constexpr,
@@ -88,7 +88,7 @@ def _add_product_levels(
     tl.atomic_max(top_ptr, tl.max(tl.max(half_octaves, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["T"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["T"])
 def _square_sums(
     X_ptr: tl.tensor, partial_ptr: tl.tensor, T: tl.tensor, inputs: tl.tensor, stride: tl.tensor,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -106,7 +106,7 @@ def _square_sums(
     tl.store(partial_ptr + tl.program_id(1) * inputs + columns, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["top_ptr", "chunks"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["top_ptr", "chunks"])
 def _bins(
     partial_ptr: tl.tensor, quarters_ptr: tl.tensor, bins_ptr: tl.tensor, top_ptr: tl.tensor,
     chunks: tl.tensor, tokens: tl.tensor, inputs: tl.tensor, LOW: tl.constexpr, HIGHEST: tl.constexpr,
@@ -125,7 +125,7 @@ def _bins(
     tl.atomic_max(top_ptr, tl.max(tl.where(mask, bits, 0) >> 22, axis=0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _sum_of_row(
     order_ptr: tl.tensor, G_ptr: tl.tensor, first: tl.tensor, last: tl.tensor, columns: tl.tensor,
     mask: tl.tensor, stride: tl.tensor, scale: tl.tensor, BLOCK: tl.constexpr,
@@ -137,7 +137,7 @@ def _sum_of_row(
     return total * scale
 
 
-@triton.jit(do_not_specialize=["top_ptr", "base"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["top_ptr", "base"])
 def _add_row_levels(
     ids_ptr: tl.tensor, order_ptr: tl.tensor, ends_ptr: tl.tensor, G_ptr: tl.tensor, sums_ptr: tl.tensor,
     top_ptr: tl.tensor, H: tl.tensor, stride: tl.tensor, scale: tl.tensor, base: tl.tensor,
@@ -157,7 +157,7 @@ def _add_row_levels(
         tl.atomic_max(top_ptr, tl.max(half_octaves, axis=0))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["first_row", "last_row"])
 def _add_rows(
     ids_ptr: tl.tensor, order_ptr: tl.tensor, ends_ptr: tl.tensor, G_ptr: tl.tensor, band_ptr: tl.tensor,
     first_row: tl.tensor, last_row: tl.tensor, H: tl.tensor, stride: tl.tensor, scale: tl.tensor,
@@ -174,7 +174,7 @@ def _add_rows(
         tl.store(here, tl.load(here, mask=mask, other=0.0) + total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["base"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["base"])
 def _add_dense_levels(
     W_ptr: tl.tensor, row_ptr: tl.tensor, column_ptr: tl.tensor, act_ptr: tl.tensor, freq_ptr: tl.tensor,
     columns: tl.tensor, size: tl.tensor, base: tl.tensor, threshold: tl.tensor, BLOCK: tl.constexpr,

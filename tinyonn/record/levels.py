@@ -68,7 +68,7 @@ def base_from_counts(counts: np.ndarray) -> int:
     return max(median - MEDIAN_LEVEL, 0)  # a negative base would lift zeros off level 0
 
 
-@njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, boundscheck=False)
 def add_levels_float32(bits: np.ndarray, base: int, sums: UInt8) -> int:
     """Add the level of every value to uint8 sums.
 
@@ -94,7 +94,7 @@ def add_levels_float32(bits: np.ndarray, base: int, sums: UInt8) -> int:
     return int(top)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, boundscheck=False)
 def add_levels_bfloat16(bits: np.ndarray, base: int, sums: UInt8) -> int:
     """`add_levels_float32` for bfloat16 values viewed as int16 [n]."""
     low = np.int16(base)

@@ -240,7 +240,7 @@ def norm_sums(X_TI: torch.Tensor, G_TI: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.from_numpy(sums[0]), torch.from_numpy(sums[1] / np.float32(X_TI.shape[0]))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_norm(X: Any, G: Any, sums: Any) -> None:
     for t in range(X.shape[0]):
         for j in range(X.shape[1]):
@@ -302,9 +302,8 @@ class WithRows:
 
 def weight_of(use: Use) -> torch.Tensor:
     """The tensor that a use multiplies, NF4 dequantized, in the tensor's own shape."""
-    if use.operation == "bias":
-        return use.module.bias  # type: ignore[return-value]
-    if is_nf4(use.module):
-        return dequantized(use.module)
-    weight: Any = use.module.weight
-    return weight  # type: ignore[no-any-return]
+    module: Any = use.module
+    if use.operation != "bias" and is_nf4(module):
+        return dequantized(module)
+    weight: torch.Tensor = module.bias if use.operation == "bias" else module.weight
+    return weight

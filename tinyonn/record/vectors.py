@@ -76,7 +76,7 @@ def _levels(values: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     return (bits - base.to(torch.int32)).clamp_(0, LEVELS - 1).to(torch.uint8)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add(values: Any, gradients: Any, known: Any, sums: Any) -> bool:
     value_bits, gradient_bits = values.view(np.int32), gradients.view(np.int32)
     finite = True

@@ -214,7 +214,7 @@ def _moments(looked_at: UInt16, values: Float64) -> tuple[Float64, Float64]:
     return mean, np.where(deviation > 1e-9, deviation, 1.0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _add_moments(parts: UInt16, values: Float64, sums: Float64) -> None:
     for i in range(parts.shape[1]):
         for s in range(3):
@@ -225,7 +225,7 @@ def _add_moments(parts: UInt16, values: Float64, sums: Float64) -> None:
             sums[1, s] += mean * mean
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _count_triples(parts: UInt16, shares: UInt64, codes: UInt16, counts: Any) -> None:
     low = np.uint64(SUMS - 1)
     for i in range(parts.shape[1]):
@@ -241,20 +241,20 @@ def _count_triples(parts: UInt16, shares: UInt64, codes: UInt16, counts: Any) ->
         counts[record >> 4] += 1
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _look_up(records: Any, table: Any, entries: Any) -> None:
     for i in range(entries.size):
         entries[i] = table[records[i] >> 4]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _add_up(entries: Any, means: Any, own: Any) -> None:
     for i in range(entries.size):
         means[i] += entries[i] & np.uint64(0xFFFFFFFFFFFF)
         own[i] += np.int32(entries[i] >> np.uint64(48))
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _compare(own: Any, bias: Any, number: Any, best: Any, dominant: Any, everything: Any) -> None:
     for i in range(own.size):
         S = own[i] - bias
@@ -265,7 +265,7 @@ def _compare(own: Any, bias: Any, number: Any, best: Any, dominant: Any, everyth
         own[i] = 0
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _merged(means: Any, codes: Any, score: Any, rows: Any) -> None:
     act, grad, freq = codes[0], codes[1], codes[2]
     low = np.uint64(SUMS - 1)
@@ -277,7 +277,7 @@ def _merged(means: Any, codes: Any, score: Any, rows: Any) -> None:
         rows[i] = record | score[record >> np.uint16(4)]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _affinities(best: Any, everything: Any, dominant: Any, others: Any, affinity: Any) -> None:
     step = np.float32(SELECTIVITY_STEPS * SLICE_SPAN / UNITS)
     for i in range(affinity.size):
@@ -286,7 +286,7 @@ def _affinities(best: Any, everything: Any, dominant: Any, others: Any, affinity
         affinity[i] = dominant[i] << np.uint8(4) | np.uint8(selectivity)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def score_records(
     parts: UInt16,
     shares: UInt64,

@@ -29,7 +29,7 @@ def weighted_values(codebooks: Sequence[Float64], weights: Float64) -> Float64:
     return np.asarray(np.stack(codebooks) * weights[:, None, None])
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def count_means(parts: UInt16, values: Float64, counts: Any) -> None:
     """Add the histogram of the means of flat records.
 

@@ -182,7 +182,7 @@ def dither_seed(seed: int, segment: str, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def dither_bits(seed: np.uint64, index: np.uint64) -> np.uint64:
     """64 uniform bits for one weight: the SplitMix64 finaliser (Steele, Lea & Flood, OOPSLA 2014)."""
     z = seed + (index + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -191,7 +191,7 @@ def dither_bits(seed: np.uint64, index: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def round_positions(
     act: UInt16, grad: UInt16, freq: UInt16, seed: np.uint64, offset: np.uint64, out: UInt16
 ) -> None:
@@ -225,7 +225,7 @@ def value_tables(codebooks: Float64) -> tuple[UInt16, Float64, Float64]:
     return tables, first, scale
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def average_records(
     parts: tuple[UInt16, ...],
     values: Float64,

@@ -238,7 +238,8 @@ def chunks(hidden_TH: torch.Tensor, head: Any, bytes_: int = HEAD_BYTES) -> Iter
 @torch.no_grad()
 def log_probabilities(head: Any, hidden_TH: torch.Tensor) -> torch.Tensor:
     """Of the next token, float32 [T, V]."""
-    return head(hidden_TH).float().log_softmax(-1)  # type: ignore[no-any-return]
+    logs: torch.Tensor = head(hidden_TH).float().log_softmax(-1)
+    return logs
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:

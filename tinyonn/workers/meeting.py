@@ -46,7 +46,7 @@ def _alone() -> bool:
 
 
 @dataclass
-class FileConfig(TorchConfig):  # type: ignore[misc]
+class FileConfig(TorchConfig):
     """A process group whose members meet in a file of `folder`, a new one at every start."""
 
     folder: str = ""
@@ -57,7 +57,7 @@ class FileConfig(TorchConfig):  # type: ignore[misc]
         return _FileBackend
 
 
-class _FileBackend(_TorchBackend):  # type: ignore[misc]
+class _FileBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         if not _alone():  # a machine has joined since
             super().on_start(worker_group, replace(backend_config, init_method="env"))

@@ -154,8 +154,8 @@ def _compute(calls: Sequence[Call], watch: Watch | None, **how: Any) -> list[Any
         if watch is not None and key in costs:
             watch.bar.add(costs[key])
 
-    with Callback(posttask=ended):  # type: ignore[no-untyped-call]
-        return list(compute(*tasks, **how))  # type: ignore[no-untyped-call]
+    with Callback(posttask=ended):
+        return list(compute(*tasks, **how))
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _distributed(options: EngineOptions, workers: int, watch: Watch | None) -> I
             futures = [client.submit(function, *arguments, pure=False) for function, arguments in calls]
             if watch is not None:
                 costs = dict(zip(futures, map(watch.cost, calls), strict=True))
-                for future in as_completed(futures):  # type: ignore[no-untyped-call]
+                for future in as_completed(futures):
                     watch.bar.add(costs[future])
             try:
                 return list(client.gather(futures))
@@ -190,7 +190,7 @@ def _dask_client(options: EngineOptions, workers: int) -> Iterator[Any]:
         local = None if options.address is not None else stack.enter_context(_local_cluster(workers))
         try:
             security = {} if local is None else {"security": local.security}
-            client = Client(local or options.address, timeout=20, **security)  # type: ignore[no-untyped-call]
+            client = Client(local or options.address, timeout=20, **security)
         except (OSError, TimeoutError, ValueError, TypeError, RuntimeError) as error:
             raise InputError(
                 f"no Dask scheduler answers at {options.address or 'this machine'} ({error}); start one as in "
@@ -220,13 +220,13 @@ def _local_cluster(workers: int) -> Iterator[Any]:
         settings["temporary-directory"] = folder = str(stack.enter_context(scratch_folder()))
         stack.enter_context(dask.config.set(settings))
         try:
-            cluster = LocalCluster(  # type: ignore[no-untyped-call]
+            cluster = LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=0,
                 host=LOOPBACK,
                 protocol="tls://",
-                security=Security.temporary(),  # type: ignore[no-untyped-call]
+                security=Security.temporary(),
                 local_directory=folder,
                 dashboard_address=dashboard or f"{LOOPBACK}:0",
                 scheduler_kwargs={"dashboard": bool(dashboard)},

@@ -14,8 +14,6 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.allocation import cell_counts
 from tinyonn.experts.assign import assign
-from tinyonn.experts.class_cuts import HELD_BYTES, ClassCutter
-from tinyonn.experts.classes import Classes
 from tinyonn.experts.cuts import (
     ALL,
     NONE,
@@ -30,9 +28,11 @@ from tinyonn.experts.cuts import (
 from tinyonn.experts.options import SelectOptions, TensorCuts
 from tinyonn.experts.scores import core_ranks, score_named
 from tinyonn.experts.source import Band, Source, check_labels
+from tinyonn.sizes import MiB
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import UInt8, UInt16, dither_bits, dither_seed
 
+HELD_BYTES = 192 * MiB  # of a tensor a task keeps, instead of reading it again for each pass
 WEIGHT_BYTES = 4 + 2 + 1  # held of a weight
 ONE_CELL = np.zeros((1, 1), np.uint8)
 NO_RANKS = np.zeros((1, 1), np.uint16)
@@ -42,16 +42,7 @@ def cut_tensors(
     source: Source, tensors: tuple[tuple[Parameter, int, int], ...], options: SelectOptions
 ) -> list[TensorCuts]:
     """A task: the cuts of tensors of which so many weights are kept, so many of these in the core."""
-    return [_cutter(source, *tensor, options).cuts() for tensor in tensors]
-
-
-def _cutter(
-    source: Source, parameter: Parameter, keep: int, core: int, options: SelectOptions
-) -> Cutter | ClassCutter:
-    classes = Classes.of(source, parameter, options)
-    if classes is None:
-        return Cutter(source, parameter, keep, core, options)
-    return ClassCutter(source, parameter, classes, keep, core, options)
+    return [Cutter(source, *tensor, options).cuts() for tensor in tensors]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ Everything up to the products is integer arithmetic or tables, so that a score h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import fsum, prod
 from typing import Any
@@ -74,13 +74,10 @@ class Score:
     prepare : callable
         ``prepare(source, parameter, settings)`` looks at the tensor once and gives a function of its bands, float32
         [rows, columns].
-    table : callable or None
-        ``table(attributes, settings)``: the score of every 12-bit code, float32 [4096], where nothing else decides it.
     """
 
     needs: frozenset[str]
     prepare: Callable[[Source, Parameter, ScoreSettings], TensorScore]
-    table: Callable[[Mapping[str, Any], ScoreSettings], Float32] | None = None
 
 
 def score_named(name: str) -> Score:
@@ -134,11 +131,8 @@ def _codebooks(attributes: Any) -> Float64:
 
 
 def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] | None]) -> Score:
-    def of_codes(attributes: Mapping[str, Any], settings: ScoreSettings) -> Float32:
-        return score_table(attributes, weights_of(settings))
-
     def prepare(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
-        table = of_codes(source.attributes(parameter.name), settings)
+        table = score_table(source.attributes(parameter.name), weights_of(settings))
 
         def score(band: Band) -> Float32:
             assert band.records is not None
@@ -148,7 +142,7 @@ def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] |
 
         return score
 
-    return Score(frozenset({"records"}), prepare, of_codes)
+    return Score(frozenset({"records"}), prepare)
 
 
 def _magnitude(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:

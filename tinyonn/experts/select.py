@@ -32,10 +32,8 @@ from tinyonn.experts.allocation import (
     solve,
     uniform_counts,
 )
-from tinyonn.experts.class_cuts import HELD_BYTES
-from tinyonn.experts.classes import Classes
 from tinyonn.experts.cuts import GATHERED
-from tinyonn.experts.cutting import WEIGHT_BYTES, TensorView, cut_tensors
+from tinyonn.experts.cutting import HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
 from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.source import Band, Source, tensors_outside
 from tinyonn.score.stage import task_groups
@@ -81,8 +79,7 @@ class TensorGroups:
         self.cuts = selection.tensors[name]
         parameter = parameter_named(source, name)
         self._source, self._name = source, name
-        classes = Classes.of(source, parameter, selection.options)
-        view: TensorView | Classes = classes or TensorView(source, parameter, selection.options)
+        view = TensorView(source, parameter, selection.options)
         self.needs = view.needs
         self._groups = view.groups(self.cuts)
 

@@ -217,16 +217,14 @@ def test_what_is_kept_follows_gates_and_values(pair: tuple[Any, TinyONNForCausal
 class Counting(torch.nn.Module):
     """A router that switches the expert of the latest token's number on, and notes what it saw."""
 
-    def __init__(self, per_token: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.seen: list[int] = []
-        self.per_token = per_token
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         assert attention_mask is None or attention_mask.shape == input_ids.shape
         self.seen.append(input_ids.shape[1])
-        choice = torch.eye(4)[input_ids % 4]
-        return choice if self.per_token else choice[:, -1]
+        return torch.eye(4)[input_ids % 4][:, -1]
 
 
 @pytest.mark.parametrize(("every", "seen"), [(None, [9]), (3, [9, 12, 15])])
@@ -253,17 +251,6 @@ def test_router_is_asked_again(
             result.logits[..., 256] = -torch.inf  # the end, which generate held back too
             by_hand = torch.cat([by_hand, result.logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(by_hand, out)
-
-
-def test_router_per_token(folder_of: Folder) -> None:
-    _, model = assembled(folder_of("qwen2"), kept=0.6, gates_per="token")
-    model.router = Counting(per_token=True)
-    ids = tokens()
-    with torch.no_grad():
-        whole = model(ids).logits
-        part = model(ids[:, :6], use_cache=True)
-        rest = model(ids[:, 6:], past_key_values=part.past_key_values).logits
-    assert far(rest, whole[:, 6:]) <= 1e-5
 
 
 # What users of transformers expect
@@ -531,7 +518,7 @@ def test_missing_tensor(pair: tuple[Any, TinyONNForCausalLM], tmp_path: Path) ->
         ({"expert_sizes": [1, 2, 3, 4, 5]}, "add up to 15"),
         ({"experts_top_k": 5}, "experts_top_k = 5"),
         ({"reroute_every": 0}, "reroute_every = 0"),
-        ({"gates_per": "layer"}, "gates_per = 'layer'"),
+        ({"gates_per": "token"}, "gates_per = 'token' was removed"),
         ({"forward_path": "fast"}, "forward_path = 'fast'"),
         ({"base_config": {"vocab_size": 3}}, "no model_type"),
         ({"sparse_layers": {UP: {"out": 2, "in": 2, "entries": 5}}}, "5 entries but only 2 x 2"),
@@ -541,6 +528,12 @@ def test_bad_configuration(pair: tuple[Any, TinyONNForCausalLM], change: dict[st
     tree = pair[1].config.to_dict()
     with pytest.raises(ValueError, match=says):
         TinyONNConfig.from_dict({**tree, **change})
+
+
+def test_a_removed_setting_at_its_default_is_read(pair: tuple[Any, TinyONNForCausalLM]) -> None:
+    tree = pair[1].config.to_dict()
+    config = TinyONNConfig.from_dict({**tree, "gates_per": "prompt"})
+    assert config.to_dict() == tree
 
 
 @pytest.mark.parametrize(

@@ -237,22 +237,6 @@ def test_more_experts_at_run_time(model: TinyONNForCausalLM) -> None:
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, **SETTINGS)
 
 
-def test_router_per_token(folder: Path) -> None:
-    """Gates of a token follow from the tokens up to it, with a cache and without."""
-    model = routed(folder, gates_per="token")
-    ids = tokens()
-    router = router_of(model)
-    gates = router(ids)
-    assert gates.shape == (2, 9, 4)
-    assert torch.equal(router(ids[:, :5]), gates[:, :5])
-    with torch.no_grad():
-        whole = model(ids).logits
-        part = model(ids[:, :6], use_cache=True)
-        rest = model(ids[:, 6:], past_key_values=part.past_key_values).logits
-    torch.testing.assert_close(rest, whole[:, 6:], rtol=1e-4, atol=1e-5)
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, **SETTINGS)
-
-
 def test_training_reaches_the_router(model: TinyONNForCausalLM) -> None:
     model.train()
     ids = tokens()

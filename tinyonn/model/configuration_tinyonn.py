@@ -37,7 +37,6 @@ FREE = (
 )
 MAX_LAYERS = 10_000  # of a base: more are a turned bit
 PATHS = ("auto", "dense", "sparse")
-GATES_PER = ("prompt", "token")
 GATE_RULE = (
     "without a router the experts_top_k experts of the largest expert_prior are on with gate 1, all if null"
 )
@@ -71,8 +70,6 @@ class TinyONNConfig(PretrainedConfig):
     router : dict, optional
         What the router is made of: the fields of `RouterOptions`, of which ``branches`` must be given. None is no
         router.
-    gates_per : str
-        ``prompt`` or, for comparison, ``token``.
     forward_path : str
         ``auto``, ``dense`` or ``sparse``.
     assembly : dict
@@ -98,7 +95,6 @@ class TinyONNConfig(PretrainedConfig):
         experts_top_k: int | None = None,
         reroute_every: int | None = None,
         gate_rule: str = GATE_RULE,
-        gates_per: str = "prompt",
         forward_path: str = "auto",
         assembly: dict[str, Any] | None = None,
         router: dict[str, Any] | None = None,
@@ -116,7 +112,10 @@ class TinyONNConfig(PretrainedConfig):
         self.reroute_every = reroute_every
         self.router = None if router is None else RouterOptions.read(router).tree()
         self.gate_rule = ROUTER_RULE if router and gate_rule.startswith("without a router") else gate_rule
-        self.gates_per = gates_per
+        if (per := kwargs.pop("gates_per", "prompt")) != "prompt":
+            raise ValueError(
+                f"gates_per = {per!r} was removed: a router chooses from the prompt; reroute_every lets it choose again"
+            )
         self.forward_path = forward_path
         self.assembly = assembly or {}
         self._check()
@@ -150,8 +149,6 @@ class TinyONNConfig(PretrainedConfig):
             raise ValueError(
                 f"router.branches hold {held} experts but the model has {k}; give branches of this model's experts"
             )
-        if self.gates_per not in GATES_PER:
-            raise ValueError(f"gates_per = {self.gates_per!r}; choose {' or '.join(GATES_PER)}")
         if self.forward_path not in PATHS:
             raise ValueError(f"forward_path = {self.forward_path!r}; choose one of {', '.join(PATHS)}")
         for name, layer in self.sparse_layers.items():

@@ -80,10 +80,6 @@ class TinyONNGenerationMixin(GenerationMixin):
     ) -> torch.Tensor:
         mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
         assert self.router is not None
-        if self.config.gates_per == "token":
-            routing.ids = ids[:, : past + tokens]
-            gates = self.router(ids, mask)[:, past : past + tokens]
-        else:
-            gates = routing.choose(self.router, ids, mask, past, tokens, self.config.reroute_every)
+        gates = routing.choose(self.router, ids, mask, past, tokens, self.config.reroute_every)
         routing.gates = read_gates(gates, self.config.experts)
         return routing.gates

@@ -87,8 +87,7 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
         The base's own causal language model.
     router : PromptRouter, another module or None
         ``forward(input_ids, attention_mask) -> gates``, float [batch, k], called on the prompt and again after every
-        ``config.reroute_every`` generated tokens; with ``config.gates_per == "token"`` called on the whole sequence
-        at every step, float [batch, tokens, k].
+        ``config.reroute_every`` generated tokens.
 
     Raises
     ------
@@ -129,7 +128,7 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
             for layer in self.sparse_layers.values():
                 layer.reset_parameters()
         if config.router is not None:
-            self.router = PromptRouter(config.router, self.base, config.gates_per == "token")
+            self.router = PromptRouter(config.router, self.base)
         self.post_init()
 
     @property
@@ -181,7 +180,7 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
                 f"router.branches hold {options.experts} experts but the model has {self.config.experts}; "
                 "give branches of this model's experts"
             )
-        router = PromptRouter(options, self.base, self.config.gates_per == "token")
+        router = PromptRouter(options, self.base)
         self.router = router.to(self.get_input_embeddings().weight.device)
         router.reset_parameters(seed)
         self.config.router, self.config.gate_rule = options.tree(), ROUTER_RULE

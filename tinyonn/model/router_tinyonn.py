@@ -98,8 +98,6 @@ class PromptRouter(nn.Module):
     options : RouterOptions or its plain tree
     base : PreTrainedModel
         Whose token embeddings are read, without a gradient; stays the owner of them.
-    per_token : bool
-        `forward` chooses for each token from those up to it, for comparison.
 
     Attributes
     ----------
@@ -115,12 +113,9 @@ class PromptRouter(nn.Module):
     max_k = _option("max_k")
     gate = _option("gate")
 
-    def __init__(
-        self, options: RouterOptions | Mapping[str, Any], base: Any, per_token: bool = False
-    ) -> None:
+    def __init__(self, options: RouterOptions | Mapping[str, Any], base: Any) -> None:
         super().__init__()
         self.options = options if isinstance(options, RouterOptions) else RouterOptions.read(options)
-        self.per_token = per_token
         self._base = (base,)  # in a tuple, so that its parameters are not the router's
         width, hidden = self.options.width, base.get_input_embeddings().weight.shape[1]
         kind: dict[str, Any] = {"dtype": torch.float32}
@@ -272,15 +267,11 @@ class PromptRouter(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Gates of each prompt, float32 [B, E], or of each of its tokens, [B, T, E]; without gradients.
+        """Gates of each prompt, float32 [B, E]; without gradients.
 
         `input_ids` may be embeddings instead, float [B, T, H].
         """
-        if not self.per_token:
-            return self.choose(self.logits(input_ids, attention_mask)).gates_BE
-        state_BTW = self.states(input_ids, attention_mask)
-        gates_RE = self.choose(self._heads(state_BTW.flatten(0, 1))).gates_BE
-        return gates_RE.view(*state_BTW.shape[:2], -1)
+        return self.choose(self.logits(input_ids, attention_mask)).gates_BE
 
     @torch.no_grad()
     def update_bias(self, load_E: torch.Tensor, rate: float) -> None:

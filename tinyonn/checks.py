@@ -161,15 +161,10 @@ def _of_router(router: RouterConfig, experts: int) -> Iterator[str]:
         yield f"router.shared = {router.shared} of {experts} experts leaves none to choose; give fewer"
         return
     choices = experts - router.shared
-    for name in ("top_k", "max_k"):  # of branches there are fewer where there are fewer experts
-        value = getattr(router, name)
-        if name in given and value is not None and value > choices:
-            beside = f" beside the {router.shared} shared ones" if router.shared else ""
-            yield f"router.{name} = {value} but there are {choices} experts{beside}; give at most as many"
-    if router.threshold is not None and router.top_k is None:
-        yield "router.threshold needs router.top_k, the fewest experts; null would be all"
-    if router.max_k is not None and router.top_k is not None and router.max_k < router.top_k:
-        yield f"router.max_k = {router.max_k} is below router.top_k = {router.top_k}, the fewest experts; give more"
+    # Of branches there are fewer where there are fewer experts.
+    if "top_k" in given and router.top_k is not None and router.top_k > choices:
+        beside = f" beside the {router.shared} shared ones" if router.shared else ""
+        yield f"router.top_k = {router.top_k} but there are {choices} experts{beside}; give at most as many"
 
 
 def _of_train(config: Config, experts: int) -> Iterator[str]:

@@ -38,7 +38,10 @@ Auto = Literal["auto"]
 TOLD = 5  # faults that a message names
 
 # Options that were, and values of options (`key=value`): what to do instead. Older runs' saved options may name them.
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "router.threshold": "router.top_k says how many experts are on",
+    "router.max_k": "router.top_k says how many experts are on",
+}
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
 SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
@@ -256,8 +259,6 @@ class RouterConfig(Section):
     branches: Width = 10  # the main router's choices, each with a sub-router of its own
     width: Width = 128  # features of its encoder
     top_k: Width | None = 10  # experts on for a prompt, the shared ones not counted; null: all
-    threshold: Some | None = None  # as few as have this probability, top_k to max_k of them
-    max_k: Width | None = None
     gate: Literal["one", "probability"] = "one"  # of a chosen expert
     shared: Number = 0  # experts always on: those that are strong and even in the profile
 

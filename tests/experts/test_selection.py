@@ -79,21 +79,6 @@ def test_equal_scores_go_by_number(base: Any) -> None:
     assert router.choose(logits).active_BE.tolist() == [[True, True, True, False]] * 2
 
 
-@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 1.0])
-def test_as_many_as_hold_the_probability(base: Any, threshold: float) -> None:
-    router, logits = routed(base, threshold=threshold, top_k=1, max_k=4, shared=[3]), made()
-    choice = router.choose(logits)
-    p_BE = router.log_probabilities(logits).exp()
-    counts = set()
-    for sample in range(40):
-        p = sorted((float(p_BE[sample, expert]) for expert in (0, 1, 2, 4, 5)), reverse=True)
-        enough = next((n for n in range(1, 6) if sum(p[:n]) >= threshold * sum(p) - 1e-7), 5)
-        counts.add(min(max(enough, 1), 4))
-        assert int(choice.active_BE[sample].sum()) == 1 + min(max(enough, 1), 4)
-    assert len(counts) > 1 or threshold == 1.0
-    assert torch.equal(router.choose(logits, 2).active_BE.sum(1), torch.full((40,), 3))  # k given wins
-
-
 def test_bad_k(base: Any) -> None:
     router = routed(base)
     with pytest.raises(ValueError, match="k = -1"):

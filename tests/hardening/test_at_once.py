@@ -65,8 +65,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"experts": {"count": 8}, "router": {"top_k": 9}}, r"router\.top_k = 9 but there are 8"),
     ({"experts": {"count": 8}, "router": {"top_k": 6, "shared": 3}}, r"5 experts beside the 3 shared"),
     ({"experts": {"count": 8}, "router": {"shared": 8}}, r"router\.shared = 8 of 8"),
-    ({"router": {"threshold": 0.5, "max_k": 5}}, r"router\.max_k = 5 is below router\.top_k = 10"),
-    ({"router": {"threshold": 0.5, "top_k": None}}, r"router\.threshold needs router\.top_k"),
     ({"experts": {"count": 8, "top_k": 9}}, r"experts\.top_k = 9 but there are 8"),
     ({"experts": {"core": 1.0}}, r"experts\.core = 1"),
     ({"experts": {"budget": 1000.5}}, r"experts\.budget = 1000\.5"),

@@ -66,6 +66,15 @@ def test_one_of_another_training_is_refused_by_its_first_difference(tmp_path: Pa
         Checkpoints(tmp_path, {"assembly": "x"}).latest()
 
 
+def test_options_that_are_no_more_do_not_make_another_training(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, {"lr": 0.1, "router.threshold": None, "router.max_k": 4}).save(1, TENSORS, {})
+    found = Checkpoints(tmp_path, {"lr": 0.1}).latest()
+    assert found is not None and found.step == 1
+    Checkpoints(tmp_path, {"lr": 0.1, "router.threshold": 0.5}).save(1, TENSORS, {})
+    with pytest.raises(InputError, match=r"router\.threshold is 0\.5 there and None now"):
+        Checkpoints(tmp_path, {"lr": 0.1}).latest()
+
+
 def test_a_curve_goes_on_at_the_checkpoint_s_step(tmp_path: Path) -> None:
     path = tmp_path / "curve.jsonl"
     curve = Curve(path)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 GATES = ("one", "probability")
+ANY = object()
+# Settings of routers that were: the value at which a saved model does without it, and what stands in its place.
+REMOVED: dict[str, tuple[Any, str]] = {
+    "threshold": (None, "router.top_k says how many experts are on"),
+    "max_k": (ANY, ""),  # the most that a threshold chose
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,6 @@ class RouterOptions:
         Features of the router's own encoder.
     top_k : int, optional
         Experts chosen per prompt, those in `shared` not counted; None is all.
-    threshold : float, optional
-        Choose the fewest experts whose probabilities add up to this, from `top_k` to `max_k` of them.
-    max_k : int, optional
-        None is all.
     gate : str
         ``one``: a chosen expert works as in the dense model; ``probability``: in proportion, with mean 1.
     shared : tuple of int
@@ -43,8 +44,6 @@ class RouterOptions:
     branches: tuple[tuple[int, ...], ...]
     width: int = 128
     top_k: int | None = None
-    threshold: float | None = None
-    max_k: int | None = None
     gate: str = "one"
     shared: tuple[int, ...] = ()
     prompt_tokens: int = 64
@@ -56,8 +55,9 @@ class RouterOptions:
         Raises
         ------
         ValueError
-            Unknown or missing keys, or values that do not fit.
+            Unknown or missing keys, values that do not fit, or a removed setting that was in use.
         """
+        tree = _without_removed(tree)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(tree) - set(known))
         if unknown:
@@ -92,14 +92,6 @@ class RouterOptions:
         choices = experts - len(self.shared)
         if self.top_k is not None:
             _within("top_k", self.top_k, 0, choices)
-        if self.max_k is not None:
-            _within("max_k", self.max_k, self.top_k or 0, choices)
-        if self.threshold is None:
-            return
-        if not (math.isfinite(self.threshold) and 0 < self.threshold <= 1):
-            raise ValueError(f"router.threshold = {self.threshold}; give a probability above 0, at most 1")
-        if self.top_k is None:
-            raise ValueError("router.threshold needs router.top_k, the fewest experts; null would be all")
 
     def _check_branches(self) -> None:
         numbers = [number for branch in self.branches for number in branch]
@@ -133,6 +125,15 @@ class RouterOptions:
             "branches": [list(branch) for branch in self.branches],
             "shared": list(self.shared),
         }
+
+
+def _without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as models were saved with once; one that was not in use is left out."""
+    for name, value in tree.items():
+        unused, instead = REMOVED.get(name, (value, ""))
+        if unused is not ANY and value != unused:
+            raise ValueError(f"router.{name} = {value!r} was removed: {instead}; train the router again")
+    return {name: value for name, value in tree.items() if name not in REMOVED}
 
 
 def _within(name: str, value: Any, least: int, most: int | None) -> None:

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from .router_options_tinyonn import RouterOptions
-from .selection_tinyonn import counts, enough, in_proportion, limit_load, product, select, slopes
+from .selection_tinyonn import counts, in_proportion, limit_load, product, select, slopes
 
 __all__ = ["Choice", "PromptRouter", "RouterLogits", "limit_load"]
 
@@ -101,7 +101,7 @@ class PromptRouter(nn.Module):
 
     Attributes
     ----------
-    top_k, threshold, max_k, gate
+    top_k, gate
         Of the options, may be set at any time.
     bias : float32 [E]
         Added to log p for the choice alone; see `update_bias`.
@@ -109,8 +109,6 @@ class PromptRouter(nn.Module):
 
     bias: torch.Tensor
     top_k = _option("top_k")
-    threshold = _option("threshold")
-    max_k = _option("max_k")
     gate = _option("gate")
 
     def __init__(self, options: RouterOptions | Mapping[str, Any], base: Any) -> None:
@@ -251,11 +249,7 @@ class PromptRouter(nn.Module):
         scores_BE = log_p_BE.detach() + self.bias.float()
         scores_BE = scores_BE if noise is None else scores_BE + noise.to(scores_BE.device)
         scores_BE = torch.where(free_E, scores_BE, -torch.inf)
-        if k is None and self.threshold is not None:
-            found_B = enough(scores_BE, log_p_BE.detach().exp(), self.threshold)
-            k_B = found_B.clamp(self.top_k, self.max_k)
-        else:
-            k_B = counts(self.top_k if k is None else k, scores_BE)
+        k_B = counts(self.top_k if k is None else k, scores_BE)
         chosen_BE = select(scores_BE, k_B) if capacity is None else limit_load(scores_BE, k_B, capacity)
         active_BE = chosen_BE | shared_E
         if self.gate == "one":

@@ -68,25 +68,6 @@ def select(scores_BE: torch.Tensor, k_B: torch.Tensor) -> torch.Tensor:
     return active_BE & (scores_BE > -torch.inf)
 
 
-def enough(scores_BE: torch.Tensor, p_BE: torch.Tensor, threshold: float) -> torch.Tensor:
-    """The smallest k whose best experts hold a share `threshold` of the probability of those to choose from.
-
-    Parameters
-    ----------
-    scores_BE : float32 [B, E]
-        The order; an expert with -inf is not to choose from.
-    p_BE : float32 [B, E]
-    threshold : float in (0, 1]
-
-    Returns
-    -------
-    int64 [B]
-    """
-    p_BE = p_BE * (scores_BE > -torch.inf)
-    held_BE = p_BE.gather(1, ranked(scores_BE)).double().cumsum(1)
-    return (held_BE < threshold * held_BE[:, -1:]).sum(1) + 1
-
-
 def limit_load(scores_BE: torch.Tensor, k: int | torch.Tensor, factor: float) -> torch.Tensor:
     """The k best of each sample, but no expert for more samples than its share; the next best takes over.
 

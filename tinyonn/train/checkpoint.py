@@ -29,6 +29,8 @@ from tinyonn.store.faults import is_full
 LOG = logging.getLogger(__name__)
 FORMAT = 1
 NAME = "checkpoint-{:08d}"
+# Of options that were: the value at which a training did without, None being any. Older checkpoints are of such ones.
+REMOVED: dict[str, Any] = {"router.max_k": None}
 TENSORS, ABOUT = "state.safetensors", "state.json"
 
 
@@ -139,6 +141,7 @@ class Checkpoints:
         return None
 
     def _compare(self, path: Path, found: Mapping[str, Any]) -> None:
+        found = without_removed(found)
         for name in [*self.identity, *found]:
             ours, theirs = self.identity.get(name), found.get(name)
             if ours != theirs:
@@ -152,6 +155,12 @@ class Checkpoints:
         for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*.part")):
             shutil.rmtree(path, ignore_errors=True)
         (self.folder / "curve.jsonl").unlink(missing_ok=True)
+
+
+def without_removed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training was of, without options that are no more and that it did without."""
+    unused = {name for name, value in REMOVED.items() if value is None or identity.get(name) == value}
+    return {name: value for name, value in identity.items() if name not in unused}
 
 
 class Curve:

@@ -33,8 +33,7 @@ class RouterShape:
         Groups of experts that the main router chooses from; fewer if there are fewer experts.
     width : int
         Features of its encoder.
-    top_k, max_k : int or None
-    threshold : float or None
+    top_k : int or None
     gate : str
         As of `RouterOptions`.
     shared : int
@@ -44,8 +43,6 @@ class RouterShape:
     branches: int = 10
     width: int = 128
     top_k: int | None = 10
-    threshold: float | None = None
-    max_k: int | None = None
     gate: Literal["one", "probability"] = "one"
     shared: int = 0
 
@@ -66,8 +63,6 @@ class RouterShape:
                 ),
                 width=self.width,
                 top_k=self.top_k,
-                threshold=self.threshold,
-                max_k=self.max_k,
                 gate=self.gate,
                 shared=tuple(shared_experts(contribution_SE, self.shared)),
                 prompt_tokens=prompt_tokens,

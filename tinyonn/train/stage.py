@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
-from tinyonn.train.checkpoint import Checkpoints
+from tinyonn.train.checkpoint import Checkpoints, without_removed
 from tinyonn.train.follow import Follower, Progress
 from tinyonn.train.loop import STARTS, USE, train_loop
 from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
@@ -132,13 +132,18 @@ def _identity(spec: Spec) -> dict[str, Any]:
     return dict(json.loads(json.dumps(tree)))
 
 
+def _known(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """That says something, of options that there are."""
+    return {name: value for name, value in without_removed(identity).items() if value is not None}
+
+
 def _stored(spec: Spec) -> dict[str, Any] | None:
     """The report of the same training, if it came to its end and its model is there."""
     tree = read_derived(Path(spec.folder) / DONE)
     if tree is None:
         return None
     whole = (Path(spec.output) / "config.json").is_file() and tree["report"]["model"] == spec.output
-    if not whole or tree["identity"] != _identity(spec):
+    if not whole or _known(tree["identity"]) != _known(_identity(spec)):
         return None
     return None if _is_damaged(Path(spec.output)) else dict(tree["report"])
 

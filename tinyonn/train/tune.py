@@ -27,6 +27,7 @@ from tinyonn.progress import Bar
 from tinyonn.runtime import worker_environment
 from tinyonn.store.lock import RunLock
 from tinyonn.train.build import build_trainer
+from tinyonn.train.checkpoint import without_removed
 from tinyonn.train.dotted import option_of, with_options
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
@@ -212,7 +213,7 @@ def _check_study(folder: Path, spec: Spec, options: TuneOptions) -> None:
     about = json.loads(json.dumps({**spec.identity, **fixed, "ranges": ranges}))
     path = folder / "study.json"
     if path.is_file() and (folder / JOURNAL).is_file():
-        before = read_json(path, f"remove {folder} to search anew")
+        before = without_removed(read_json(path, f"remove {folder} to search anew"))
         for name in sorted({*before, *about}):
             if before.get(name) != about.get(name):
                 raise InputError(

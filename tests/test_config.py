@@ -85,7 +85,6 @@ OPTIONS = [
     "record.windows",
     "record.workers",
     "router.branches",
-    "router.gate",
     "router.shared",
     "router.top_k",
     "router.width",

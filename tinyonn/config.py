@@ -41,6 +41,7 @@ TOLD = 5  # faults that a message names
 REMOVED: dict[str, str] = {
     "router.threshold": "router.top_k says how many experts are on",
     "router.max_k": "router.top_k says how many experts are on",
+    "router.gate": "a chosen expert works with gate 1, as in the dense model",
 }
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
@@ -259,7 +260,6 @@ class RouterConfig(Section):
     branches: Width = 10  # the main router's choices, each with a sub-router of its own
     width: Width = 128  # features of its encoder
     top_k: Width | None = 10  # experts on for a prompt, the shared ones not counted; null: all
-    gate: Literal["one", "probability"] = "one"  # of a chosen expert
     shared: Number = 0  # experts always on: those that are strong and even in the profile
 
 

@@ -205,7 +205,7 @@ def test_a_reward_of_gates_moves_the_choice(base: Any) -> None:
         ({"top_k": 2.5}, "top_k = 2.5; give a whole number"),
         ({"top_k": 5, "shared": [0, 1]}, "top_k = 5; give from 0 to 4"),
         ({"threshold": 0.5}, r"threshold = 0\.5 was removed: router\.top_k says"),
-        ({"gate": "half"}, "gate = 'half'; choose one or probability"),
+        ({"gate": "probability"}, "gate = 'probability' was removed: a chosen expert"),
         ({"shared": [6]}, "shared = "),
         ({"shared": [1, 1]}, "at most once"),
         ({"width": 0}, "width = 0"),
@@ -223,7 +223,7 @@ def test_options_are_plain_and_may_change(router: PromptRouter) -> None:
     assert RouterOptions.read(options.tree()) == options
     assert list(options.branch_of()) == [0, 1, 0, 2, 0, 2]
     assert (
-        RouterOptions.read({**options.tree(), "threshold": None, "max_k": 4}) == options
+        RouterOptions.read({**options.tree(), "threshold": None, "max_k": 4, "gate": "one"}) == options
     )  # of an older model
     with pytest.raises(ValueError, match="no branches"):
         RouterOptions.read({})
@@ -233,5 +233,3 @@ def test_options_are_plain_and_may_change(router: PromptRouter) -> None:
     assert bool(router(tokens()).all())
     with pytest.raises(ValueError, match="top_k = 9"):
         router.top_k = 9
-    with pytest.raises(ValueError, match="choose one or probability"):
-        router.gate = "two"

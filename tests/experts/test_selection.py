@@ -91,7 +91,7 @@ def test_bad_k(base: Any) -> None:
 
 
 def test_every_logit_has_a_gradient(base: Any) -> None:
-    """Chosen or not: gates of `one` are 0 and 1, and still say how they want to move."""
+    """Chosen or not: gates are 0 and 1, and still say how they want to move."""
     router, logits = routed(base), made(5)
     sub_BE = logits.sub_BE.requires_grad_()
     main_BN = logits.main_BN.requires_grad_()
@@ -118,24 +118,6 @@ def test_slopes_are_steepest_at_the_edge() -> None:
     for k in (0, 5, 6):  # nothing is inside, or nothing outside
         q_BE = slopes(scores_BE, log_p_BE, torch.tensor([k]))
         assert bool(q_BE.isfinite().all())
-
-
-@pytest.mark.parametrize("k", [0, 1, 3, 6])
-def test_gates_in_proportion(base: Any, k: int) -> None:
-    router, logits = routed(base, gate="probability", shared=[5]), made()
-    sub_BE = logits.sub_BE.requires_grad_()
-    choice = router.choose(RouterLogits(logits.main_BN, sub_BE), k)
-    p_BE, chosen_BE = choice.probabilities_BE.clone(), choice.active_BE.clone()
-    assert bool((choice.gates_BE[:, 5] == 1).all())
-    chosen_BE[:, 5] = False
-    count_B1 = chosen_BE.sum(1, keepdim=True)
-    assert bool((count_B1 == min(k, 5)).all())
-    mean_B1 = (p_BE * chosen_BE).sum(1, keepdim=True) / count_B1.clamp(min=1)
-    wanted_BE = torch.where(chosen_BE, p_BE / mean_B1, 0.0)
-    torch.testing.assert_close(choice.gates_BE[:, :5], wanted_BE[:, :5])
-    (gradient,) = torch.autograd.grad(choice.gates_BE.square().sum(), sub_BE)
-    assert bool(gradient.isfinite().all())
-    assert bool(gradient.any()) == (k > 1)
 
 
 # Even loads

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GATES = ("one", "probability")
 ANY = object()
 # Settings of routers that were: the value at which a saved model does without it, and what stands in its place.
 REMOVED: dict[str, tuple[Any, str]] = {
     "threshold": (None, "router.top_k says how many experts are on"),
     "max_k": (ANY, ""),  # the most that a threshold chose
+    "gate": ("one", "a chosen expert works as in the dense model"),
 }
 
 
@@ -28,8 +28,6 @@ class RouterOptions:
         Features of the router's own encoder.
     top_k : int, optional
         Experts chosen per prompt, those in `shared` not counted; None is all.
-    gate : str
-        ``one``: a chosen expert works as in the dense model; ``probability``: in proportion, with mean 1.
     shared : tuple of int
         Experts that are always on.
     prompt_tokens : int
@@ -44,7 +42,6 @@ class RouterOptions:
     branches: tuple[tuple[int, ...], ...]
     width: int = 128
     top_k: int | None = None
-    gate: str = "one"
     shared: tuple[int, ...] = ()
     prompt_tokens: int = 64
 
@@ -83,8 +80,6 @@ class RouterOptions:
         experts = self.experts
         _within("width", self.width, 1, None)
         _within("prompt_tokens", self.prompt_tokens, 1, None)
-        if self.gate not in GATES:
-            raise ValueError(f"router.gate = {self.gate!r}; choose {' or '.join(GATES)}")
         if len(set(self.shared)) != len(self.shared) or not set(self.shared) <= set(range(experts)):
             raise ValueError(
                 f"router.shared = {list(self.shared)}; give numbers from 0 to {experts - 1}, each at most once"

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from .router_options_tinyonn import RouterOptions
-from .selection_tinyonn import counts, in_proportion, limit_load, product, select, slopes
+from .selection_tinyonn import counts, limit_load, product, select, slopes
 
 __all__ = ["Choice", "PromptRouter", "RouterLogits", "limit_load"]
 
@@ -70,18 +70,6 @@ class Choice:
     logits: RouterLogits
 
 
-def _option(name: str) -> Any:
-    """A field of the router's options that is checked whenever it is set."""
-
-    def read(self: PromptRouter) -> Any:
-        return getattr(self.options, name)
-
-    def change(self: PromptRouter, value: Any) -> None:
-        self.options = dataclasses.replace(self.options, **{name: value})
-
-    return property(read, change)
-
-
 class _Linear(nn.Linear):
     """Computed in float32 whatever it is held in; called as a module, so that offloaded weights come back for it."""
 
@@ -101,15 +89,11 @@ class PromptRouter(nn.Module):
 
     Attributes
     ----------
-    top_k, gate
-        Of the options, may be set at any time.
     bias : float32 [E]
         Added to log p for the choice alone; see `update_bias`.
     """
 
     bias: torch.Tensor
-    top_k = _option("top_k")
-    gate = _option("gate")
 
     def __init__(self, options: RouterOptions | Mapping[str, Any], base: Any) -> None:
         super().__init__()
@@ -137,6 +121,15 @@ class PromptRouter(nn.Module):
             nn.init.normal_(head.weight, std=HEAD_STD, generator=generator)
         for tensor in (self.up.bias, self.down.bias, self.main.bias, self.sub.bias, self.bias):
             nn.init.zeros_(tensor)
+
+    @property
+    def top_k(self) -> int | None:
+        """Of the options; may be set at any time, and is checked then."""
+        return self.options.top_k
+
+    @top_k.setter
+    def top_k(self, value: int | None) -> None:
+        self.options = dataclasses.replace(self.options, top_k=value)
 
     # From tokens to logits
 
@@ -235,7 +228,7 @@ class PromptRouter(nn.Module):
         Returns
         -------
         Choice
-            With gates ``one`` every gate has a gradient, chosen or not; see `slopes`.
+            Every gate has a gradient, chosen or not; see `slopes`.
 
         Raises
         ------
@@ -252,11 +245,8 @@ class PromptRouter(nn.Module):
         k_B = counts(self.top_k if k is None else k, scores_BE)
         chosen_BE = select(scores_BE, k_B) if capacity is None else limit_load(scores_BE, k_B, capacity)
         active_BE = chosen_BE | shared_E
-        if self.gate == "one":
-            q_BE = slopes(scores_BE, log_p_BE, k_B)
-            gates_BE = active_BE + (q_BE - q_BE.detach())
-        else:
-            gates_BE = in_proportion(log_p_BE, chosen_BE) + shared_E
+        q_BE = slopes(scores_BE, log_p_BE, k_B)
+        gates_BE = active_BE + (q_BE - q_BE.detach())
         return Choice(gates_BE, active_BE, log_p_BE.exp(), logits)
 
     @torch.no_grad()

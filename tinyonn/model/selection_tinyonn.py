@@ -141,21 +141,3 @@ def slopes(scores_BE: torch.Tensor, log_p_BE: torch.Tensor, k_B: torch.Tensor) -
     moved_BE = torch.where(free_BE, log_p_BE + (scores_BE - log_p_BE).detach(), 0.0)
     edge_B1 = torch.where(edge_B1 > -torch.inf, edge_B1, 0.0)
     return torch.where(free_BE, torch.sigmoid(moved_BE - edge_B1), 0.0)
-
-
-def in_proportion(log_p_BE: torch.Tensor, chosen_BE: torch.Tensor) -> torch.Tensor:
-    """Gates p over the mean p of the chosen: their mean is 1; 0 elsewhere.
-
-    Parameters
-    ----------
-    log_p_BE : float32 [B, E]
-    chosen_BE : bool [B, E]
-
-    Returns
-    -------
-    float32 [B, E]
-    """
-    count_B1 = chosen_BE.sum(1, keepdim=True)
-    own_BE = torch.where(chosen_BE, log_p_BE, -torch.inf)
-    own_BE = torch.where(count_B1 > 0, own_BE, 0.0)  # a softmax of nothing has no gradient
-    return torch.where(chosen_BE, own_BE.softmax(1) * count_B1, 0.0)

@@ -34,8 +34,7 @@ class RouterShape:
     width : int
         Features of its encoder.
     top_k : int or None
-    gate : str
-        As of `RouterOptions`.
+        Experts on, the shared ones not counted; None is all.
     shared : int
         Experts that are always on.
     """
@@ -43,7 +42,6 @@ class RouterShape:
     branches: int = 10
     width: int = 128
     top_k: int | None = 10
-    gate: Literal["one", "probability"] = "one"
     shared: int = 0
 
     def options(self, profile: Profile, prompt_tokens: int) -> RouterOptions:
@@ -63,7 +61,6 @@ class RouterShape:
                 ),
                 width=self.width,
                 top_k=self.top_k,
-                gate=self.gate,
                 shared=tuple(shared_experts(contribution_SE, self.shared)),
                 prompt_tokens=prompt_tokens,
             )

@@ -105,7 +105,6 @@ OPTIONS = [
     "train.loss.hidden",
     "train.loss.kl",
     "train.loss.profile",
-    "train.loss.specificity",
     "train.loss.z",
     "train.micro_batch",
     "train.optimizers.experts",

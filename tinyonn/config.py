@@ -41,6 +41,7 @@ TOLD = 5  # faults that a message names
 REMOVED: dict[str, str] = {
     "router.threshold": "router.top_k says how many experts are on",
     "router.max_k": "router.top_k says how many experts are on",
+    "train.loss.specificity": "experts by need differ as they are made, and the warm start teaches the router",
     "router.gate": "a chosen expert works with gate 1, as in the dense model",
 }
 
@@ -271,7 +272,6 @@ class LossConfig(Section):
     hidden: Weight = 0.1  # every layer's output against the teacher's
     balance: Weight = 0.0
     z: Weight = 0.001
-    specificity: Weight = 0.0
     profile: Weight = 0.0  # the router's choice against the profile
 
 

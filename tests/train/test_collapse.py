@@ -29,7 +29,7 @@ def test_collapse(tmp_path: Path, balanced: bool) -> None:
         batch=8,
         micro_batch=8,
         routing=routing | {"bias_rate": 0.05 if balanced else 0.0},
-        weights={"balance": 0.05 if balanced else 0.0, "ce": 0.0, "specificity": 0.0},
+        weights={"balance": 0.05 if balanced else 0.0, "ce": 0.0},
         stages={"first": 0.0, "min_k": None, "grow": 0.0, "integrity": False},
         optimizers=OptimizerOptions(router_lr=0.03, experts="muon", experts_lr=1e-3),
     )

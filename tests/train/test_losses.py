@@ -213,14 +213,13 @@ def test_two_workers_have_the_loss_and_gradient_of_one() -> None:
     """Samples dealt unevenly; totals and counts added, the batch's statistics given to both."""
     logits, contribution = random(B, E), random(B, E).abs()
     student, labels = random(T, V), torch.tensor([1, -100, 2, 3, -100, -100, 4])
-    share, mean = losses.shares(torch.arange(E)), logits.softmax(1).mean(0)
+    share = losses.shares(torch.arange(E))
     targets = losses.profile_targets(contribution)
 
     def parts(samples: slice, tokens: slice, x: torch.Tensor, s: torch.Tensor) -> list[Sum]:
         p_BE = x[samples].softmax(1)
         return [
             losses.balance(p_BE, share),
-            losses.specificity(p_BE, mean),
             losses.z_loss(x[samples]),
             losses.profile_kl(targets[samples], p_BE),
             losses.cross_entropy(s[tokens], labels[tokens]),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional
@@ -49,27 +47,6 @@ def test_z_loss() -> None:
     torch.testing.assert_close(losses.z_loss(logits, branches).mean, torch.stack(apart).mean())
     agrees_with_differences(lambda x: losses.z_loss(x), logits)
     agrees_with_differences(lambda x: losses.z_loss(x, branches), logits)
-
-
-def test_specificity() -> None:
-    p_BE = probabilities()
-    assert float(losses.specificity(p_BE[:1].expand(B, E)).mean) == pytest.approx(0, abs=1e-12)
-    assert float(losses.specificity(torch.eye(E)).mean) == pytest.approx(-math.log(E))
-    mean = p_BE.mean(0)
-    mutual = -(mean * mean.log()).sum() + (p_BE * p_BE.log()).sum(1).mean()
-    torch.testing.assert_close(losses.specificity(p_BE).mean, -mutual)
-    agrees_with_differences(lambda x: losses.specificity(x.softmax(1)), p_BE.log())
-    agrees_with_differences(lambda x: losses.specificity(x.softmax(1), mean), p_BE.log())
-
-
-def test_specificity_with_the_mean_given_has_the_same_gradient_on_the_logits() -> None:
-    drawn, grads = random(B, E), []
-    for given in (False, True):
-        logits = drawn.clone().requires_grad_()
-        p_BE = logits.softmax(1)
-        losses.specificity(p_BE, p_BE.mean(0) if given else None).mean.backward()
-        grads.append(logits.grad)
-    torch.testing.assert_close(grads[0], grads[1])
 
 
 def test_profile_targets() -> None:

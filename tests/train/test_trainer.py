@@ -459,7 +459,7 @@ def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str)
 
 
 def test_losses_of_weight_zero_leave_no_gradient(train: Callable[..., Trainer]) -> None:
-    nothing = LossWeights(kl=0.0, ce=0.0, hidden=0.0, balance=0.0, z=0.0, specificity=0.0)
+    nothing = LossWeights(kl=0.0, ce=0.0, hidden=0.0, balance=0.0, z=0.0)
     trainer = train("nothing", changed(weights=vars(nothing), optimizers={"router_decay": 0.0}))
     before = weights(trainer)
     trainer.run(2)

@@ -1,8 +1,8 @@
 """The losses of training, as pure functions of tensors.
 
 Every loss is a `Sum`: a total that carries the gradient, and what it is to be divided by. So the same loss is had
-from one worker or many: add totals, add counts, divide. Where a loss is no sum over samples (balance, specificity),
-the statistic of the batch that it needs (`share_E`, `mean_E`) is given, taken over all workers.
+from one worker or many: add totals, add counts, divide. Where a loss is no sum over samples (balance), the
+statistic of the batch that it needs (`share_E`) is given, taken over all workers.
 
 Shape suffixes: T tokens, V vocabulary, K the teacher's kept tokens, H hidden, B samples, E experts, N the main
 router's outputs.
@@ -208,31 +208,6 @@ def z_loss(logits_BN: torch.Tensor, branches: Sequence[Sequence[int]] | None = N
     parts = [logits_BN] if branches is None else [logits_BN[:, list(branch)] for branch in branches if branch]
     logs = torch.stack([part.logsumexp(1) for part in parts])
     return Sum(logs.square().mean(0).sum(), len(logits_BN))
-
-
-def specificity(probabilities_BE: torch.Tensor, mean_E: torch.Tensor | None = None) -> Sum:
-    """Experts that differ between samples: minus the mutual information of sample and expert.
-
-    -(H(mean p) - mean H(p)) = -mean_b KL(p_b || mean p); 0 if every sample has the same probabilities, -log E at best.
-
-    Parameters
-    ----------
-    probabilities_BE : float [B, E]
-        Rows sum to 1; of samples, or means of slices.
-    mean_E : float [E], optional
-        Mean over the samples of all workers, without gradient. On rows that sum to 1 the gradient is the same as with
-        the mean's own: the two differ by a constant.
-
-    Returns
-    -------
-    Sum
-        Over B samples, nats.
-    """
-    mean = probabilities_BE.mean(0) if mean_E is None else mean_E.detach().to(probabilities_BE)
-    each = torch.xlogy(probabilities_BE, probabilities_BE.clamp(min=SMALLEST)) - (
-        probabilities_BE * mean.clamp(min=SMALLEST).log()
-    )
-    return Sum(-each.sum(), len(probabilities_BE))
 
 
 def profile_targets(

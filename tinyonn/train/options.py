@@ -25,7 +25,7 @@ class LossWeights:
         Cross entropy of the text itself, per counted token.
     hidden : float
         Relative squared error of every layer's output against the teacher's, mean over layers and samples.
-    balance, z, specificity, profile : float
+    balance, z, profile : float
         Of the router, mean over samples.
     """
 
@@ -34,7 +34,6 @@ class LossWeights:
     hidden: float = 0.1
     balance: float = 0.01
     z: float = 0.001
-    specificity: float = 0.01
     profile: float = 0.0
 
 

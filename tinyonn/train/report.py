@@ -11,7 +11,7 @@ from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds, format_size
 
 ENDS = 20  # steps at the beginning and at the end that losses are averaged over
-PARTS = ("kl", "ce", "hidden", "balance", "z", "specificity", "profile")
+PARTS = ("kl", "ce", "hidden", "balance", "z", "profile")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which experts are on in a step, and the router's own losses.
 
-Every worker routes the whole batch: the router is small, so that costs less than to exchange what balance, capacity and
-specificity need of all samples, and the choice is the same everywhere. Gradients of the router's own losses come out
+Every worker routes the whole batch: the router is small, so that costs less than to exchange what balance and capacity
+need of all samples, and the choice is the same everywhere. Gradients of the router's own losses come out
 `world` times over and are divided by that; those of the gates come from a worker's own samples alone.
 """
 
@@ -134,7 +134,6 @@ def _measured(
     found = {
         "balance": losses.balance(p_BE, share_E).mean,
         "z": losses.z_loss(logits.main_BN).mean + losses.z_loss(logits.sub_BE, options.branches).mean,
-        "specificity": losses.specificity(p_BE).mean,
     }
     if targets is not None:
         known, targets_RE = targets.of(batch)

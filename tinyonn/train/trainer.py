@@ -244,7 +244,7 @@ class Trainer:
             return None
         seed, weights = self.options.seed, self.options.weights
         if warm:
-            seed, weights = seed + 1, replace(weights, profile=1.0, balance=0.0, specificity=0.0)
+            seed, weights = seed + 1, replace(weights, profile=1.0, balance=0.0)
         moves = warm or self.options.optimizers.router_lr > 0
         with torch.set_grad_enabled(moves and self._learns("router")):
             return choose_experts(

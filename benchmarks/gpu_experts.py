@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from drawn import drawn, random_matrix
-from gpu_models import Result, Setting, by_turns, random_model, ratio
+from gpu_models import Result, Setting, by_turns, device_seconds, random_model, ratio
 from report import Goal, at_least, at_most
 from torch import nn
 from torch.nn import functional
@@ -41,8 +41,10 @@ def decode(setting: Setting) -> Result:
     dense = [[one[shape].clone() for shape, n in shapes.items() for _ in range(n)] for _ in range(layers)]
     figures: dict[str, Any] = {"layers": layers, "GB/s of a copy": _bandwidth(setting), "shares": {}}
     goals: list[Goal] = []
+    worst = 0.0
     for share in setting.of(SHARES, SHARES, (0.31,)):
         merged, peers = _sparse(shapes, share, layers, setting.device)
+        worst = max(worst, _largest_error(merged, setting))
         bytes_of = {form: sum(part.bytes for part in found[0]) for form, found in merged.items()}
         chosen = {part.form for part in merged["chosen"][0]}
         found: dict[str, Any] = {"forms": sorted(chosen), "bytes a layer": bytes_of}
@@ -66,7 +68,21 @@ def decode(setting: Setting) -> Result:
                 goals.append(at_least(f"decode, {share:.0%} active: times dense", times, goal))
         figures["shares"][str(share)] = found
         del merged, peers, ways  # the next share's come before these would go
+    goals.append(at_most("decode: largest difference from the dense product", worst, 0.01))
     return Result(goals, figures)
+
+
+def _largest_error(merged: dict[str, list[list[Merged]]], setting: Setting) -> float:
+    """Of one to eight tokens, beside a float32 product with the same weight, as a share of its largest value."""
+    worst = 0.0
+    for layers in merged.values():
+        for weight in {(one.out, one.inputs): one for one in layers[0]}.values():
+            X = torch.randn(8, weight.inputs, device=weight.values.device).bfloat16()
+            expected = functional.linear(X.float(), weight.dense().float())
+            for tokens in setting.of((1, 3, 8), (1, 3, 8), (1, 2)):
+                apart = (sparse_linear(X[:tokens], weight).float() - expected[:tokens]).abs().max()
+                worst = max(worst, float(apart / expected.abs().max()))
+    return worst
 
 
 def _sparse(
@@ -198,6 +214,7 @@ def _compare_steps(base: Any, batch: int, tokens: int, setting: Setting) -> dict
     return {
         "ms a step": {way: 1e3 * statistics.median(found) for way, found in seconds.items()},
         "to dense": ratio(seconds, "routed", "dense"),
+        "device ms a step": {way: 1e3 * device_seconds(step, setting) for way, step in steps.items()},
         "losses": losses["routed"],
         "not finite": sum(not loss < float("inf") for loss in everything),
         "peak bytes": peak,

@@ -185,6 +185,18 @@ def by_turns(ways: dict[str, Callable[[], object]], setting: Setting) -> dict[st
     return seconds
 
 
+def device_seconds(run: Callable[[], object], setting: Setting) -> float:
+    """What the device's kernels of a call take, without the gaps in which the host prepares the next."""
+    if not setting.on_gpu:
+        return 0.0
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        setting.wait()
+    return float(sum(event.self_device_time_total for event in profiled.key_averages()) / 1e6)
+
+
 def ratio(seconds: dict[str, list[float]], way: str, to: str) -> float:
     """Median over rounds of the one to the other."""
     return statistics.median(a / b for a, b in zip(seconds[way], seconds[to], strict=True))

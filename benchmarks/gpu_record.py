@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpu_models import (
     Result,
     Setting,
     by_turns,
+    device_seconds,
     host_kernels,
     random_model,
     random_samples,
@@ -289,10 +291,20 @@ def record(setting: Setting) -> Result:
         here: dict[str, Any] = {
             "ms a sample": {way: 1e3 * statistics.median(found) / count for way, found in seconds.items()},
             "to the limit": {way: ratio(seconds, way, "and gradients formed") for way in ways},
+            "device ms a sample": {
+                way: 1e3 * device_seconds(ways[way], setting) / count
+                for way in ("and gradients formed", "ours")
+            },
             "waits inside a sample": _waits(ours, samples[0], setting),
         }
         figures["tokens"][str(tokens)] = here
         goals.append(at_most(f"record, {tokens} tokens: ours / limit", here["to the limit"]["ours"], 1.15))
+        if setting.on_gpu:
+            device = here["device ms a sample"]
+            share = device["ours"] / device["and gradients formed"]
+            goals.append(
+                at_most(f"record, {tokens} tokens: the device's own time, ours / limit", share, 1.15)
+            )
     started = time.perf_counter()
     for site in ours.sites.values():
         if site.grad is not None:
@@ -302,7 +314,7 @@ def record(setting: Setting) -> Result:
     weights = sum(parameter.size for parameter in ours.parameters)
     figures["ns a weight and spill"] = 1e9 * (time.perf_counter() - started) / weights
     if setting.on_gpu:
-        most = max(here["waits inside a sample"] for here in figures["tokens"].values())
+        most = max(len(here["waits inside a sample"]) for here in figures["tokens"].values())
         goals.append(at_most("record: waits for the device in a sample", most, 2))
     return Result(goals, figures)
 
@@ -324,10 +336,10 @@ def _fused(limit: int, recorder: Recorder, samples: Sequence[Sample]) -> None:
         sites.FUSED_TOKENS = before
 
 
-def _waits(recorder: Recorder, sample: Sample, setting: Setting) -> int:
-    """How often a sample makes the host wait for the device; the loss and the checks at its end are two."""
+def _waits(recorder: Recorder, sample: Sample, setting: Setting) -> list[str]:
+    """Where a sample makes the host wait for the device; the loss and the checks at its end are two."""
     if not setting.on_gpu:
-        return 0
+        return []
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -335,7 +347,7 @@ def _waits(recorder: Recorder, sample: Sample, setting: Setting) -> int:
             recorder.run(sample)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(one.message) for one in found)
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in found if "synchronizing" in str(one.message)]
 
 
 def _forming(dense: DenseModel) -> Recorder:
@@ -370,7 +382,7 @@ def memory(setting: Setting) -> Result:
         torch.zeros(1, device=setting.device)
         free, total = torch.cuda.mem_get_info(setting.device)
         context = total - free  # of this process, and of others if there are any
-        torch.cuda.set_per_process_memory_fraction((cap - context) / total, setting.device)
+        torch.cuda.set_per_process_memory_fraction((cap - context) / total, torch.cuda.current_device())
     dense = random_model(shape, setting.device, torch.bfloat16, nf4=True, checkpointing=True)
     recorder = Recorder(dense)
     parameters = recorder.parameters

@@ -240,7 +240,7 @@ def test_the_cost_model() -> None:
         known = costs(out, inputs, int(share * out * inputs), 1)
         assert min(forms, key=lambda one: known[one]) == expected
     for share, expected in zip(
-        (0.01, 0.1, 0.31, 0.6, 1), ("rows", "rows", "rows", "masks", "dense"), strict=True
+        (0.01, 0.1, 0.31, 0.6, 1), ("rows", "rows", "rows", "dense", "dense"), strict=True
     ):
         known = gpu_costs(out, inputs, int(share * out * inputs))
         assert min(forms, key=lambda one: known[one]) == expected

@@ -9,7 +9,7 @@ from torch import nn
 from tests.train.layers import group_slices, sparse_layer
 from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train.newton_schulz import iterated, orthogonalised
-from tinyonn.train.sparse_adamw import SparseAdamW
+from tinyonn.train.sparse_adamw import SparseAdamW, update_runs, update_together
 from tinyonn.train.sparse_muon import SparseMuon
 from tinyonn.train.value_groups import runs
 
@@ -34,6 +34,27 @@ def test_sparse_adamw_is_adamw() -> None:
         ours.step()
         theirs.step()
     torch.testing.assert_close(layer.values.detach(), plain.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_gpus_step_of_adamw_gives_the_bits_of_the_step_by_slices() -> None:
+    sizes, group = [5, 0, 9, 3, 1], {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(sum(sizes), generator=generator)
+    found = []
+    grads = [torch.randn(values.shape, generator=generator) for _ in range(4)]
+    grads[1][5:14] = 0  # a group that rests for a step
+    grads[2][:5] = 0
+    for grad in grads:
+        grad[17:] = 0  # one that is never touched
+    for update in (update_runs, update_together):
+        w, state = values.clone(), {"step": torch.zeros(len(sizes))}
+        state |= {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        for grad in grads:
+            update(w, grad, sizes, state, group)
+        found.append((w, *state.values()))
+    assert found[0][1].tolist() == [3, 0, 3, 4, 0]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def dense(layer: ExpertLinear, values: torch.Tensor) -> torch.Tensor:

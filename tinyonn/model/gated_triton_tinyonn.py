@@ -83,7 +83,7 @@ TILES = {
 GRADIENT_TILES = {False: _Tile(128, 128, 32, 8, 3), True: _Tile(128, 128, 64, 8, 3)}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _spread(
     values_ptr: tl.tensor, columns_ptr: tl.tensor, pointer_ptr: tl.tensor, gates_ptr: tl.tensor,
     V_ptr: tl.tensor, groups_ptr: tl.tensor, out: tl.tensor, inputs: tl.tensor, GATED: tl.constexpr,
@@ -107,7 +107,7 @@ def _spread(
         tl.store(V_ptr + places, values.to(V_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _fill(
     V_ptr: tl.tensor, groups_ptr: tl.tensor, gates_ptr: tl.tensor, W_ptr: tl.tensor, samples: tl.tensor,
     weights: tl.tensor, TABLE: tl.constexpr, BLOCK: tl.constexpr,
@@ -124,7 +124,7 @@ def _fill(
         W_ptr += weights
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _product(
     X_ptr: tl.tensor, V_ptr: tl.tensor, groups_ptr: tl.tensor, gates_ptr: tl.tensor, bias_ptr: tl.tensor,
     Y_ptr: tl.tensor, samples: tl.tensor, tokens: tl.tensor, out: tl.tensor, inputs: tl.tensor,
@@ -163,7 +163,7 @@ def _product(
     tl.store(Y_ptrs, Y.to(Y_ptr.dtype.element_ty), mask=(o[:, None] < out) & (t[None, :] < tokens))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gradient(
     G_ptr: tl.tensor, X_ptr: tl.tensor, groups_ptr: tl.tensor, gates_ptr: tl.tensor, D_ptr: tl.tensor,
     samples: tl.tensor, tokens: tl.tensor, out: tl.tensor, inputs: tl.tensor, groups_stride: tl.tensor,
@@ -200,7 +200,7 @@ def _gradient(
     tl.store(D_ptr + places, D, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gather(
     D_ptr: tl.tensor, columns_ptr: tl.tensor, pointer_ptr: tl.tensor, gates_ptr: tl.tensor,
     of_values_ptr: tl.tensor, samples: tl.tensor, groups: tl.tensor, out: tl.tensor, inputs: tl.tensor,
@@ -224,7 +224,7 @@ def _gather(
         tl.store(of_values_ptr + entries, total, mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _gate_sums(
     D_ptr: tl.tensor, values_ptr: tl.tensor, columns_ptr: tl.tensor, pointer_ptr: tl.tensor,
     sums_ptr: tl.tensor, groups: tl.tensor, out: tl.tensor, inputs: tl.tensor, ROWS: tl.constexpr,

@@ -4,8 +4,8 @@
 
 Decoding is bound by memory, so a merged weight takes the form of fewest bytes: values beside uint16 columns (4 bytes an
 entry), packed values with a bit for every column (2 bytes an entry and 1/8 a weight), or dense (2 a weight). Masks with
-packed values: SpInfer (Fan et al., EuroSys 2025), here expanded by one AVX-512 instruction. A GPU keeps one byte of a
-column and counts beside the masks; see `triton_tinyonn`.
+packed values: SpInfer (Fan et al., EuroSys 2025), here expanded by one AVX-512 instruction. A GPU keeps a value and its
+column in one word, and counts beside the masks; see `triton_tinyonn`.
 
 This file is saved beside exported models: it needs Torch and NumPy. Without Numba, or Triton on a GPU, every weight is
 made dense.
@@ -53,7 +53,6 @@ except ImportError:  # no Numba: everything is made dense, by Torch
 
 try:
     from .triton_tinyonn import (
-        SPAN,
         compress_masks,
         compress_rows,
         decode_masks,
@@ -86,12 +85,9 @@ EXPAND_MORE = 0.3  # a weight's place times a further token
 BAND = 0.9  # a weight of a dense band, written
 MULTIPLY = 0.022  # a weight times a token in a dense product
 
-# The same for a GPU: derived, not measured. For compute capability 9.0 the kernels compile to 16 or 17 instructions for
-# 32 places. An H100 issues some 10 a lane in the time of a byte: 132 processors x 128 lanes x 1.75 GHz against 3 TB/s.
-# Rows take 1.6 to 2 places an entry, which weigh no more than its 3 bytes: no constant for them. A consumer card issues
-# four times as many in the time of a byte, so there masks would pay from 18 % active, not from 53.
-GPU_EXPAND = 1.6  # a weight's place in the masks
-GPU_SHARE = 0.85  # of a dense weight's bytes that others must stay below: a library is nearer to the limit
+# The same for a GPU, measured on an H100: docs/decisions/020. There a place in the masks costs more instructions than
+# its dense weight costs bytes; a consumer card issues some four times as many in the time of a byte.
+GPU_EXPAND = 2.6  # a weight's place in the masks
 
 
 @dataclass(frozen=True)
@@ -106,11 +102,11 @@ class Merged:
     entries : int
         Weights that are active.
     values : tensor [entries + padding], or the dense [out, inputs]
-        No padding on a GPU.
+        No padding on a GPU; none at all beside a GPU's rows.
     places : uint16 [entries + padding] columns or int32 [out, words] masks; empty if dense
-        On a GPU uint8 columns within blocks of 256.
+        On a GPU words of values and their columns.
     starts : int32 [out + 1]
-        Of rows in `values`; empty if dense. On a GPU columns need those of every block of a row, [out * blocks + 1].
+        Of rows in `values`; empty if dense.
     skips : uint16 [out, words]
         Entries of a row before each word of its masks, for a GPU; else empty.
     """
@@ -155,9 +151,7 @@ class Merged:
             places, skips = self.places[first:last], self.skips[first:last]
             W_OI = expand_masks(self.values, places, self.starts[first : last + 1], skips, self.inputs)
         else:
-            blocks = -(-self.inputs // SPAN)
-            starts = self.starts[first * blocks : last * blocks + 1]
-            W_OI = expand_rows(self.values, self.places, starts, self.inputs)
+            W_OI = expand_rows(self.places, self.starts[first : last + 1], self.inputs)
         return W_OI
 
     @property
@@ -215,7 +209,7 @@ def merge(matrix: ExpertMatrix, gates_G: torch.Tensor, form: Form | None = None)
         parts = dense(matrix, gates_G), *empty
     elif gpu:
         parts = _compressed_on_gpu(matrix, gates_G, form)
-        entries = parts[0].numel()  # what is 0 is left out
+        entries = parts[form == "rows"].numel()  # what is 0 is left out
     else:
         parts = *_compressed(matrix, gates_G, form, entries), empty[0]
     return Merged(form, matrix.out, matrix.inputs, entries, *parts)
@@ -232,7 +226,8 @@ def _compressed_on_gpu(
     if form == "masks":
         values, places, starts, skips = compress_masks(W_OI)
     else:
-        values, places, starts = compress_rows(W_OI)
+        places, starts = compress_rows(W_OI)
+        values = W_OI.new_empty(0)
         skips = matrix.columns.new_empty(0)
     return values, places, starts, skips
 
@@ -266,8 +261,11 @@ def _forms(matrix: ExpertMatrix) -> list[Form]:
         return ["dense"]
     forms: list[Form] = ["dense"]
     if gpu:
-        masks = narrow and matrix.values.dtype == torch.bfloat16
-        return [*forms, "rows", "masks"] if masks else [*forms, "rows"]
+        if matrix.values.dtype == torch.float32:
+            forms.append("rows")
+        elif narrow:
+            forms += ["rows", "masks"]
+        return forms
     if narrow and gathers():
         forms.append("rows")
     if matrix.values.dtype == torch.bfloat16 and expands():
@@ -327,7 +325,7 @@ def _on_gpu(X_TI: torch.Tensor, merged: Merged, bias: torch.Tensor | None) -> to
     if merged.form == "masks":
         Y_TO = decode_masks(X_TI, merged.values, merged.places, merged.starts, merged.skips, bias)
     else:
-        Y_TO = decode_rows(X_TI, merged.values, merged.places, merged.starts, merged.out, bias)
+        Y_TO = decode_rows(X_TI, merged.places, merged.starts, bias)
     return Y_TO
 
 
@@ -406,7 +404,7 @@ def costs(out: int, inputs: int, entries: int, tokens: int, itemsize: int = 2) -
 
 
 def gpu_costs(out: int, inputs: int, entries: int, itemsize: int = 2) -> dict[str, float]:
-    """What a form costs a GPU at one token, in bytes that memory delivers meanwhile; derived, not measured.
+    """What a form costs a GPU at one token, in bytes that memory delivers meanwhile.
 
     Parameters
     ----------
@@ -422,8 +420,8 @@ def gpu_costs(out: int, inputs: int, entries: int, itemsize: int = 2) -> dict[st
     """
     weights = out * inputs
     return {
-        "dense": GPU_SHARE * itemsize * weights,
-        "rows": (itemsize + 1) * entries + weights / 64,
+        "dense": itemsize * weights,
+        "rows": 2 * itemsize * entries,
         "masks": max(itemsize * entries + 3 / 16 * weights, GPU_EXPAND * weights),
     }
 

@@ -1,10 +1,9 @@
-"""The sparse experts' kernels for CUDA. Compiled and tested in Triton's interpreter only; not yet measured on a GPU.
+"""The sparse experts' kernels for CUDA, measured on an H100: docs/decisions/020.
 
 Two compressed forms of a weight, entries sorted by row and column:
 
-- *rows*: a value beside the low byte of its column, and int32 starts of every 256 columns of a row: 3 bytes an entry
-  and 1/64 a weight with bfloat16. A warp takes a row; lanes are entries and gather their inputs, which for one block of
-  columns lie in four cache lines.
+- *rows*: a word an entry, its column below its value, and int32 starts of the rows: 4 bytes an entry with bfloat16. One
+  load brings both; a warp takes a row and gathers its inputs from the first cache.
 - *masks*: packed values, a bit for each column in int32 words, uint16 counts of the entries before each word of a row:
   2 bytes an entry and 3/16 a weight. A lane takes four columns: it reads its word and count once, counts bits once, and
   a warp's values lie side by side. Inputs are read once for all rows of a program.
@@ -34,20 +33,14 @@ try:
 except ImportError as error:
     raise ImportError("the GPU kernels need triton; pip install triton") from error
 
-SPAN = 256  # columns of a block of rows: what a byte tells apart
+SPAN = 256  # columns that are compressed together
 WORD = 32  # columns of a word of masks
 TILE = 1024  # items of a program that moves weights
-ROWS = 4  # of a program that decodes rows: one a warp
-DECODE_SLOTS = 16  # entries a lane has in flight
-QUARTETS = 128  # of columns, side by side in a program that decodes masks: one a thread
-MASK_ROWS = 8  # of such a program at one token
-LANES_LAST = tuple(map(int, triton.__version__.split(".")[:2])) >= (
-    3,
-    7,
-)  # where an access does not say which axis
+DECODE_ENTRIES = 512  # at most, of a step of the warp that decodes a row: 16 a lane are on their way together
+QUARTETS = 128  # of columns, side by side in a program that decodes masks
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _ones(bits: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
     """Bits that are on, of int32 whose sign bit is off."""
     if NATIVE:
@@ -59,7 +52,7 @@ def _ones(bits: tl.tensor, NATIVE: tl.constexpr) -> tl.tensor:
     return (bits + (bits >> 16)) & 63
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _scatter(
     values_ptr: tl.tensor, columns_ptr: tl.tensor, pointer_ptr: tl.tensor, gates_ptr: tl.tensor, W_ptr: tl.tensor,
     out: tl.tensor, inputs: tl.tensor, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -82,7 +75,7 @@ def _scatter(
             tl.store(tl.max_contiguous(place_ptr, [1, ENTRIES]), gated, mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _load_spans(
     W_ptr: tl.tensor, spans: tl.tensor, out: tl.tensor, inputs: tl.tensor, per_row: tl.tensor, SPAN: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
@@ -93,7 +86,7 @@ def _load_spans(
     return tl.load(W_ptr + rows[:, None].to(tl.int64) * inputs + columns, mask=mask, other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _count(
     W_ptr: tl.tensor, counts_ptr: tl.tensor, masks_ptr: tl.tensor, out: tl.tensor, inputs: tl.tensor,
     per_row: tl.tensor, SPANS: tl.constexpr, SPAN: tl.constexpr, MASKS: tl.constexpr,
@@ -106,10 +99,33 @@ def _count(
         tl.store(masks_ptr + spans, tl.sum(on << tl.arange(0, SPAN)[None, :], axis=1), mask=here)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
+def _word(values: tl.tensor, columns: tl.tensor) -> tl.tensor:
+    """A value above its column: int32 of bfloat16, int64 of float32."""
+    if values.dtype == tl.float32:
+        return (values.to(tl.int32, bitcast=True).to(tl.int64) << 32) | columns.to(tl.int64)
+    return (values.to(tl.int16, bitcast=True).to(tl.int32) << 16) | columns
+
+
+@triton.jit
+def _value(words: tl.tensor) -> tl.tensor:
+    """Float32 of words; a bfloat16 is the upper half of one."""
+    if words.dtype == tl.int64:
+        return (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _column(words: tl.tensor) -> tl.tensor:
+    if words.dtype == tl.int64:
+        return (words & 0x7FFFFFFF).to(tl.int32)
+    return words & 0xFFFF
+
+
+@triton.jit
 def _pack(
-    W_ptr: tl.tensor, starts_ptr: tl.tensor, values_ptr: tl.tensor, columns_ptr: tl.tensor, out: tl.tensor,
-    inputs: tl.tensor, per_row: tl.tensor, SPANS: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr,
+    W_ptr: tl.tensor, starts_ptr: tl.tensor, packed_ptr: tl.tensor, out: tl.tensor, inputs: tl.tensor,
+     per_row: tl.tensor, SPANS: tl.constexpr, SPAN: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
     spans = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
     weights = _load_spans(W_ptr, spans, out, inputs, per_row, SPAN)
@@ -117,32 +133,27 @@ def _pack(
     on = kept.to(tl.int32)
     starts = tl.load(starts_ptr + spans, mask=spans < out * per_row, other=0)
     places = tl.max_contiguous(starts[:, None] + tl.cumsum(on, axis=1) - on, [1, SPAN])
-    tl.store(values_ptr + places, weights, mask=kept)
-    if COLUMNS:
-        columns = tl.arange(0, SPAN)[None, :] + tl.zeros([SPANS, SPAN], tl.int32)
-        tl.store(columns_ptr + places, columns.to(tl.uint8), mask=kept)
+    if WORDS:
+        columns = (spans % per_row)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+        tl.store(packed_ptr + places, _word(weights, columns), mask=kept)
+    else:
+        tl.store(packed_ptr + places, weights, mask=kept)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _expand_rows(
-    values_ptr: tl.tensor, columns_ptr: tl.tensor, starts_ptr: tl.tensor, W_ptr: tl.tensor, out: tl.tensor,
-    inputs: tl.tensor, blocks: tl.tensor, SPANS: tl.constexpr, ENTRIES: tl.constexpr, SPAN: tl.constexpr,
+    words_ptr: tl.tensor, starts_ptr: tl.tensor, W_ptr: tl.tensor, inputs: tl.tensor, ENTRIES: tl.constexpr
 ) -> None:  # fmt: skip
-    spans = tl.program_id(0) * SPANS + tl.arange(0, SPANS)
-    here = spans < out * blocks
-    rows = spans // blocks
-    place_ptr = W_ptr + rows.to(tl.int64) * inputs + (spans - rows * blocks) * SPAN
-    first = tl.load(starts_ptr + spans, mask=here, other=0)
-    last = tl.load(starts_ptr + spans + 1, mask=here, other=0)
-    for start in range(0, tl.max(last - first, axis=0), ENTRIES):
-        entries = first[:, None] + start + tl.arange(0, ENTRIES)[None, :]
-        mask = entries < last[:, None]
-        columns = tl.load(columns_ptr + entries, mask=mask, other=0).to(tl.int32)
-        values = tl.load(values_ptr + entries, mask=mask, other=0.0)
-        tl.store(tl.max_contiguous(place_ptr[:, None] + columns, [1, ENTRIES]), values, mask=mask)
+    row = tl.program_id(0)
+    last = tl.load(starts_ptr + row + 1)
+    row_ptr = W_ptr + row.to(tl.int64) * inputs
+    for start in range(tl.load(starts_ptr + row), last, ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        words = tl.load(words_ptr + entries, mask=entries < last, other=0)
+        tl.store(row_ptr + _column(words), _value(words).to(W_ptr.dtype.element_ty), mask=entries < last)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _expand_masks(
     values_ptr: tl.tensor, masks_ptr: tl.tensor, skips_ptr: tl.tensor, starts_ptr: tl.tensor, W_ptr: tl.tensor,
     out: tl.tensor, inputs: tl.tensor, words: tl.tensor, SPANS: tl.constexpr, NATIVE: tl.constexpr,
@@ -162,7 +173,7 @@ def _expand_masks(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _store(
     total: tl.tensor, bias_ptr: tl.tensor, Y_ptr: tl.tensor, rows: tl.tensor, token: tl.tensor, out: tl.tensor,
     tokens: tl.tensor, BIAS: tl.constexpr,
@@ -174,39 +185,29 @@ def _store(
     tl.store(Y_ptr + token[:, None] * out + rows[None, :], total.to(Y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _decode_rows(
-    X_ptr: tl.tensor, values_ptr: tl.tensor, columns_ptr: tl.tensor, starts_ptr: tl.tensor, bias_ptr: tl.tensor,
-    Y_ptr: tl.tensor, tokens: tl.tensor, out: tl.tensor, inputs: tl.tensor, blocks: tl.tensor, BIAS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr, SPAN: tl.constexpr,
+    X_ptr: tl.tensor, words_ptr: tl.tensor, starts_ptr: tl.tensor, bias_ptr: tl.tensor, Y_ptr: tl.tensor,
+    tokens: tl.tensor, out: tl.tensor, inputs: tl.tensor, BIAS: tl.constexpr, ENTRIES: tl.constexpr,
 ) -> None:  # fmt: skip
-    # Tiles are [TOKENS, STEPS, BLOCKS, ROWS, 32]: lanes are entries and warps are rows, so only lanes are left to sum
-    # over. Steps are an axis, not a loop, so that every column and value of a tile is asked for before one is awaited.
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = tl.arange(0, TOKENS)
-    known = (token < tokens)[:, None, None, None, None]
-    lanes = tl.arange(0, 32)[None, None, None, None, :] + 32 * tl.arange(0, STEPS)[None, :, None, None, None]
-    total = tl.zeros([TOKENS, STEPS, BLOCKS, ROWS, 32], tl.float32)
-    for start in range(0, blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        here = (block < blocks)[:, None] & (rows < out)[None, :]
-        first = tl.load(starts_ptr + rows[None, :] * blocks + block[:, None], mask=here, other=0)
-        last = tl.load(starts_ptr + rows[None, :] * blocks + block[:, None] + 1, mask=here, other=0)
-        entries = first[None, None, :, :, None] + lanes
-        left = (last - first)[None, None, :, :, None] - lanes
-        x_ptr = X_ptr + ((token * inputs)[:, None] + (block * SPAN)[None, :])[:, None, :, None, None]
-        for begun in range(0, tl.max(tl.max(last - first, axis=1), axis=0), 32 * STEPS):
-            mask = left > begun
-            columns = tl.load(columns_ptr + (entries + begun), mask=mask, other=0)
-            values = tl.load(values_ptr + (entries + begun), mask=mask, other=0.0).to(tl.float32)
-            place_ptr = tl.max_contiguous(x_ptr + columns.to(tl.int32), [1, 1, 1, 1, 32])
-            x = tl.load(place_ptr, mask=mask & known, other=0.0).to(tl.float32)
-            total += values * x
-    total = tl.sum(tl.sum(total, axis=1), axis=1)
-    _store(tl.sum(total, axis=2), bias_ptr, Y_ptr, rows, token, out, tokens, BIAS)
+    # A program's one axis is the lanes of a warp. Tokens of a row run together: the first brings its words.
+    token, row = tl.program_id(0) % tokens, tl.program_id(0) // tokens
+    last = tl.load(starts_ptr + row + 1)
+    x_ptr = X_ptr + token * inputs
+    total = tl.zeros([ENTRIES], tl.float32)
+    for start in range(tl.load(starts_ptr + row), last, ENTRIES):
+        entries = start + tl.arange(0, ENTRIES)
+        words = tl.load(words_ptr + entries, mask=entries < last, other=0)
+        total += _value(words) * tl.load(x_ptr + _column(words), mask=entries < last, other=0.0).to(
+            tl.float32
+        )
+    y = tl.sum(total, axis=0)
+    if BIAS:
+        y += tl.load(bias_ptr + row).to(tl.float32)
+    tl.store(Y_ptr + token * out + row, y.to(Y_ptr.dtype.element_ty))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _decode_masks(
     X_ptr: tl.tensor, values_ptr: tl.tensor, masks_ptr: tl.tensor, skips_ptr: tl.tensor, starts_ptr: tl.tensor,
     bias_ptr: tl.tensor, Y_ptr: tl.tensor, tokens: tl.tensor, out: tl.tensor, inputs: tl.tensor, words: tl.tensor,
@@ -249,6 +250,8 @@ def _decode_masks(
 
 
 NATIVE = isinstance(_ones, triton.JITFunction)  # compiled, not interpreted
+# Of a program that decodes masks: more rows would be fewer warps. The interpreter takes its time by the program.
+MASK_ROWS = 1 if NATIVE else 8
 
 
 def scatter(
@@ -283,26 +286,26 @@ def scatter(
     return W_OI
 
 
-def compress_rows(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The entries that are not 0, with columns; at most 1/32 byte a weight beside the result.
+def compress_rows(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entries that are not 0, with columns; at most 1/64 byte a weight beside the result.
 
     Parameters
     ----------
-    W_OI : bfloat16, float16 or float32 [out, inputs], contiguous
+    W_OI : bfloat16 or float32 [out, inputs], contiguous
+        With bfloat16 at most 65,536 inputs.
 
     Returns
     -------
-    values : [entries], dtype of `W_OI`
-    columns : uint8 [entries]
-        Within blocks of 256 columns.
-    starts : int32 [out * blocks + 1]
-        Of the blocks of every row.
+    words : int32 of bfloat16, int64 of float32 [entries]
+        The value's bits above its column.
+    starts : int32 [out + 1]
+        Of the rows.
     """
     starts, _ = _starts(W_OI, SPAN, masks=False)
-    values = W_OI.new_empty(int(starts[-1]))
-    columns = torch.empty(values.shape, dtype=torch.uint8, device=W_OI.device)
-    _packed(W_OI, starts, values, columns, SPAN)
-    return values, columns, starts
+    word = torch.int32 if W_OI.itemsize == 2 else torch.int64
+    words = torch.empty(int(starts[-1]), dtype=word, device=W_OI.device)
+    _packed(W_OI, starts, words, SPAN)
+    return words, starts[:: triton.cdiv(W_OI.shape[1], SPAN)].contiguous()
 
 
 def compress_masks(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -326,7 +329,7 @@ def compress_masks(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     out = len(W_OI)
     starts, masks = _starts(W_OI, WORD, masks=True)
     values = W_OI.new_empty(int(starts[-1]))
-    _packed(W_OI, starts, values, masks, WORD)
+    _packed(W_OI, starts, values, WORD)
     words = masks.shape[1]
     starts_O = starts[::words].contiguous()
     # int16 of the same bits: Torch computes little with uint16
@@ -334,30 +337,26 @@ def compress_masks(W_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
     return values, masks, starts_O, skips
 
 
-def expand_rows(
-    values: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor, inputs: int
-) -> torch.Tensor:
+def expand_rows(words: torch.Tensor, starts: torch.Tensor, inputs: int) -> torch.Tensor:
     """The dense weight of `compress_rows`, or some rows of it.
 
     Parameters
     ----------
-    values, columns : tensor
+    words : tensor
         As `compress_rows` gives them.
-    starts : int32 [rows * blocks + 1]
+    starts : int32 [rows + 1]
         Of these rows.
     inputs : int
 
     Returns
     -------
-    tensor [rows, inputs], dtype of the values
+    tensor [rows, inputs]
     """
-    blocks = triton.cdiv(inputs, SPAN)
-    out = (starts.numel() - 1) // blocks
-    W_OI = values.new_zeros(out, inputs)
-    entries = _fitting(values.numel() / max(1, out * blocks), 8, 128)
-    grid = (triton.cdiv(out * blocks, TILE // entries),)
-    sizes = TILE // entries, entries, SPAN
-    _launch(_expand_rows, grid, values, columns, starts, W_OI, out, inputs, blocks, *sizes)
+    out = starts.numel() - 1
+    dtype = torch.bfloat16 if words.dtype == torch.int32 else torch.float32
+    W_OI = torch.zeros(out, inputs, dtype=dtype, device=words.device)
+    entries = _fitting(words.numel() / max(1, out), 32, DECODE_ENTRIES)
+    _launch(_expand_rows, (out,), words, starts, W_OI, inputs, entries, num_warps=1)
     return W_OI
 
 
@@ -386,22 +385,16 @@ def expand_masks(
 
 
 def decode_rows(
-    X_TI: torch.Tensor,
-    values: torch.Tensor,
-    columns: torch.Tensor,
-    starts: torch.Tensor,
-    out: int,
-    bias: torch.Tensor | None = None,
+    X_TI: torch.Tensor, words: torch.Tensor, starts: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The layer on few tokens from `compress_rows`; the weight is read once for all of them.
+    """The layer on few tokens from `compress_rows`.
 
     Parameters
     ----------
     X_TI : float [tokens, inputs]
         From 1 to 8 tokens.
-    values, columns, starts : tensor
+    words, starts : tensor
         As `compress_rows` gives them.
-    out : int
     bias : float [out], optional
 
     Returns
@@ -409,18 +402,14 @@ def decode_rows(
     tensor [tokens, out], dtype of `X_TI`
     """
     tokens, inputs = X_TI.shape
-    padded = triton.next_power_of_2(tokens)
-    blocks = triton.cdiv(inputs, SPAN)
-    # Room for nearly every block: entries that are spread evenly seldom lie two deviations above their mean
-    mean = values.numel() / max(1, out * blocks)
-    steps = _fitting(mean + 2 * mean**0.5, 32, 128) // 32
-    slots = max(1, min(DECODE_SLOTS, 2 * DECODE_SLOTS // padded) // steps)
-    across = min(slots, triton.next_power_of_2(blocks))
+    out = starts.numel() - 1
     Y_TO = X_TI.new_empty(tokens, out)
-    weight = values, columns, starts, values if bias is None else bias
-    sizes = bias is not None, padded, across, ROWS, steps, SPAN
-    grid = (triton.cdiv(out, ROWS),)
-    _launch(_decode_rows, grid, X_TI.contiguous(), *weight, Y_TO, tokens, out, inputs, blocks, *sizes)
+    # Room for nearly every row: entries that are spread evenly seldom lie two deviations above their mean
+    mean = words.numel() / max(1, out)
+    entries = _fitting(mean + 2 * mean**0.5, 32, DECODE_ENTRIES)
+    weight = words, starts, starts if bias is None else bias
+    sizes = tokens, out, inputs, bias is not None, entries
+    _launch(_decode_rows, (tokens * out,), X_TI.contiguous(), *weight, Y_TO, *sizes, num_warps=1)
     return Y_TO
 
 
@@ -449,22 +438,19 @@ def decode_masks(
     tokens, inputs = X_TI.shape
     padded = triton.next_power_of_2(tokens)
     out, words = masks.shape
-    quartets = QUARTETS
-    rows = max(1, MASK_ROWS // padded)
-    if not LANES_LAST:  # one long row: no other axis that lanes could take
-        rows, quartets = 1, max(QUARTETS, QUARTETS * 4 // padded)
     Y_TO = X_TI.new_empty(tokens, out)
     weight = values, masks, skips, starts, values if bias is None else bias
-    sizes = bias is not None, padded, rows, quartets, NATIVE
-    grid = (triton.cdiv(out, rows),)
-    _launch(_decode_masks, grid, X_TI.contiguous(), *weight, Y_TO, tokens, out, inputs, words, *sizes)
+    sizes = bias is not None, padded, MASK_ROWS, QUARTETS, NATIVE
+    grid = (triton.cdiv(out, MASK_ROWS),)
+    known = X_TI.contiguous(), *weight, Y_TO, tokens, out, inputs, words
+    _launch(_decode_masks, grid, *known, *sizes, num_warps=1)
     return Y_TO
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *others: Any) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *others: Any, **options: int) -> None:
     """On the device of the tensors: Triton takes the current one."""
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-        kernel[grid](first, *others)
+        kernel[grid](first, *others, **options)
 
 
 def _fitting(number: float, least: int, most: int) -> int:
@@ -485,11 +471,10 @@ def _starts(W_OI: torch.Tensor, span: int, masks: bool) -> tuple[torch.Tensor, t
     return starts, words
 
 
-def _packed(
-    W_OI: torch.Tensor, starts: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, span: int
-) -> None:
+def _packed(W_OI: torch.Tensor, starts: torch.Tensor, packed: torch.Tensor, span: int) -> None:
+    """Write the entries as words or as values, whichever `packed` holds."""
     out, inputs = W_OI.shape
     per_row = triton.cdiv(inputs, span)
     grid = (triton.cdiv(out * per_row, TILE // span),)
-    sizes = TILE // span, span, columns.dtype == torch.uint8
-    _launch(_pack, grid, W_OI, starts, values, columns, out, inputs, per_row, *sizes)
+    sizes = TILE // span, span, not packed.is_floating_point()
+    _launch(_pack, grid, W_OI, starts, packed, out, inputs, per_row, *sizes)

@@ -58,7 +58,7 @@ class SparseMuon(ValuesOptimizer):
         layer, state = self._layers[values], self.state[values]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(values)
-        parts = [run.entries for run in runs(touched(grad, sizes), sizes)]
+        parts = [run.entries for run in runs(touched(grad, sizes).tolist(), sizes)]
         if not parts:
             return
         lr, momentum = float(group["lr"]), group["momentum"]

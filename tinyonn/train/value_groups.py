@@ -49,7 +49,7 @@ def group_sizes(row_pointer: torch.Tensor, out: int, groups: int) -> list[int]:
     return [int(size) for size in row_pointer[::out].long().diff().tolist()]
 
 
-def touched(grad: torch.Tensor, sizes: Sequence[int]) -> list[bool]:
+def touched(grad: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Which groups have a gradient at all: any entry that is not 0.
 
     An expert that is masked, or that no sample used, has none, and its values, its momentum and its count of steps
@@ -62,12 +62,11 @@ def touched(grad: torch.Tensor, sizes: Sequence[int]) -> list[bool]:
 
     Returns
     -------
-    list of bool, [G]
+    bool [G], on the gradient's device
     """
     lengths = torch.tensor(list(sizes), device=grad.device)
     seen = torch.segment_reduce((grad != 0).float(), "max", lengths=lengths, initial=0.0)
-    found: list[bool] = (seen > 0).tolist()
-    return found
+    return seen > 0
 
 
 @dataclass(frozen=True)

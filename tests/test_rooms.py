@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ merging status doctor cli_experts cli __main__
 """.split()
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
     """Level and name of all that a file imports when it runs, in functions too."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
     nodes: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
     while nodes:
         node = nodes.pop()
@@ -57,6 +63,13 @@ def test_nothing_imports_what_comes_after_it(path: Path) -> None:
         name.split(".")[1] for level, name in imports(path) if level == 0 and name.startswith("tinyonn.")
     }
     assert not [name for name in names if ORDER.index(name) > own]
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_ray_and_dask_are_known_in_one_room(path: Path) -> None:
+    """Beside `jobs/`, which are scripts of a Ray cluster."""
+    names = {name.split(".")[0] for level, name in imports(path) if level == 0}
+    assert room(path) == "workers" or not names & {"ray", "dask", "distributed"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "model").glob("*.py")), ids=lambda path: path.stem)

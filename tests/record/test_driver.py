@@ -209,7 +209,7 @@ def test_a_lost_copy_of_a_segment_does_not_take_the_other_with_it(
     real = driver._Recording._start
 
     def start(self: Any, task: Any) -> None:
-        copies = [other for other in self.tasks.values() if other.segment == task.segment and other.fork]
+        copies = [other for other in self._tasks() if other.segment == task.segment and other.fork]
         real(self, task)
         if copies and task.fork is not None and not killed:
             killed.append(task.segment.name)
@@ -401,7 +401,7 @@ def test_a_worker_that_dies_while_it_calibrates_is_replaced(
     killed: list[int] = []
     real = Crew.call
 
-    def call(self: Crew, number: int, method: str, *args: Any) -> Any:
+    def call(self: Crew[Any], number: int, method: str, *args: Any) -> Any:
         if method == ("calibrate", "prepare")[min(len(killed), 1)] and len(killed) < 2:
             killed.append(self.facts[number].pid)
             os.kill(killed[-1], signal.SIGKILL)

@@ -51,8 +51,10 @@ def plan_run(location: str, folder: Path, config: Config, limits: dict[str, int]
     return plan_record(parameters, model, describe_data(config.data, folder), machine, config.record)
 
 
-def plan_recording(config: Config, corpus: Corpus, device: Device, places: int, folder: Path) -> RecordPlan:
-    """Plan a run on the Ray cluster that this process is connected to.
+def plan_recording(
+    config: Config, corpus: Corpus, device: Device, places: int, ram: int, folder: Path
+) -> RecordPlan:
+    """Plan a run on a Ray cluster.
 
     Parameters
     ----------
@@ -62,6 +64,8 @@ def plan_recording(config: Config, corpus: Corpus, device: Device, places: int, 
         ``cpu`` or ``cuda``.
     places : int
         Workers that the cluster can hold by its GPUs or CPUs.
+    ram : int
+        Free bytes of all its machines.
     folder : Path
         The run's local folder.
 
@@ -77,17 +81,7 @@ def plan_recording(config: Config, corpus: Corpus, device: Device, places: int, 
     vram = min((gpu.free for gpu in gpus()), default=None) if device == "cuda" else None
     disk = None if config.storage.root.startswith("s3://") else free_disk(folder)
     cpus = places * config.record.threads if device == "cpu" else places
-    return plan_record(
-        parameters, model, data, Machine(device, vram, cluster_ram(), disk, cpus), config.record
-    )
-
-
-def cluster_ram() -> int:
-    """Free RAM of all machines; Ray counts seven tenths of what was free on each when it joined."""
-    import ray
-
-    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    return free_ram() if len(nodes) == 1 else int(sum(nodes) / 0.7)
+    return plan_record(parameters, model, data, Machine(device, vram, ram, disk, cpus), config.record)
 
 
 def describe_model(config: ModelConfig) -> tuple[list[Parameter], ModelFacts]:

@@ -12,8 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import ray
+from functools import partial
 
 from tinyonn.config import Config
 from tinyonn.corpus.corpus import even_shares
@@ -23,10 +22,10 @@ from tinyonn.experts.choice import check_base
 from tinyonn.machine import free_ram, gpus, usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.cost import Device
-from tinyonn.plan.facts import cluster_ram, describe_model
+from tinyonn.plan.facts import describe_model
 from tinyonn.plan.needs import DataFacts, Machine
 from tinyonn.plan.usage import Meter, measured, total_peak
-from tinyonn.profile.crew import Dealer, measure_here, profile_crew
+from tinyonn.profile.crew import Dealer, measure_here
 from tinyonn.profile.dataset import Dataset
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
 from tinyonn.profile.manifest import Manifest, Part
@@ -34,15 +33,22 @@ from tinyonn.profile.plan import ProfilePlan, plan_profile
 from tinyonn.profile.reader import Profile, open_profile
 from tinyonn.profile.report import ProfileReport, spread
 from tinyonn.profile.tables import PartProfile
-from tinyonn.profile.worker import Job
+from tinyonn.profile.worker import Job, ProfileWorker
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
-from tinyonn.workers.alive import patiently
+from tinyonn.workers.crew import Crew, start_actor
 from tinyonn.workers.facts import WorkerUse
-from tinyonn.workers.ray import cluster_address, cluster_device, connected
+from tinyonn.workers.ray import (
+    capacity,
+    cluster_address,
+    cluster_device,
+    cluster_ram,
+    connected,
+    is_connected,
+)
 
 LOG = logging.getLogger(__name__)
 SAMPLE_TOKENS = 100  # that a sample costs like, beside its own: its weights' gradients and levels
@@ -184,7 +190,7 @@ class _Profiling:
         )
 
     def _measure(self, parts: list[Part], address: str | None) -> list[WorkerUse]:
-        on_ray = address is not None or ray.is_initialized()
+        on_ray = address is not None or is_connected()
         threads = self.config.record.threads
         wanted = self._wanted
         if not on_ray:
@@ -197,14 +203,11 @@ class _Profiling:
         cpus = max(usable_cpus(), threads * (wanted or 1))
         with connected(address, cpus, self._held):
             device = cluster_device(self.config)
-            resources = patiently(ray.cluster_resources)
-            units = int(resources.get("GPU" if device == "cuda" else "CPU", 0))
-            plan = self._plan(device, units, cluster_ram())
+            plan = self._plan(device, capacity(device, threads=1), cluster_ram())
             self._state(plan, min(plan.workers, len(parts)))
-            job = self._job(device)
-            crew = profile_crew(job, device)
-            doing = self._done, self._seen, self._held
-            return Dealer(crew, self.corpus, parts, wanted, plan.workers, *doing).run()
+            start = partial(start_actor, ProfileWorker, self._job(device), device=device, threads=threads)
+            crew: Crew[Part] = Crew(start, device, threads, LOG.info, self._held)
+            return Dealer(crew, self.corpus, parts, wanted, plan.workers, self._done, self._seen).run()
 
     @property
     def _wanted(self) -> int | None:

@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from tinyonn.checks import check_model
 from tinyonn.config import Config
 from tinyonn.corpus.file import Corpus
@@ -31,7 +29,7 @@ from tinyonn.plan.facts import plan_recording
 from tinyonn.plan.recording import layer_windows
 from tinyonn.plan.usage import Meter, measured
 from tinyonn.progress import Bar
-from tinyonn.record.effort import Efforts
+from tinyonn.record.effort import Efforts, Task
 from tinyonn.record.identity import check_same, corpus_of_run, identity_of
 from tinyonn.record.report import Progress, RecordReport
 from tinyonn.record.worker import Worker
@@ -40,9 +38,15 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready, next_segment, ready_merges
 from tinyonn.store.repository import Store
 from tinyonn.track import Tracker
-from tinyonn.workers.alive import Waiting, check
-from tinyonn.workers.crew import LOST, Crew, Task, outcome, start_actor
-from tinyonn.workers.ray import capacity, cluster_address, cluster_device, connected
+from tinyonn.workers.crew import LOST, Answer, Crew, share, start_actor
+from tinyonn.workers.ray import (
+    capacity,
+    cluster_address,
+    cluster_device,
+    cluster_ram,
+    connected,
+    is_connected,
+)
 
 LOG = logging.getLogger(__name__)
 POLL = 1.0  # seconds between looks at progress
@@ -76,7 +80,7 @@ def record(
     folder, place = local_folder(location), store_location(location)
     cluster = cluster_address(address)
     with RunLock(folder, what="record") as lock, measured() as meter:
-        if cluster is None and not ray.is_initialized():
+        if cluster is None and not is_connected():
             choose_device(config.model.device)
         shape = recordable_shape(config.model)  # what cannot be recorded is refused before anything is done
         check_model(config, list_parameters(shape))
@@ -113,15 +117,12 @@ class _Recording:
         self.folder, self.location, self.config, self.corpus = folder, location, config, corpus
         self.lock, self.meter = lock, meter
         self.progress = Progress(sum(corpus.slices.values()), progress)
-        self.tasks: dict[Any, Task] = {}  # by the reference of the call under way
-        self.loading: dict[Any, int] = {}  # worker by the reference of its loading
-        self.idle: list[int] = []
         self.merging: Future[int] | None = None
         self.stop = threading.Event()  # ends a merge under way
         self.started = time.monotonic()
         self.looked = self.shown = 0.0
         self.committed = 0
-        self.crew: Crew
+        self.crew: Crew[Task]
         self.planned = 0  # bytes of RAM; 0: nothing is to do
         self.store: Store
         if store is not None:
@@ -147,10 +148,10 @@ class _Recording:
                 ThreadPoolExecutor(1, "merge") as self.merger,
             ):
                 device = cluster_device(self.config)
-                self.crew = Crew(partial(self._worker, device), device, record.threads)
-                self.waiting = Waiting(self.progress.say, self._held)
+                start = partial(self._worker, device)
+                self.crew = Crew(start, device, record.threads, self.progress.say, self._held)
                 room = capacity(device, record.threads)
-                self.plan = plan_recording(self.config, self.corpus, device, room, self.folder)
+                self.plan = plan_recording(self.config, self.corpus, device, room, cluster_ram(), self.folder)
                 self.planned = self.plan.ram_bytes
                 try:
                     self._scale()
@@ -178,15 +179,11 @@ class _Recording:
         while not hasattr(self, "calibration"):
             self._await_worker()
             try:
-                self._begin(identity, self.idle[0])
+                self._begin(identity, self.crew.idle[0])
             except LOST as error:
-                self._lost(self.idle.pop(0), error)
-        for number in self.idle[:]:
-            try:
-                self._prepare(number)
-            except LOST as error:
-                self.idle.remove(number)
-                self._lost(number, error)
+                self._lost(self.crew.idle[0], error)
+        for number in self.crew.idle[:]:
+            self._prepare(number)
 
     def _grow(self, grown: Manifest) -> None:
         """Go on with a corpus that has grown."""
@@ -195,7 +192,7 @@ class _Recording:
         self.progress.say(f"the corpus has grown from {before:,} to {now:,} samples: what is recorded stays")
 
     def _await_worker(self) -> None:
-        while not self.idle:
+        while not self.crew.idle:
             self._wait(POLL)
 
     def _begin(self, identity: dict[str, Any], first: int) -> None:
@@ -217,10 +214,14 @@ class _Recording:
             with Bar("calibrating", shown=self.progress.shown):
                 calibration = self.crew.call(first, "calibrate", samples, self.windows)
             self.store.commit_calibration(calibration)
-        self.calibration = ray.put(calibration)
+        self.calibration = share(calibration)
 
     def _prepare(self, number: int) -> None:
-        self.crew.call(number, "prepare", self.calibration, self.windows)
+        """Tell a worker what it needs beside the model, or lose it."""
+        try:
+            self.crew.call(number, "prepare", self.calibration, self.windows)
+        except LOST as error:
+            self._lost(number, error)
 
     def _loop(self) -> None:
         manifest = self.store.manifest
@@ -235,8 +236,8 @@ class _Recording:
         committed = self.progress.total - self._missing()
         self.progress.begin(self.efforts.of_rest(self.store.segments()), committed)
         while self._missing():
-            while self.idle and (segment := self._next()) is not None:
-                self._start(Task(segment, self.idle.pop(0)))
+            while self.crew.idle and (segment := self._next()) is not None:
+                self._start(Task(segment, self.crew.idle.pop(0)))
             self._wait(POLL)
             self._merge()
             now = time.monotonic()
@@ -273,33 +274,34 @@ class _Recording:
             if isinstance(wanted, int)
             else max(1, min(self.plan.workers_for(room), self.plan.segments))
         )
-        for number in self.crew.hire(count):
-            self.loading[self.crew.workers[number].load.remote()] = number
+        self.crew.hire(count)
 
     def _next(self) -> Segment | None:
-        in_flight = [task.segment for task in self.tasks.values()]
+        in_flight = [task.segment for task in self._tasks()]
         return next_segment(
             self.store.manifest, self.store.segments(), in_flight, max(1, len(self.crew.workers))
         )
 
     def _start(self, task: Task) -> None:
         """Send a task's next step to its worker."""
-        worker = self.crew.workers[task.worker]
         if task.writing:
             if task.fork is None:
                 task.fork = self.store.begin(task.segment)
-            reference = worker.write.remote(task.fork, self._counted(task), task.window)
+            self.crew.send(task.worker, task, "write", task.fork, self._counted(task), task.window)
         else:
             segment = task.segment
             samples = self.corpus.range(segment.slice, segment.first, segment.last)
-            reference = worker.record.remote(samples, task.window, task.bad)
+            self.crew.send(task.worker, task, "record", samples, task.window, task.bad)
             task.begun, task.seen = None, 0
-        self.tasks[reference] = task
+
+    def _tasks(self) -> list[Task]:
+        """Under way."""
+        return [task for _, task in self.crew.under_way()]
 
     def _drop(self, task: Task) -> None:
         """Forget a task's fork, unless another worker writes the same segment: the store knows them by name."""
         task.fork = None
-        if not any(other.fork is not None and other.segment == task.segment for other in self.tasks.values()):
+        if not any(other.fork is not None and other.segment == task.segment for other in self._tasks()):
             self.store.drop(task.segment)
 
     def _counted(self, task: Task) -> Segment:
@@ -310,46 +312,29 @@ class _Recording:
 
     def _wait(self, timeout: float) -> None:
         """Take one finished call, if there is one in time, and do what comes next."""
-        check()
-        ready, _ = ray.wait([*self.tasks, *self.loading], num_returns=1, timeout=timeout)
-        self.waiting.see(self.crew.any_up())
-        for reference in ready:
-            number = self.loading.pop(reference, None)
-            if number is not None:
-                self._loaded(reference, number)
-                continue
-            task = self.tasks.pop(reference)
-            try:
-                result = outcome(reference)
-            except LOST as error:
-                self._drop(task)
-                self._lost(task.worker, error)
-            else:
-                self._advance(task, result)
+        for answer in self.crew.wait(timeout):
+            self._take(answer)
 
-    def _loaded(self, reference: Any, number: int) -> None:
-        try:
-            self.crew.facts[number] = outcome(reference)
-            if hasattr(self, "calibration"):
-                self._prepare(number)
-        except LOST as error:
-            self._lost(number, error)
-            return
-        self.idle.append(number)
-        facts = self.crew.facts[number]
-        LOG.info("worker %d: %s on %s (process %d)", number, facts.device, facts.host, facts.pid)
+    def _take(self, answer: Answer[Task]) -> None:
+        if answer.lost is not None:
+            if answer.work is not None:
+                self._drop(answer.work)
+            self._lost(answer.worker, answer.lost)
+        elif answer.work is not None:
+            self._advance(answer.work, answer.result)
+        elif hasattr(self, "calibration"):
+            self._prepare(answer.worker)
 
     def _lost(self, number: int, error: BaseException) -> None:
-        LOG.warning("worker %d is lost and will be replaced; its segment is recorded again", number)
         self.crew.lose(number, error)
         self._scale()
 
     def _dismiss(self) -> None:
         """Let all workers go; whoever still records a segment does so a second time, or in vain."""
+        tasks = self._tasks()
         self.crew.dismiss()
-        for task in self.tasks.values():
+        for task in tasks:
             self.store.drop(task.segment)
-        self.tasks.clear()
 
     def _advance(self, task: Task, result: Any) -> None:
         """What comes after a step: the next window, another try without the bad samples, or the commit."""
@@ -380,11 +365,11 @@ class _Recording:
             LOG.debug("committed %s: %d samples, %d set aside, %.1f s by worker %d", segment.name, segment.samples,
                       len(segment.set_aside), seconds, task.worker)  # fmt: skip
         self.crew.succeeded()
-        self.idle.append(task.worker)
+        self.crew.idle.append(task.worker)
 
     def _show(self) -> None:
         uses = self.crew.use(timeout=0.5)
-        effort, under_way = self.efforts.spent(self.tasks.values(), uses)
+        effort, under_way = self.efforts.spent(self._tasks(), uses)
         self.progress.update(self.store.segments(), uses, effort, under_way)
         rates = {f"samples_per_second/worker_{n}": rate for n, rate in self.progress.rates.items()}
         self.tracker.log(self.progress.done, {**rates, "live_segments": float(len(self.store.segments()))})

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil
+from typing import Any
 
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.parameters import Parameter
 from tinyonn.plan.cost import Device, commit_seconds, sample_seconds
 from tinyonn.store.manifest import Segment
-from tinyonn.workers.crew import Task
 from tinyonn.workers.facts import WorkerUse
 
 WRITING = 0.5  # of a commit that is spent while it is being written, on average
+
+
+@dataclass
+class Task:
+    """A segment on its way: recorded and written window by window."""
+
+    segment: Segment
+    worker: int
+    window: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    writing: bool = False
+    fork: Any = None
+    begun: int | None = None  # samples that its worker had recorded before this window, once that is known
+    seen: int = 0  # of this window's samples, as last looked at
+    started: float = field(default_factory=time.monotonic)
 
 
 class Efforts:

@@ -24,7 +24,6 @@ from tinyonn.errors import InputError
 from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
-from tinyonn.runtime import worker_environment
 from tinyonn.store.lock import RunLock
 from tinyonn.train.build import build_trainer
 from tinyonn.train.checkpoint import without_removed
@@ -225,17 +224,10 @@ def _check_study(folder: Path, spec: Spec, options: TuneOptions) -> None:
 
 def _in_tasks(spec: Spec, options: TuneOptions, folder: Path, places: Places) -> None:
     """Run trials in tasks of the connected Ray, which all reach the folder."""
-    import ray
+    from tinyonn.workers.crew import run_tasks
 
-    from tinyonn.workers.crew import outcome
-
-    cuda = places.device == "cuda"
-    resources: dict[str, Any] = {"num_cpus": 1 if cuda else places.threads, "num_gpus": int(cuda)}
-    environment = {"env_vars": worker_environment(places.threads)}
-    task = ray.remote(take_part).options(**resources, runtime_env=environment)
-    parts = [task.remote(spec, options, str(folder), part + 1) for part in range(places.workers)]
-    for part in parts:
-        outcome(part)
+    calls = [(spec, options, str(folder), part + 1) for part in range(places.workers)]
+    run_tasks(take_part, calls, places.device, places.threads)
 
 
 def _report(

@@ -1,12 +1,12 @@
-"""A crew: actors on Ray that all do the same, whatever it is; lost ones are replaced."""
+"""A crew: actors on Ray that all do the same, whatever it is, by pull; lost ones are replaced."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
@@ -14,17 +14,19 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from tinyonn.errors import CapacityError, EngineLostError, TinyONNError
 from tinyonn.plan.cost import Device
 from tinyonn.runtime import worker_environment
-from tinyonn.store.manifest import Segment
-from tinyonn.workers.alive import LOOK, check
+from tinyonn.workers.alive import LOOK, Waiting, check
 from tinyonn.workers.facts import WorkerFacts
 from tinyonn.workers.ray import first_line
 
+LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between
 # `use` is answered while the worker works; all else is done in one thread, always the same: kernels that are kept by
 # thread, and heaps of threads, would else be there twice (280 MiB for a model of 135 million weights).
 LOOKING = "looking"
 THREADS: dict[str, Any] = {"max_concurrency": 1, "concurrency_groups": {LOOKING: 1}}
 LOST = (RayActorError, ObjectLostError)  # a worker is gone, or its machine with the result
+
+Work = TypeVar("Work")
 
 
 def start_actor(kind: type, *arguments: Any, device: Device, threads: int) -> Any:
@@ -41,12 +43,34 @@ def start_actor(kind: type, *arguments: Any, device: Device, threads: int) -> An
     threads : int
     """
     options: dict[str, Any] = {
-        "num_cpus": threads if device == "cpu" else 1,
-        "num_gpus": 1 if device == "cuda" else 0,
+        **_resources(device, threads),
         **THREADS,
         "runtime_env": {"env_vars": worker_environment(threads)},
     }
     return ray.remote(**options)(kind).remote(*arguments)
+
+
+def run_tasks(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], device: Device, threads: int
+) -> None:
+    """Call a function with each of the arguments in tasks of the connected Ray, and wait for all.
+
+    Raises
+    ------
+    TinyONNError
+        As raised in a task.
+    EngineLostError
+        Ray is gone.
+    """
+    environment = {"env_vars": worker_environment(threads)}
+    task = ray.remote(function).options(**_resources(device, threads), runtime_env=environment)
+    for reference in [task.remote(*arguments) for arguments in calls]:
+        outcome(reference)
+
+
+def share(value: Any) -> Any:
+    """What many calls are given, sent once."""
+    return ray.put(value)
 
 
 def use_of(worker: Any) -> Any:
@@ -54,8 +78,27 @@ def use_of(worker: Any) -> Any:
     return worker.use.options(concurrency_group=LOOKING).remote()
 
 
-@dataclass
-class Crew:
+@dataclass(frozen=True)
+class Answer(Generic[Work]):
+    """A call that has ended.
+
+    Attributes
+    ----------
+    worker : int
+    work : object or None
+        As given to `Crew.send`; None where the worker has loaded, or was lost before it had.
+    result : object
+    lost : Exception or None
+        The worker is gone, and the call with it.
+    """
+
+    worker: int
+    work: Work | None
+    result: Any = None
+    lost: BaseException | None = None
+
+
+class Crew(Generic[Work]):
     """Workers of one kind: starts them, replaces the lost ones, adds some when machines join.
 
     Parameters
@@ -66,39 +109,65 @@ class Crew:
         ``cuda`` or ``cpu``.
     threads : int
         CPU threads of a worker.
+    say : callable
+        Takes a line for the user.
+    held : callable
+        Says in words what is done and stays.
     """
 
-    start: Callable[[], Any]
-    device: Device
-    threads: int
-    workers: dict[int, Any] = field(default_factory=dict)  # actor by number
-    facts: dict[int, WorkerFacts] = field(default_factory=dict)
-    _hellos: dict[Any, int] = field(default_factory=dict)  # worker by the reference of its first answer
-    _up: set[int] = field(default_factory=set)  # workers whose process runs
-    _wanted: int = 1
-    _next: int = 0
-    _losses: int = 0
+    def __init__(
+        self,
+        start: Callable[[], Any],
+        device: Device,
+        threads: int,
+        say: Callable[[str], None],
+        held: Callable[[], str],
+    ) -> None:
+        self.device, self.threads = device, threads
+        self.workers: dict[int, Any] = {}  # actor by number
+        self.facts: dict[int, WorkerFacts] = {}  # of those that have loaded
+        self.idle: list[int] = []
+        self._start = start
+        self._calls: dict[Any, tuple[int, Work]] = {}  # by the reference of the call under way
+        self._loading: dict[Any, int] = {}  # worker by the reference of its loading
+        self._hellos: dict[Any, int] = {}  # worker by the reference of its first answer
+        self._up: set[int] = set()  # workers whose process runs
+        self._wanted, self._next, self._losses = 1, 0, 0
+        self._waiting = Waiting(say, held)
 
-    def hire(self, count: int) -> list[int]:
-        """Start workers until there are `count`; returns the numbers of the new ones."""
-        new = []
+    def hire(self, count: int) -> None:
+        """Start workers until there are `count`, and have them load."""
         self._wanted = count
         while len(self.workers) < count:
-            worker = self.workers[self._next] = self.start()
+            worker = self.workers[self._next] = self._start()
             self._hellos[use_of(worker)] = self._next
-            new.append(self._next)
+            self._loading[worker.load.remote()] = self._next
             self._next += 1
-        return new
 
-    def any_up(self) -> bool:
-        """Whether the process of some worker runs, be it that it still loads."""
-        answered, _ = (
-            ray.wait(list(self._hellos), num_returns=len(self._hellos), timeout=0)
-            if self._hellos
-            else ([], [])
-        )
-        self._up.update(self._hellos.pop(reference) for reference in answered)
-        return any(number in self._up for number in self.workers)
+    def send(self, number: int, work: Work, method: str, *arguments: Any) -> None:
+        """Have a worker do something."""
+        self._calls[getattr(self.workers[number], method).remote(*arguments)] = number, work
+
+    def under_way(self) -> list[tuple[int, Work]]:
+        """What is being done, with the number of its worker, the oldest first."""
+        return list(self._calls.values())
+
+    def wait(self, timeout: float) -> list[Answer[Work]]:
+        """Finished calls, one at most, if there is one in so many seconds. Who has loaded is idle.
+
+        Raises
+        ------
+        TinyONNError
+            As raised in the worker.
+        CapacityError
+            No worker could be had for long.
+        EngineLostError
+            Ray is gone.
+        """
+        check()
+        ready, _ = ray.wait([*self._calls, *self._loading], num_returns=1, timeout=timeout)
+        self._waiting.see(self._any_up())
+        return [self._answer(reference) for reference in ready]
 
     def lose(self, number: int, error: BaseException) -> None:
         """Forget a worker that died.
@@ -109,10 +178,12 @@ class Crew:
             Too many in a row died before anything was committed. A machine that dies takes several with it, so the
             limit grows with the crew.
         """
+        LOG.warning("worker %d is lost and will be replaced; what it had in hand is done again", number)
         worker = self.workers.pop(number)
         with suppress(Exception):  # Ray itself may be gone, and is looked after elsewhere
             ray.kill(worker)
         self.facts.pop(number, None)
+        self.idle = [other for other in self.idle if other != number]
         self._losses += 1
         limit = MAX_LOSSES * max(1, self._wanted)
         if self._losses >= limit:
@@ -131,6 +202,7 @@ class Crew:
                     ray.kill(worker)
         self.workers.clear()
         self.facts.clear()
+        self._calls.clear()
 
     def succeeded(self) -> None:
         """A segment was committed: losses are not in a row any more."""
@@ -151,6 +223,35 @@ class Crew:
             except LOST:  # noticed and mended by whoever waits for its segment
                 continue
         return result
+
+    def _any_up(self) -> bool:
+        """Whether the process of some worker runs, be it that it still loads."""
+        answered, _ = (
+            ray.wait(list(self._hellos), num_returns=len(self._hellos), timeout=0)
+            if self._hellos
+            else ([], [])
+        )
+        self._up.update(self._hellos.pop(reference) for reference in answered)
+        return any(number in self._up for number in self.workers)
+
+    def _answer(self, reference: Any) -> Answer[Work]:
+        work: Work | None = None
+        if reference in self._loading:
+            number = self._loading.pop(reference)
+        else:
+            number, work = self._calls.pop(reference)
+        try:
+            result = outcome(reference)
+        except LOST as error:
+            return Answer(number, work, lost=error)
+        if work is None:
+            self._loaded(number, result)
+        return Answer(number, work, result)
+
+    def _loaded(self, number: int, facts: WorkerFacts) -> None:
+        self.facts[number] = facts
+        self.idle.append(number)
+        LOG.info("worker %d: %s on %s (process %d)", number, facts.device, facts.host, facts.pid)
 
 
 def outcome(reference: Any) -> Any:
@@ -176,16 +277,6 @@ def outcome(reference: Any) -> Any:
         raise
 
 
-@dataclass
-class Task:
-    """A segment on its way: recorded and written window by window."""
-
-    segment: Segment
-    worker: int
-    window: int = 0
-    bad: dict[int, str] = field(default_factory=dict)
-    writing: bool = False
-    fork: Any = None
-    begun: int | None = None  # samples that its worker had recorded before this window, once that is known
-    seen: int = 0  # of this window's samples, as last looked at
-    started: float = field(default_factory=time.monotonic)
+def _resources(device: Device, threads: int) -> dict[str, int]:
+    on_gpu = device == "cuda"
+    return {"num_cpus": 1 if on_gpu else threads, "num_gpus": int(on_gpu)}

@@ -9,8 +9,7 @@ from typing import Any
 from tinyonn.errors import InputError
 from tinyonn.machine import free_ram, gpus
 from tinyonn.plan.cost import Device
-
-RAY_SHARE = 0.7  # of a machine's free RAM that Ray counts as memory
+from tinyonn.workers.ray import RAY_SHARE, machines
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ def places_of(
     InputError
         More workers than that.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = machines()
     if workers is not None and workers > most:
         raise InputError(
             f"{workers} workers are asked for and there is work for {most}; use fewer, or a larger batch"

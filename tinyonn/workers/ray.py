@@ -15,12 +15,14 @@ import ray
 from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.errors import InputError
+from tinyonn.machine import free_ram
 from tinyonn.plan.cost import Device
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
 from tinyonn.workers.session import private_session
 
 LOG = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
+RAY_SHARE = 0.7  # of a machine's free RAM that Ray counts as memory
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -28,6 +30,11 @@ def cluster_address(address: str | None) -> str | None:
     """The cluster to use: as given, else ``RAY_ADDRESS`` (set inside a Ray job); None means a local Ray."""
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     return None if target == "local" else target
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray already."""
+    return bool(ray.is_initialized())
 
 
 @contextmanager
@@ -52,7 +59,7 @@ def connected(
     EngineLostError
         Ray has ended, or does not answer any more.
     """
-    if ray.is_initialized():
+    if is_connected():
         with Watch(ray.get_runtime_context().gcs_address, held):
             yield
         return
@@ -107,6 +114,17 @@ def capacity(device: str, threads: int) -> int:
     """How many workers the cluster can hold now: one per GPU, or one per CPU share."""
     resources = patiently(ray.cluster_resources)
     return int(resources.get("GPU", 0)) if device == "cuda" else int(resources.get("CPU", 0) // threads)
+
+
+def cluster_ram() -> int:
+    """Free RAM of all machines; Ray counts `RAY_SHARE` of what was free on each when it joined."""
+    nodes = [resources.get("memory", 0.0) for resources in machines()]
+    return free_ram() if len(nodes) == 1 else int(sum(nodes) / RAY_SHARE)
+
+
+def machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has, by the names that Ray gives it."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def cluster_device(config: Config) -> Device:

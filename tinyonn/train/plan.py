@@ -33,8 +33,7 @@ from tinyonn.train.spec import (
     identity_of,
     read_student,
 )
-from tinyonn.workers.places import Places, alone, places_of
-from tinyonn.workers.ray import cluster_address, cluster_device, connected
+from tinyonn.workers.ray import Places, alone, cluster_address, cluster_device, connected, places_of
 
 TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, if another model teaches
 

@@ -34,7 +34,7 @@ from tinyonn.train.report import TrainReport, ends
 from tinyonn.train.spec import Spec
 from tinyonn.workers.alive import Waiting
 from tinyonn.workers.group import GroupOptions, run_group
-from tinyonn.workers.places import Places
+from tinyonn.workers.ray import Places
 
 __all__ = ["TrainStageOptions", "train_run"]
 

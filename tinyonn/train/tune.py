@@ -34,7 +34,7 @@ from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, fou
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
 from tinyonn.train.tune_report import TuneReport
-from tinyonn.workers.places import Places
+from tinyonn.workers.ray import Places
 
 STUDY = "train"
 JOURNAL = "train.log"

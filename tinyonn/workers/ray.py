@@ -1,12 +1,15 @@
-"""Ray: connect to a cluster or start a local one, and what it offers."""
+"""Ray: connect to a cluster or start a local one, for its user alone, and what it offers: who may work where."""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import psutil
@@ -15,14 +18,24 @@ import ray
 from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.errors import InputError
-from tinyonn.machine import free_ram
+from tinyonn.machine import free_ram, gpus
 from tinyonn.plan.cost import Device
+from tinyonn.private import scratch_folder
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
-from tinyonn.workers.session import private_session
 
 LOG = logging.getLogger(__name__)
 CONNECT_SECONDS = 10.0
 RAY_SHARE = 0.7  # of a machine's free RAM that Ray counts as memory
+FOLDER = "r"  # in the private folder: what Ray opens to everybody; short, since sockets lie below
+SETTINGS = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # no cluster: this node's address is 127.0.0.1, and all bind to that
+    "RAY_enable_metrics_collection": "0",
+    # Of two more places for Prometheus, no ports: they fail to open, Ray writes that into its log and goes on.
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # of the groups that train
+LOOPBACK = "lo"
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -144,3 +157,120 @@ def cluster_device(config: Config) -> Device:
 def first_line(error: BaseException) -> str:
     """Of what an error says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Who trains where.
+
+    Attributes
+    ----------
+    address : str or None
+        Of the cluster; None is this machine.
+    device : str
+    workers, threads : int
+        Of the group; CPU threads of each.
+    sharing : int
+        Workers that share the memory: of a GPU one.
+    memory : int or None
+        Free bytes of the smallest GPU, or of the machine with least RAM; None is not known.
+    """
+
+    address: str | None
+    device: Device
+    workers: int
+    threads: int
+    sharing: int
+    memory: int | None
+
+
+def alone(device: Device, threads: int) -> Places:
+    """One worker in this process."""
+    return Places(None, device, 1, threads, 1, _vram() if device == "cuda" else free_ram())
+
+
+def places_of(
+    address: str | None, device: Device, workers: int | None, threads: int | None, most: int
+) -> Places:
+    """On the Ray that is connected.
+
+    Parameters
+    ----------
+    address : str or None
+    device : str
+    workers : int or None
+        None is one for each GPU, or one for each machine without.
+    threads : int or None
+        None is a GPU worker's one, or a machine's CPUs dealt to its workers.
+    most : int
+        Workers that there is work for: samples of a step.
+
+    Raises
+    ------
+    InputError
+        More workers than that.
+    """
+    nodes = machines()
+    if workers is not None and workers > most:
+        raise InputError(
+            f"{workers} workers are asked for and there is work for {most}; use fewer, or a larger batch"
+        )
+    if device == "cuda":
+        found = sum(int(node.get("GPU", 0)) for node in nodes)
+        memory = _vram() if len(nodes) == 1 else None
+        return Places(address, device, workers or max(1, min(found, most)), threads or 1, 1, memory)
+    count = workers or max(1, min(len(nodes), most))
+    sharing = ceil(count / len(nodes))
+    cpus = min(int(node.get("CPU", 1)) for node in nodes)
+    memory = free_ram() if len(nodes) == 1 else _least_ram(nodes)
+    return Places(address, device, count, threads or max(1, cpus // sharing), sharing, memory)
+
+
+def _vram() -> int | None:
+    return min((gpu.free for gpu in gpus()), default=None)
+
+
+def _least_ram(nodes: list[dict[str, Any]]) -> int:
+    return int(min(node.get("memory", 0.0) for node in nodes) / RAY_SHARE)
+
+
+@contextmanager
+def private_session() -> Iterator[dict[str, Any]]:
+    """The environment of a Ray of this machine alone; gives what `ray.init` must be given besides.
+
+    Ray opens the folders of its sessions to everybody (0777) and listens on every address. Its folders are therefore
+    put below a private one, and the settings by which it stays on 127.0.0.1 on Windows are used here too. What it
+    offers for Prometheus answers without a token and is switched off. docs/security.md says what is left, as measured.
+
+    Raises
+    ------
+    InputError
+        There is no place for its folder.
+    """
+    import ray._private.ray_constants as constants
+
+    # A token for this Ray alone, so that none is left in the user's home.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    chosen = SETTINGS | {name: LOOPBACK for name in INTERFACES if name not in os.environ}
+    before = constants.ENABLE_RAY_CLUSTER
+    with scratch_folder() as folder, _environment(chosen):
+        constants.ENABLE_RAY_CLUSTER = False
+        try:
+            yield {"_temp_dir": str(folder / FOLDER)}
+        finally:
+            constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _environment(chosen: Mapping[str, str]) -> Iterator[None]:
+    """Set variables, and put back what was there."""
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -39,7 +39,7 @@ from tinyonn.config import Config, parse_config
 from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.dense.parameters import Parameter
-from tinyonn.plan.cost import segment_size
+from tinyonn.plan.recording import segment_size
 from tinyonn.record.worker import Worker
 from tinyonn.run import Run, open_run
 from tinyonn.store.manifest import Manifest, Segment

@@ -43,9 +43,9 @@ from tinyonn.corpus.file import Sample
 from tinyonn.dense.parameters import Parameter
 from tinyonn.dense.source import SHAPES
 from tinyonn.machine import free_disk, free_ram
+from tinyonn.plan.demands import LIBRARY_BYTES, DataFacts, Machine
 from tinyonn.plan.facts import describe_model
-from tinyonn.plan.needs import LIBRARY_BYTES
-from tinyonn.plan.recording import DataFacts, Machine, RecordPlan, plan_record
+from tinyonn.plan.recording import RecordPlan, plan_record
 from tinyonn.record.worker import Worker
 from tinyonn.sizes import GiB, MiB, format_size
 from tinyonn.store.arrays import SegmentWriter, bands

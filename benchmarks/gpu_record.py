@@ -35,7 +35,7 @@ from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import DenseModel
 from tinyonn.dense.parameters import Parameter, Use, list_uses
 from tinyonn.dense.passes import attach
-from tinyonn.plan.needs import CUDA_BYTES, DataFacts, Machine, ModelFacts
+from tinyonn.plan.demands import CUDA_BYTES, DataFacts, Machine, ModelFacts
 from tinyonn.plan.recording import RecordOptions, layer_windows, plan_record
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.kernel import Totals

@@ -16,16 +16,16 @@ from tinyonn.config import DataConfig, ModelConfig, RecordConfig, load_config
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, parse_gpus
-from tinyonn.plan.cost import EXACT_SAMPLES, LOST_SECONDS, commit_seconds, sample_seconds
+from tinyonn.plan.demands import BATCH, DataFacts, Machine, ModelFacts, compute_needs
 from tinyonn.plan.facts import describe_data, describe_machine, describe_model, plan_run
-from tinyonn.plan.needs import BATCH, compute_needs
 from tinyonn.plan.recording import (
-    DataFacts,
-    Machine,
-    ModelFacts,
+    EXACT_SAMPLES,
+    LOST_SECONDS,
     RecordOptions,
     RecordPlan,
+    commit_seconds,
     plan_record,
+    sample_seconds,
     segment_size,
 )
 from tinyonn.sizes import GiB, MiB

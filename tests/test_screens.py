@@ -38,8 +38,9 @@ from tinyonn.experts.report import AssembleReport
 from tinyonn.experts.totals import Kept, Totals
 from tinyonn.merging import MergeReport
 from tinyonn.pace import Phase
-from tinyonn.plan.recording import DataFacts, Machine, ModelFacts, plan_record
-from tinyonn.profile.report import ProfileReport
+from tinyonn.plan.demands import DataFacts, Machine, ModelFacts
+from tinyonn.plan.recording import plan_record
+from tinyonn.profile.profile import ProfileReport
 from tinyonn.progress import Bar, counted, shown_progress
 from tinyonn.record.report import RecordReport
 from tinyonn.score.stage import ScoreReport

@@ -16,7 +16,7 @@ from tinyonn.escape import shortened
 if TYPE_CHECKING:
     from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig
     from tinyonn.dense.parameters import Parameter
-    from tinyonn.plan.needs import ModelFacts
+    from tinyonn.plan.demands import ModelFacts
 
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
 UPDATED = "+update"  # of a method's name

@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tinyonn.places import local_folder, store_location
-from tinyonn.plan.demands import state_ram
-from tinyonn.plan.needs import Need
+from tinyonn.plan.demands import Need, state_ram
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import MiB, format_seconds
 from tinyonn.store.lock import RunLock

@@ -40,7 +40,7 @@ from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.experts.choice import all_searched_shares, read_allocation
 from tinyonn.experts.options import SelectOptions
 from tinyonn.files import read_derived
-from tinyonn.profile.reader import open_profile
+from tinyonn.profile.profile import open_profile
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import open_run

@@ -20,8 +20,8 @@ from tests.train.runs import OPTIONS, World
 from tinyonn.config import ModelConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
+from tinyonn.plan.demands import LOGITS_BYTES, ModelFacts
 from tinyonn.plan.facts import describe_model
-from tinyonn.plan.needs import LOGITS_BYTES, ModelFacts
 from tinyonn.sizes import GiB, MiB
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment

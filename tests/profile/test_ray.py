@@ -15,7 +15,7 @@ import ray
 
 from tests.profile.runs import World, contents
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.profile.report import ProfileReport
+from tinyonn.profile.profile import ProfileReport
 from tinyonn.profile.stage import ProfileOptions, profile_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -26,7 +26,7 @@ from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamag
 from tinyonn.profile import open_profile
 from tinyonn.profile.groups import find_groups
 from tinyonn.profile.measure import Measurer
-from tinyonn.profile.report import ProfileReport
+from tinyonn.profile.profile import ProfileReport
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.run import open_run
 from tinyonn.store.lock import RunLock

@@ -13,7 +13,7 @@ import pytest
 from tests.train.runs import OPTIONS, World
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.plan.needs import ModelFacts, Need
+from tinyonn.plan.demands import ModelFacts, Need
 from tinyonn.sizes import GiB, MiB
 from tinyonn.train.need import StudentFacts, check_needs, train_needs
 from tinyonn.train.optimizers import OptimizerOptions

@@ -11,9 +11,9 @@ from tests.corpus.test_mixture import Room
 from tests.dense.architectures import make_model
 from tinyonn.corpus.corpus import Corpus
 from tinyonn.errors import InputError
+from tinyonn.profile.dataset import Manifest
 from tinyonn.profile.groups import Identity
-from tinyonn.profile.manifest import Manifest
-from tinyonn.profile.reader import Profile
+from tinyonn.profile.profile import Profile
 from tinyonn.train.targets import find_profiled
 
 

@@ -18,8 +18,16 @@ from tinyonn.dense.load import choose_device
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
-from tinyonn.plan.demands import codec_bytes, state_ram
-from tinyonn.plan.needs import CUDA_BYTES, CUDA_PROCESS_BYTES, NF4_BYTES, ModelFacts, Need, is_quantized
+from tinyonn.plan.demands import (
+    CUDA_BYTES,
+    CUDA_PROCESS_BYTES,
+    NF4_BYTES,
+    ModelFacts,
+    Need,
+    codec_bytes,
+    is_quantized,
+    state_ram,
+)
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MATRIX_BYTES
 

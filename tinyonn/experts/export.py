@@ -29,8 +29,7 @@ from tinyonn.experts.ending import stop_at_turns
 from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, read_settings
 from tinyonn.experts.shards import write_tensors
 from tinyonn.model.matrix_tinyonn import ExpertMatrix, matrix_fault
-from tinyonn.plan.demands import state_ram
-from tinyonn.plan.needs import Need
+from tinyonn.plan.demands import Need, state_ram
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import MiB, format_size
 

@@ -10,9 +10,9 @@ from tinyonn.checks import check_model, check_teacher
 from tinyonn.config import Config, DataConfig, MixedSource, ModelConfig, SourceConfig
 from tinyonn.dense.parameters import Parameter, list_parameters, list_uses
 from tinyonn.errors import InputError, StoreDamagedError
-from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
-from tinyonn.plan.cost import Device
-from tinyonn.plan.recording import DataFacts, Machine, ModelFacts, RecordPlan, plan_record
+from tinyonn.machine import Device, free_disk, free_ram, gpus, usable_cpus
+from tinyonn.plan.demands import DataFacts, Machine, ModelFacts
+from tinyonn.plan.recording import RecordPlan, plan_record
 
 if TYPE_CHECKING:
     from tinyonn.corpus.file import Corpus

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.plan.profiling import CHUNK
 from tinyonn.record.device import on_host
 from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, levels_torch
 from tinyonn.store.records import Float64
 
 TABLE = 256  # a uint8 can tell so many groups apart
 LANES = 4  # tables that take turns, so that an addition need not wait for the one before
-CHUNK = 1 << 23  # weights at a time on a GPU
+
 FIXED_BITS = 30  # of a product in fixed point: CHUNK of them add up to less than the 2^53 that a float64 counts exactly
 PARALLEL_WEIGHTS = 1 << 17
 

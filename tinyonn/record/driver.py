@@ -22,9 +22,8 @@ from tinyonn.dense.copies import warn_of_links
 from tinyonn.dense.load import choose_device, recordable_shape
 from tinyonn.dense.parameters import list_parameters
 from tinyonn.dense.weights import BaseWeights
-from tinyonn.machine import usable_cpus
+from tinyonn.machine import Device, usable_cpus
 from tinyonn.places import local_folder, store_location
-from tinyonn.plan.cost import Device
 from tinyonn.plan.facts import plan_recording
 from tinyonn.plan.recording import layer_windows
 from tinyonn.plan.usage import Meter, measured

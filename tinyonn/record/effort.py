@@ -1,4 +1,4 @@
-"""What a recording costs and how much of it is spent, in seconds of `tinyonn.plan.cost`: progress counts by it."""
+"""What a recording costs and how much of it is spent, in seconds of `tinyonn.plan.recording`: progress counts by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.parameters import Parameter
-from tinyonn.plan.cost import Device, commit_seconds, sample_seconds
+from tinyonn.machine import Device
+from tinyonn.plan.recording import commit_seconds, sample_seconds
 from tinyonn.store.manifest import Segment
 from tinyonn.workers.facts import WorkerUse
 

@@ -148,7 +148,7 @@ def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:
     InputError
         The corpus has none of the profiled samples, or the profile is of another one than was recorded.
     """
-    from tinyonn.profile.reader import open_profile
+    from tinyonn.profile.profile import open_profile
 
     if not spec.needs_targets or spec.profile is None:
         return None

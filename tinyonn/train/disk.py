@@ -16,7 +16,7 @@ from typing import Any
 from tinyonn.errors import CapacityError
 from tinyonn.machine import free_disk
 from tinyonn.model.router_tinyonn import TAPS
-from tinyonn.plan.needs import Need, Tier
+from tinyonn.plan.demands import Need, Tier
 from tinyonn.sizes import MiB, format_size
 from tinyonn.train.need import MASTER, STATES, StudentFacts
 from tinyonn.train.optimizers import OptimizerOptions

@@ -7,8 +7,8 @@ counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V
   float32 masters in place of ``b``, a gradient of 4 bytes and an optimizer's state of 8 (AdamW) or 4 (Muon);
 - its matrices: the backward pass needs those of every layer for which a micro batch was multiplied;
 - teacher: 9/16 byte per NF4 weight, ``b`` of all others; with its hidden states ``b T H L`` and logits ``b T V``;
-- activations as in `tinyonn.plan.needs`, of a micro batch, norms of queries and keys counted; with checkpointing those
-  of one layer. Norms that are trained keep their inputs, too;
+- activations as in `tinyonn.plan.demands`, of a micro batch, norms of queries and keys counted; with checkpointing
+  those of one layer. Norms that are trained keep their inputs, too;
 - logits ``b T V`` and a gradient as large for each loss that is taken of them; chunks of them in float32
   (`tinyonn.train.token_losses`), of one token at least;
 - at a checkpoint, when activations are gone, a copy of the optimizer's state.
@@ -22,8 +22,8 @@ from typing import Any
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.plan.cost import Device
-from tinyonn.plan.needs import (
+from tinyonn.machine import Device
+from tinyonn.plan.demands import (
     CUDA_BYTES,
     NF4_BYTES,
     SYSTEM_BYTES,

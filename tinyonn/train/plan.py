@@ -17,8 +17,8 @@ from tinyonn.dense.source import fingerprint_model
 from tinyonn.errors import InputError
 from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder
+from tinyonn.plan.demands import Need, Tier
 from tinyonn.plan.facts import describe_model
-from tinyonn.plan.needs import Need, Tier
 from tinyonn.train.build import cached_bytes, is_cached
 from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
@@ -104,7 +104,7 @@ def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec
     train = options.train
     wants_targets = train.warm_start > 0 or train.weights.profile > 0
     if experts and (options.router is not None or wants_targets):
-        from tinyonn.profile.reader import open_profile
+        from tinyonn.profile.profile import open_profile
 
         profile = open_profile(run / "profile", assembled_id(tree))
         targets = options.targets if wants_targets else None

@@ -18,7 +18,7 @@ from tinyonn.train.branches import find_branches, shared_experts
 from tinyonn.train.options import TrainOptions, flat
 
 if TYPE_CHECKING:
-    from tinyonn.profile.reader import Profile
+    from tinyonn.profile.profile import Profile
 
 TINY_ONN = "tiny_onn"  # model_type of an assembled model
 

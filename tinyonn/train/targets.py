@@ -16,7 +16,7 @@ from tinyonn.train.data import Batch
 from tinyonn.train.losses import profile_targets
 
 if TYPE_CHECKING:
-    from tinyonn.profile.reader import Profile
+    from tinyonn.profile.profile import Profile
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 

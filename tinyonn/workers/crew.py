@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from tinyonn.errors import CapacityError, EngineLostError, TinyONNError
-from tinyonn.plan.cost import Device
+from tinyonn.machine import Device
 from tinyonn.runtime import worker_environment
 from tinyonn.workers.alive import LOOK, Waiting, check
 from tinyonn.workers.facts import WorkerFacts

@@ -20,7 +20,7 @@ from typing import Any
 from tinyonn import errors
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.files import read_derived, write_json
-from tinyonn.plan.cost import Device
+from tinyonn.machine import Device
 from tinyonn.runtime import worker_environment
 from tinyonn.workers.alive import Waiting, patience, patiently
 

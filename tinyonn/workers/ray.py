@@ -18,8 +18,7 @@ import ray
 from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.errors import InputError
-from tinyonn.machine import free_ram, gpus
-from tinyonn.plan.cost import Device
+from tinyonn.machine import Device, free_ram, gpus
 from tinyonn.private import scratch_folder
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
 

@@ -1,8 +1,8 @@
 """What profiling needs, stated before anything is loaded.
 
-A worker holds what a recorder holds but for its sums (`tinyonn.plan.needs`), a byte for every weight that has a group,
-and while a band is summed its copies in float32 and the sums by group. One worker works in the driver's own process;
-several have Ray's processes and a driver beside them, and share the pages of their libraries.
+A worker holds what a recorder holds but for its sums (`tinyonn.plan.demands`), a byte for every weight that has a
+group, and while a band is summed its copies in float32 and the sums by group. One worker works in the driver's own
+process; several have Ray's processes and a driver beside them, and share the pages of their libraries.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.plan.cost import Device
-from tinyonn.plan.needs import (
+from tinyonn.machine import Device
+from tinyonn.plan.demands import (
     CUDA_PROCESS_BYTES,
     LIBRARY_BYTES,
     MERGING_BYTES,
@@ -27,11 +27,11 @@ from tinyonn.plan.needs import (
     Tier,
     compute_needs,
 )
-from tinyonn.profile.kernel import CHUNK
 from tinyonn.sizes import MiB, format_size
 
 # Of a process that measures by itself, libraries and kernels included.
 ALONE_BYTES = {"cpu": 900 * MiB, "cuda": CUDA_PROCESS_BYTES}
+CHUNK = 1 << 23  # weights that are summed at a time on a GPU
 CHUNK_BYTES = 72  # of a weight while its chunk is summed on a GPU: floats, levels, places, products
 
 

@@ -41,12 +41,12 @@ from tinyonn.profile.groups import Identity
 from tinyonn.profile.kernel import Totals
 from tinyonn.profile.measure import Measurer
 from tinyonn.record.activations import add_dense_levels, input_bins
-from tinyonn.record.calibration import calibrate
 from tinyonn.record.device import gpu_kernels
 from tinyonn.record.gradients import LevelSink, product_bands, spill
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
 from tinyonn.record.sites import WithRows, embedding_gradient
+from tinyonn.record.worker import calibrate
 from tinyonn.store.records import TensorCalibration
 
 GIB = 1 << 30

@@ -153,8 +153,8 @@ def serve(path: str, plain: bool) -> None:
     from tinyonn.config import ModelConfig
     from tinyonn.corpus.file import Sample
     from tinyonn.dense.load import load_model
-    from tinyonn.record.calibration import calibrate
     from tinyonn.record.recorder import Recorder
+    from tinyonn.record.worker import calibrate
 
     if plain:
         runtime.bound_caches = runtime.return_freed_memory = lambda: None

@@ -11,8 +11,14 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from benchmarks.simulated import Float64, codebooks_of, encode, segment_means
-from tinyonn.store.combine import weighted_values
-from tinyonn.store.records import UInt16, average_records, averaged_codebooks, unpack, value_tables
+from tinyonn.store.records import (
+    UInt16,
+    average_records,
+    averaged_codebooks,
+    unpack,
+    value_tables,
+    weighted_values,
+)
 from tinyonn.store.tree import Node, merge_tree
 
 SEGMENTS, SAMPLES, ROWS, COLUMNS = 64, 16, 128, 256

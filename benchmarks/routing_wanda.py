@@ -14,7 +14,7 @@ import torch
 
 from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.dense.head import head_of
-from tinyonn.dense.states import decoder_states
+from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Losses, token_losses

@@ -16,17 +16,21 @@ import zarr
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.store.arrays import bands
-from tinyonn.store.combine import MEAN_BINS, count_means, final_codebooks, shares, weighted_values
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import (
+    MEAN_BINS,
     SHIFTS,
     STATISTICS,
     Float64,
     TensorCalibration,
     UInt16,
     average_records,
+    count_means,
+    final_codebooks,
+    shares,
     value_tables,
+    weighted_values,
 )
 from tinyonn.store.repository import Store
 

@@ -18,7 +18,7 @@ from tests.dense.conftest import ModelFactory
 from tinyonn.config import Config, DataConfig, ModelConfig
 from tinyonn.corpus.corpus import Corpus, even_shares, prepare_corpus, stored_order
 from tinyonn.corpus.rows import REFERENCE_CORPUS, Row
-from tinyonn.corpus.survey import even_sample
+from tinyonn.corpus.slices import even_sample
 from tinyonn.dense.load import load_tokenizer
 from tinyonn.errors import InputError, StoreDamagedError
 

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.dense.architectures import COMMON
 from tests.dense.conftest import ModelFactory
 from tinyonn.config import ModelConfig
-from tinyonn.dense.calls import check_calls
 from tinyonn.dense.head import head_of
-from tinyonn.dense.load import load_shape
+from tinyonn.dense.load import check_calls, load_shape
 from tinyonn.errors import InputError
 
 CONFIG = LlamaConfig(**COMMON)

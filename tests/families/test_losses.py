@@ -13,9 +13,9 @@ from tests.dense.architectures import VOCAB, make_model
 from tests.experts.assembled import assembled
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
-from tinyonn.dense import loss as recording
+from tinyonn.dense import passes as recording
 from tinyonn.dense.load import load_model
-from tinyonn.dense.loss import checked_head, forward_backward
+from tinyonn.dense.passes import checked_head, forward_backward
 from tinyonn.evaluate.perplexity import batches_of, losses
 from tinyonn.evaluate.routed import evaluate_routed
 from tinyonn.train.data import collate

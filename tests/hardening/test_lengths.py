@@ -25,7 +25,7 @@ import numpy as np
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model
 from tinyonn.config import ModelConfig
-from tinyonn.record.calibration import calibrate
+from tinyonn.record.worker import calibrate
 from tinyonn.record.recorder import Recorder
 dense = load_model(ModelConfig(path="reference", quantization="nf4", dtype="bfloat16", device="cpu"))
 recorder = Recorder(dense, 1)

@@ -17,14 +17,14 @@ from tests.record.runs import LATE, POISON, load_token, make_sick_model, reasons
 from tests.record.test_oracle import samples_of
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
-from tinyonn.corpus.prompts import prompt_length
+from tinyonn.corpus.tokens import prompt_length
 from tinyonn.dense.load import DenseModel, load_model
 from tinyonn.dense.parameters import Parameter, list_parameters
 from tinyonn.errors import InputError
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.measure import Measured, Measurer
-from tinyonn.record.calibration import calibrate
 from tinyonn.record.recorder import BadSampleError, Recorder
+from tinyonn.record.worker import calibrate
 from tinyonn.store.records import TensorCalibration
 
 GROUPS = 6

@@ -14,9 +14,9 @@ from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model
 from tinyonn.record.activations import column_tables, frequency_curve, level_curve, weight_bins
-from tinyonn.record.calibration import calibrate
 from tinyonn.record.levels import levels
 from tinyonn.record.recorder import Recorder
+from tinyonn.record.worker import calibrate
 from tinyonn.store.records import TensorCalibration
 
 SAMPLES = 6

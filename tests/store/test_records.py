@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.invariants import dither
-from tinyonn.store.combine import weighted_values
 from tinyonn.store.records import (
     UInt8,
     average_records,
@@ -22,6 +21,7 @@ from tinyonn.store.records import (
     round_positions,
     unpack,
     value_tables,
+    weighted_values,
 )
 
 CODES = hnp.arrays(np.uint8, st.integers(1, 40), elements=st.integers(0, 15))

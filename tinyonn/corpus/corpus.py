@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from tinyonn.config import Config, ModelConfig
-from tinyonn.corpus.draw import Group, even_shares, find_groups, group_shares, stored_order
 from tinyonn.corpus.file import (
     VERSION,
     Corpus,
@@ -39,9 +38,9 @@ from tinyonn.corpus.file import (
     write_corpus,
 )
 from tinyonn.corpus.growth import Earlier, as_digests, content_digest
-from tinyonn.corpus.mixture import Mixture
+from tinyonn.corpus.mixture import Group, Mixture, even_shares, find_groups, group_shares, stored_order
 from tinyonn.corpus.rows import Row
-from tinyonn.corpus.survey import BAD_SHARE, Survey, common_reasons
+from tinyonn.corpus.slices import BAD_SHARE, Survey, common_reasons
 from tinyonn.corpus.tokens import REWRITES, Encoded, encode_rows
 from tinyonn.dense.settings import context_length, vocabulary_size
 from tinyonn.dense.source import model_folder

@@ -2,7 +2,7 @@
 
 How a file is laid out is seen from its first lines and not from its name. A row that cannot be read is a reason
 (str) in the place of a record. No more than one row is held, but for an object around an array of an unusual name,
-or around columns or numbered rows (`tinyonn.corpus.unfold`), which is held whole.
+or around columns or numbered rows (`tinyonn.corpus.forms`), which is held whole.
 
 A value that is no object is a row where the file begins with one of its kind: a string is a text, a list of messages
 a conversation.
@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO, cast
 
-from tinyonn.corpus.forms import NEEDED
+from tinyonn.corpus.forms import NEEDED, WRAPPERS, told_by_hub, unfold
 from tinyonn.corpus.messages import ROLE_KEYS
-from tinyonn.corpus.unfold import WRAPPERS, told_by_hub, unfold
 from tinyonn.errors import InputError
 
 Record = dict[str, Any]

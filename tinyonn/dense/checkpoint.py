@@ -3,13 +3,15 @@
 In this order: ``model.safetensors``, the files that ``model.safetensors.index.json`` names, ``pytorch_model.bin``, the
 files that ``pytorch_model.bin.index.json`` names. What lies beside them, such as a ``consolidated.safetensors``, is no
 part of the model. A ``.bin`` is a pickle and is read as tensors alone (``torch.load(weights_only=True)``): whatever
-else it would build or call is refused by the reader before it happens (docs/decisions/022-weights-only.md).
+else it would build or call is refused by the reader before it happens (docs/decisions/022-weights-only.md). From the
+hub no more is fetched than is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -17,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.errors import InputError
+from tinyonn.progress import Bar, hub_bar
 
 if TYPE_CHECKING:
     import torch
+
+    from tinyonn.config import ModelConfig
 
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -210,3 +215,66 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index} names {name!r}, which is not a *{suffix} file beside it; such a file is not opened. {AGAIN}"
             )
     return names
+
+
+def fetch_weights(config: ModelConfig, folder: Path) -> None:
+    """The files that an index names, or else the one file that takes its place; of the commit that was fetched."""
+    config = config.model_copy(update={"revision": folder.name})
+    for whole, index in (SAFETENSORS, BIN):
+        if (folder / index).is_file():
+            names = named_files(folder / index)
+            if not all((folder / name).is_file() for name in names):
+                fetch(config, tuple(names))
+            return
+        if (folder / whole).is_file() or (fetch(config, (whole,)) / whole).is_file():
+            return
+
+
+def fetch(config: ModelConfig, patterns: tuple[str, ...]) -> Path:
+    """Fetch the files of a repository's top folder that match, unless they are in the cache; the folder they are in.
+
+    Raises
+    ------
+    InputError
+        No such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name = config.path
+    try:
+        with Bar("fetching the model", unit="B") as bar:
+            found = snapshot_download(
+                name,
+                revision=config.revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=["*/*"],
+                tqdm_class=hub_bar(bar),
+            )
+            return Path(found)
+    except GatedRepoError:
+        raise InputError(
+            f"model {name!r} wants its licence accepted on the hub and a login (hf auth login)"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(
+            f"model.revision = {config.revision!r} is not a revision of {name!r} on the hub"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(
+            f"model.path = {name!r} is neither a folder here nor a model on the hub; check the spelling, "
+            "give a folder, or use 'reference'"
+        ) from None
+    except (
+        Exception
+    ) as error:  # httpx, offline mode, time-outs, cache misses: all mean that the hub is out of reach
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise InputError(
+            f"model.path = {name!r} is not a folder here and the hub cannot be reached{offline}: "
+            f"{type(error).__name__}; go online, give a folder with the model's files, or use 'reference'"
+        ) from None

@@ -1,19 +1,31 @@
-"""Taps: a module's input X and the gradient G of its output, met in the backward pass.
+"""Passes of the dense model: with the token-mean loss of a sample, and what meets on the way.
 
-A tap is an autograd function behind a module's output. It saves the input with the graph's own saved tensors, so that
-gradient checkpointing recomputes it and nothing is kept twice, and in the backward pass it has X and G in hand.
+The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
+large vocabulary are never held whole: they come and go in chunks of tokens. Nothing here waits for a GPU.
+
+A module's input X and the gradient G of its output meet in the backward pass, in a tap: an autograd function behind the
+module's output. It saves the input with the graph's own saved tensors, so that gradient checkpointing recomputes it and
+nothing is kept twice, and in the backward pass it has X and G in hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
+from tinyonn.dense.head import REMEDY, Head, head_of
 from tinyonn.dense.parameters import looked_up
+from tinyonn.errors import InputError
 
 OnBackward = Callable[[torch.Tensor, torch.Tensor], None]
+CHUNK_BYTES = 256 << 20  # of logits and their gradients
+VALUE_BYTES = 14  # a logit, in the dtype of the head, in float32, and their gradients
+FORM_BYTES = 16  # the same of a scaled or capped one's steps
 
 
 class _Tap(torch.autograd.Function):
@@ -64,3 +76,150 @@ def attach(module: torch.nn.Module, on_backward: OnBackward, is_active: Callable
         return tapped
 
     return module.register_forward_hook(hook, with_kwargs=True)
+
+
+class Labelled(Protocol):
+    """A sample: token ids and labels, both int32 [tokens], -100 where nothing is to be predicted."""
+
+    @property
+    def input_ids(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """What is read."""
+
+    @property
+    def labels(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """What is to be predicted."""
+
+
+def forward_backward(
+    decoder: Any, head: Head, sample: Labelled, on_loss: Callable[[torch.Tensor], None] = lambda loss: None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a sample; taps behind the modules meet inputs and gradients on the way.
+
+    Parameters
+    ----------
+    decoder : torch.nn.Module
+        Of a causal language model.
+    head : Head
+    sample : Labelled
+    on_loss : callable
+        Called with the loss before the decoder's backward pass.
+
+    Returns
+    -------
+    loss : float64 []
+        Mean cross entropy of the labelled tokens, in nats; on the device.
+    hidden_TH : [T, H]
+        What the head reads, all tokens.
+    """
+    device = head.weight.device
+    ids = torch.from_numpy(sample.input_ids.astype(np.int64)).to(device, non_blocking=True)[None]
+    with torch.enable_grad(), repeatable(device):
+        hidden = head.read(decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        leaf = hidden.detach().requires_grad_()
+        loss = head_backward(head, leaf, sample)
+        on_loss(loss)
+        hidden.backward(leaf.grad)
+    return loss, leaf.detach()[0]
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, backward passes of attention that add in a fixed order: the same sample, the same bits."""
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def head_backward(head: Head, hidden: torch.Tensor, sample: Labelled) -> torch.Tensor:
+    """Loss of a sample, and its gradient on what the head reads.
+
+    Parameters
+    ----------
+    head : Head
+    hidden : [1, T, H]
+        What its output embeddings read: a leaf that requires a gradient; its ``grad`` is filled.
+    sample : Labelled
+
+    Returns
+    -------
+    float64 []
+        Mean cross entropy of the labelled tokens, in nats; on the device.
+    """
+    following = sample.labels[1:].astype(np.int64)
+    places = np.flatnonzero(following != -100)
+    labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)
+    labelled = torch.from_numpy(places).to(hidden.device, non_blocking=True)
+    chunk = min(len(places), CHUNK_BYTES // (VALUE_BYTES * head.weight.shape[0]))
+    if not head.plain:  # no more bytes than are planned for a plain head
+        chunk = chunk * VALUE_BYTES // (VALUE_BYTES + FORM_BYTES)
+    chunk = max(16, chunk)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part, wanted in zip(labelled.split(chunk), labels.split(chunk), strict=True):
+        logits = head.finish(head.module(hidden[:, part])[0].float())
+        loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum") / len(places)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def checked_head(model: Any) -> Head:
+    """A loaded model's head, after a check that it and the decoder give the model's own logits.
+
+    Raises
+    ------
+    InputError
+        They do not, so that the recorder would miss something.
+    """
+    head, decoder = head_of(model), model.base_model
+    ids = torch.arange(4, device=head.weight.device)[None]
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits.float()
+        parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state).float()
+    if not torch.allclose(whole, parts, rtol=1e-3, atol=1e-3 * float(whole.abs().max())):
+        raise InputError(
+            f"{type(model).__name__} does something to its logits after its head that cannot be recorded; "
+            f"{REMEDY}"
+        )
+    return head
+
+
+def decoder_states(
+    model: Any, ids_BT: torch.Tensor, layers: bool = True, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """What the layers put out, the last of them normed, as the head reads it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model, sparse or not. Run as a whole, so that gates apply, with the logits of one token.
+    ids_BT : int64 [B, T]
+    layers : bool
+        Give all layers; else the last alone, and the others are not kept.
+    **options
+        Of the model's forward pass, such as gates.
+
+    Returns
+    -------
+    tuple of Tensor [B, T, H]
+    """
+    options |= {"input_ids": ids_BT, "use_cache": False, "logits_to_keep": 1}
+    if layers:
+        hidden: tuple[torch.Tensor, ...] = model(output_hidden_states=True, **options).hidden_states[1:]
+        return hidden
+    seen: list[torch.Tensor] = []
+    hook = model.get_decoder().register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    try:
+        model(**options)
+    finally:
+        hook.remove()
+    return (seen[-1],)

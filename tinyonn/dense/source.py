@@ -9,9 +9,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyonn.dense.checkpoint import BIN, SAFETENSORS, weight_files
+from tinyonn.dense.checkpoint import BIN, SAFETENSORS, fetch, fetch_weights, weight_files
 from tinyonn.dense.copies import check_regular
-from tinyonn.dense.hub import fetch, fetch_weights
 from tinyonn.errors import InputError
 from tinyonn.files import read_derived, write_json
 from tinyonn.progress import Bar

@@ -2,22 +2,25 @@
 
 Names are those of the loaded model. A linear layer's weight is [out, in] here whatever the checkpoint stores (a
 ``Conv1D`` of GPT-2 stores [in, out]), and after quantization to NF4 and back where the run has NF4.
+
+A family's files may have other names than its modules (GPT-NeoX stores its head as ``embed_out``), or leave out the
+prefix of the base model; a text part lies below ``language_model``. The library's own rules are asked, so that what it
+loads is what is found here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import gcd
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tinyonn.dense.checkpoint import open_tensors, tensor_files
 from tinyonn.dense.load import DTYPES, PLAIN, load_shape
-from tinyonn.dense.names import checkpoint_names
 from tinyonn.dense.nf4 import BLOCK, round_to_nf4
 from tinyonn.dense.settings import TEXT_NAMES, text_settings
 from tinyonn.dense.source import model_folder
@@ -136,3 +139,39 @@ class BaseWeights:
     @cached_property
     def _files(self) -> dict[str, Path]:
         return tensor_files(self.folder)
+
+
+def checkpoint_names(model: Any, keys: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:
+    """Map the model's tensors to a checkpoint's, those left out that are made of several stored ones.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        On the meta device, not quantized.
+    keys : iterable of str
+        Of the checkpoint.
+    mapping : mapping of str to str
+        Patterns of further names.
+
+    Returns
+    -------
+    dict of str to str
+        A name in the model's ``state_dict()`` -> in the checkpoint. Tied tensors go by any of their names.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model, key_mapping=dict(mapping))
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if not isinstance(one, WeightRenaming)]
+    known = model.state_dict()
+    found: dict[str, str] = {}
+    for key in keys:
+        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name in known and (converted is None or key == name):
+            found.setdefault(name, key)
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        for name, twin in ((one, other), (other, one)):
+            if name not in found and twin in found:
+                found[name] = found[twin]
+    return found

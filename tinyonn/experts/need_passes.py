@@ -21,10 +21,9 @@ from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups, groups_bytes
 from tinyonn.experts.source import Source
 from tinyonn.store.arrays import band_rows, bands, codebooks_of, read_rows
-from tinyonn.store.combine import shares
 from tinyonn.store.faults import is_full
 from tinyonn.store.reader import Reader
-from tinyonn.store.records import SHIFTS, STATISTICS, Float64, UInt8, UInt16, dither_bits, dither_seed
+from tinyonn.store.records import SHIFTS, STATISTICS, Float64, UInt8, UInt16, dither_bits, dither_seed, shares
 
 STEPS = 32  # bins of an octave
 LOWEST = -44  # octave of the first bin

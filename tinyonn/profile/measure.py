@@ -22,12 +22,10 @@ import numpy as np
 import torch
 
 from tinyonn.corpus.file import Sample
-from tinyonn.corpus.prompts import prompt_length
-from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED, prompt_length
 from tinyonn.dense.load import DenseModel, load_model
-from tinyonn.dense.loss import checked_head, forward_backward
 from tinyonn.dense.parameters import Use, list_parameters, list_uses
-from tinyonn.dense.passes import attach
+from tinyonn.dense.passes import attach, checked_head, forward_backward
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.plan.usage import process_meter
 from tinyonn.profile.groups import WeightGroups

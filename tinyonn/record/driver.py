@@ -28,9 +28,8 @@ from tinyonn.plan.facts import plan_recording
 from tinyonn.plan.recording import layer_windows
 from tinyonn.plan.usage import Meter, measured
 from tinyonn.progress import Bar
-from tinyonn.record.effort import Efforts, Task
 from tinyonn.record.identity import check_same, corpus_of_run, identity_of
-from tinyonn.record.report import Progress, RecordReport
+from tinyonn.record.report import Efforts, Progress, RecordReport, Task
 from tinyonn.record.worker import Worker
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Manifest, Segment

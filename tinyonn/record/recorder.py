@@ -22,9 +22,8 @@ import torch
 
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import DenseModel
-from tinyonn.dense.loss import checked_head, forward_backward
 from tinyonn.dense.parameters import Parameter, Use, list_parameters, list_uses
-from tinyonn.dense.passes import attach
+from tinyonn.dense.passes import attach, checked_head, forward_backward
 from tinyonn.errors import InputError
 from tinyonn.record.activations import column_bins, input_bins
 from tinyonn.record.checks import Checks

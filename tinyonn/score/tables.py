@@ -24,8 +24,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.store.combine import MEAN_BINS, count_means, final_codebooks, weighted_values
-from tinyonn.store.records import CODES, STATISTICS, Float64, UInt8, UInt16
+from tinyonn.store.records import (
+    CODES,
+    MEAN_BINS,
+    STATISTICS,
+    Float64,
+    UInt8,
+    UInt16,
+    count_means,
+    final_codebooks,
+    weighted_values,
+)
 
 TRIPLES = 4096  # codes of (act, grad, freq)
 UNITS = 1 << 16  # of a packed share

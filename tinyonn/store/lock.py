@@ -5,7 +5,8 @@ lock on the file decides, and a process that dies, even by ``kill -9``, frees it
 folder, where such locks may not reach, an owner counts as alive if its heartbeat changes while it is watched: clocks
 are not compared, since two machines' may differ. Looking at a run needs no lock.
 
-docs/architecture.md has the table of which stages may run together.
+Anybody may have written what a lock file says of its owner: nothing in it is trusted. docs/architecture.md has the
+table of which stages may run together.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import secrets
+import socket
 import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,13 +33,16 @@ from typing import Any
 from tinyonn.errors import StoreBusyError, StoreError
 from tinyonn.places import local_folder
 from tinyonn.private import make_private
-from tinyonn.store.owner import LOCK_BYTES, Owner, described, parse_owner, this_process
 
 LOG = logging.getLogger(__name__)
 HEARTBEAT = 5.0  # seconds between heartbeats
 STALE = 60.0  # seconds that an owner on another machine is watched; one without a heartbeat meanwhile counts as dead
 READER = re.compile(r"lock\.[0-9a-f]{8}")  # a file of one that shares the run
 FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # the last for a pipe in the file's place
+LOCK_BYTES = 4096  # more than any lock file has
+TEXT = 100  # characters of a name that are shown
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # another one after every start of the machine
+Owner = dict[str, Any]
 
 
 class RunLock:
@@ -319,3 +326,67 @@ def _not_ours(found: os.stat_result, folder_owner: int) -> str | None:
     if found.st_size > LOCK_BYTES:
         return f"of {found.st_size:,} bytes, more than the {LOCK_BYTES:,} of any lock"
     return None
+
+
+def this_process(what: str) -> Owner:
+    """The owner that the calling process is: ``host``, ``boot``, ``pid``, ``started``, ``heartbeat`` (Unix time)."""
+    now = time.time()
+    return {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": now,
+        "heartbeat": now,
+        "what": what,
+    }
+
+
+def parse_owner(data: bytes) -> Owner:
+    """The owner that a lock file names; empty if it names none, is no JSON object or too long."""
+    if len(data) > LOCK_BYTES:
+        return {}
+    try:
+        owner = json.loads(data.decode("utf-8"), parse_constant=_refused)
+    except (ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) and isinstance(owner.get("host"), str) else {}
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def described(owner: Mapping[str, Any]) -> str:
+    """An owner for people: process, host, stage, and ages where the clock is ours."""
+    pid, what = owner.get("pid"), owner.get("what")
+    process = f"process {pid}" if type(pid) is int and 0 < pid < 1 << 31 else "a process"
+    stage = f" ({_shown(what)})" if isinstance(what, str) and what else ""
+    text = f"{process} on {_shown(owner.get('host', '?'))}{stage}"
+    if owner.get("host") != socket.gethostname():
+        return text  # its clock may be another
+    for word, key in (("started", "started"), ("last heard of", "heartbeat")):
+        age = _age(owner.get(key))
+        text += f", {word} {age:.0f} s ago" if age is not None else ""
+    return text
+
+
+def _age(moment: Any) -> float | None:
+    if type(moment) not in (int, float):
+        return None
+    try:
+        age = time.time() - float(moment)
+    except OverflowError:
+        return None
+    return max(0.0, age) if math.isfinite(age) and abs(age) < 1e9 else None
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:TEXT])
+
+
+@cache
+def _boot() -> str:
+    try:
+        return BOOT.read_text("ascii").strip()
+    except (OSError, ValueError):
+        return ""

@@ -13,7 +13,6 @@ import numpy as np
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import StoreError
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, codebooks_of, read_together
-from tinyonn.store.combine import shares, weighted_values
 from tinyonn.store.manifest import Segment
 from tinyonn.store.reader import Reader
 from tinyonn.store.records import (
@@ -22,7 +21,9 @@ from tinyonn.store.records import (
     average_records,
     averaged_codebooks,
     dither_seed,
+    shares,
     value_tables,
+    weighted_values,
 )
 from tinyonn.store.repository import Store
 from tinyonn.store.tree import Merge, Node, merge_tree, merges, next_segment, ready_merges

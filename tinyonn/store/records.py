@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from tinyonn.store.manifest import Segment
+
 STATISTICS = ("act", "grad", "freq")
 SHIFTS = {"act": 12, "grad": 8, "freq": 4, "score": 0}
 CODES = 16
@@ -33,6 +35,7 @@ VALUE_STEPS = 32768  # far finer than the narrowest gap between two entries
 UInt8 = np.ndarray[Any, np.dtype[np.uint8]]
 UInt16 = np.ndarray[Any, np.dtype[np.uint16]]
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
+MEAN_BINS = 4096
 
 
 def unpack(records: UInt16) -> tuple[UInt8, UInt8, UInt8, UInt8]:
@@ -266,3 +269,61 @@ def average_records(
             code = (np.uint64(tables[s, index]) + noise) >> np.uint64(8)
             record |= code << shift
         out[i] = np.uint16(record)
+
+
+def shares(segments: Sequence[Segment]) -> Float64:
+    """Each segment's share of the samples, float64 [segments]."""
+    counts = np.array([segment.samples for segment in segments], dtype=np.float64)
+    return np.asarray(counts / counts.sum())
+
+
+def weighted_values(codebooks: Sequence[Float64], weights: Float64) -> Float64:
+    """What each code of each part adds to a mean: float64 [parts, 3, 16]."""
+    return np.asarray(np.stack(codebooks) * weights[:, None, None])
+
+
+@njit(nogil=True, cache=True)
+def count_means(parts: UInt16, values: Float64, counts: Any) -> None:
+    """Add the histogram of the means of flat records.
+
+    Parameters
+    ----------
+    parts : uint16 [parts, n]
+        Records of the same weights, a row per segment.
+    values : float64 [parts, 3, 16]
+        From `weighted_values`.
+    counts : int64 [3, 4096], changed in place
+        Bins of equal width from the smallest to the largest possible mean.
+    """
+    first = np.zeros(3)
+    scale = np.zeros(3)
+    for s in range(3):
+        span = 0.0
+        for p in range(parts.shape[0]):
+            first[s] += values[p, s, 0]
+            span += values[p, s, 15] - values[p, s, 0]
+        scale[s] = (MEAN_BINS - 1) / span
+    for i in range(parts.shape[1]):
+        for s in range(3):
+            mean = 0.0
+            for p in range(parts.shape[0]):
+                mean += values[p, s, (np.uint64(parts[p, i]) >> np.uint64(12 - 4 * s)) & np.uint64(15)]
+            counts[s, min(max(int((mean - first[s]) * scale[s] + 0.5), 0), MEAN_BINS - 1)] += 1
+
+
+def final_codebooks(counts: np.ndarray, values: Float64) -> Float64:
+    """Codebooks of equal mass for counted means: float64 [3, 16].
+
+    Parameters
+    ----------
+    counts : int64 [3, 4096]
+        From `count_means` with the same `values`.
+    values : float64 [parts, 3, 16]
+    """
+    lowest, highest = values[:, :, 0].sum(0), values[:, :, -1].sum(0)
+    books = []
+    for s in range(3):
+        bins = np.flatnonzero(counts[s])
+        means = lowest[s] + bins * ((highest[s] - lowest[s]) / (MEAN_BINS - 1))
+        books.append(codebook_of(means, counts[s][bins].astype(np.float64), share=s == 2, final=True))
+    return np.stack(books)

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from tinyonn.corpus.file import Corpus, Sample
-from tinyonn.corpus.prompts import prompt_length
-from tinyonn.corpus.tokens import UNLABELLED
+from tinyonn.corpus.tokens import UNLABELLED, prompt_length
 from tinyonn.errors import InputError
 
 WINDOW = 16  # batches within which samples of like length are put together

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tinyonn.dense.states import decoder_states
+from tinyonn.dense.passes import decoder_states
 from tinyonn.train.data import Batch
 from tinyonn.train.student import Student
 from tinyonn.train.teacher import TeacherOutput

@@ -21,7 +21,7 @@ from torch import nn
 
 from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.dense.head import head_of
-from tinyonn.dense.states import decoder_states
+from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.train import losses
 from tinyonn.train.data import Batch

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tinyonn.corpus.file import Corpus, Sample
 from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.dense.head import Head, head_of
-from tinyonn.dense.states import decoder_states
+from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.experts.shards import write_tensors
 from tinyonn.files import read_json, write_json

@@ -16,8 +16,8 @@ google_crc32c scipy sklearn
 """.split()  # not PyYAML: transformers does not come without it
 COMPUTING = """
 corpus.file corpus.files corpus.forms corpus.json_rows corpus.messages corpus.tokens dense.checkpoint
-dense.gguf_folder dense.hub dense.load dense.parameters dense.source errors experts machine plan.demands
-plan.recording profile.groups profile.kernel profile.measure record.calibration record.recorder record.worker
+dense.gguf_folder dense.load dense.parameters dense.source errors experts machine plan.demands
+plan.recording profile.groups profile.kernel profile.measure record.recorder record.worker
 reference sizes store.records train.data train.diagnosis train.losses train.optimizers train.options train.prepare
 train.routing train.samples train.student train.teacher train.workers
 """.split()

@@ -26,9 +26,9 @@ from tinyonn.plan.demands import DataFacts, Machine
 from tinyonn.plan.facts import describe_model
 from tinyonn.plan.profiling import ProfilePlan, plan_profile
 from tinyonn.plan.usage import Meter, measured, total_peak
-from tinyonn.profile.dataset import Dataset, Manifest, Part, PartProfile
+from tinyonn.profile.dataset import Dataset, Manifest, Part
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
-from tinyonn.profile.measure import Job, ProfileWorker
+from tinyonn.profile.measure import Job, PartProfile, ProfileWorker
 from tinyonn.profile.profile import Profile, ProfileReport, open_profile, spread
 from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus

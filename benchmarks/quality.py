@@ -34,7 +34,7 @@ from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.baselines import METHODS
 from tinyonn.evaluate.report import DENSE, ORACLE, ORIGINAL, EvaluateReport
 from tinyonn.evaluate.stage import BUDGETS, EvaluateOptions, evaluate_run
-from tinyonn.experts.choice import select_options, stored_shares
+from tinyonn.experts.selection import select_options, stored_shares
 from tinyonn.record.worker import Worker
 from tinyonn.score.stage import score_run
 from tinyonn.store.manifest import Manifest, Segment

@@ -59,8 +59,8 @@ from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.routed import Experts, evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import assemble_run, open_assembled
-from tinyonn.experts.choice import select_options
 from tinyonn.experts.export import export_model
+from tinyonn.experts.selection import select_options
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.run import open_run

@@ -34,8 +34,7 @@ from tinyonn.evaluate.results import Line
 from tinyonn.evaluate.sensitivity import Found
 from tinyonn.evaluate.trained import TrainedLine, TrainedReport
 from tinyonn.experts.export import ExportReport
-from tinyonn.experts.report import AssembleReport
-from tinyonn.experts.totals import Kept, Totals
+from tinyonn.experts.report import AssembleReport, Kept, Totals
 from tinyonn.merging import MergeReport
 from tinyonn.pace import Phase
 from tinyonn.plan.demands import DataFacts, Machine, ModelFacts

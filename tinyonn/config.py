@@ -43,6 +43,10 @@ REMOVED: dict[str, str] = {
     "router.max_k": "router.top_k says how many experts are on",
     "train.loss.specificity": "experts by need differ as they are made, and the warm start teaches the router",
     "router.gate": "a chosen expert works with gate 1, as in the dense model",
+    "experts.allocation=outlier": "it was worse than uniform; use auto, global or uniform",
+    "experts.balance": "leave it out; weights compete within a tensor, whatever their cells",
+    "experts.core_by": "leave it out; the core is the best of what is kept",
+    "experts.within": "leave it out; weights compete within a tensor",
 }
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
@@ -221,11 +225,8 @@ class ExpertsConfig(Section):
         "need"  # what makes an expert: which slices need a weight, or the run's cells
     )
     count: int = Field(100, ge=1, le=254)  # experts by need; by cells there are as many as cells
-    within: Literal["cell", "tensor", "row"] = "cell"  # what competes; by need a tensor in the place of cells
-    balance: Share = 0.02  # within cells: how far a cell's part follows its size
-    allocation: Literal["auto", "global", "uniform", "outlier"] = "auto"  # of the budget across tensors
+    allocation: Literal["auto", "global", "uniform"] = "auto"  # of the budget across tensors
     core: Share = 0.1  # share of the budget that is always on
-    core_by: Literal["score", "even"] = "score"  # its best weights, or those that stand high in every slice
     seed: Seed = 0  # of ties
     top_k: Width | None = None  # experts on for a prompt; null switches all on
     reroute_every: Count | None = None  # tokens after which a router chooses again; null: never

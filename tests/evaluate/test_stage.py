@@ -10,7 +10,7 @@ from tinyonn.config import Config, DataConfig
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.report import EvaluateReport
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
-from tinyonn.experts.options import SelectOptions
+from tinyonn.experts.selection import SelectOptions
 
 
 @pytest.fixture(scope="module")

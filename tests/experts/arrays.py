@@ -31,7 +31,6 @@ def arrays(shape: tuple[int, int], seed: int, cells: int = CELLS) -> dict[str, n
     return {
         "records": (codes[0] << 12 | codes[1] << 8 | codes[2] << 4).astype(np.uint16),
         "labels": rng.integers(0, cells, shape).astype(np.uint8),
-        "affinity": rng.integers(0, 48, shape).astype(np.uint8),
         "weights": np.round(rng.normal(0, 1, shape), 1).astype(np.float32),
     }
 

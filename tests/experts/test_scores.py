@@ -6,20 +6,21 @@ import numpy as np
 import pytest
 
 from tests.experts.arrays import arrays, attributes, make_source
+from tinyonn.config import ExpertsConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.absolute import LEVEL_SHIFT, gradient_sizes, look_at
-from tinyonn.experts.scores import SCORES, ScoreSettings, core_ranks, score_named, score_table
+from tinyonn.experts.scores import SCORES, score_named, score_table
 from tinyonn.experts.source import ArraySource, Float32
 
 NAME = "l.0.up_proj.weight"
 
 
-def scored(source: ArraySource, score: str, name: str = NAME, **settings: Any) -> Float32:
+def scored(source: ArraySource, score: str, name: str = NAME) -> Float32:
     parameter = next(p for p in source.parameters if p.name == name)
     chosen = SCORES[score]
     band = source.band(name, 0, parameter.shape[0], chosen.needs)
-    return chosen.prepare(source, parameter, ScoreSettings(**settings))(band)
+    return chosen.prepare(source, parameter)(band)
 
 
 def decoded(source: ArraySource) -> list[np.ndarray]:
@@ -33,20 +34,22 @@ def decoded(source: ArraySource) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("score", "settings", "weights"),
-    [
-        ("S", {}, (0.5, -0.1, 0.4)),
-        ("S", {"weights": (1.0, 3.0, 0.0)}, (0.25, -0.75, 0.0)),
-        ("seed", {}, (1 / 3, -1 / 3, 1 / 3)),
-        ("activation", {}, (1.0, 0.0, 0.0)),
-    ],
+    ("score", "weights"),
+    [("S", (0.5, -0.1, 0.4)), ("seed", (1 / 3, -1 / 3, 1 / 3)), ("activation", (1.0, 0.0, 0.0))],
 )
 def test_s_is_the_weighted_sum_of_standardised_statistics(
-    score: str, settings: dict[str, Any], weights: tuple[float, float, float]
+    score: str, weights: tuple[float, float, float]
 ) -> None:
     source = make_source()
     wanted = sum(weight * z for weight, z in zip(weights, decoded(source), strict=True))
-    np.testing.assert_allclose(scored(source, score, **settings), wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scored(source, score), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_s_by_other_weights() -> None:
+    source = make_source()
+    wanted = 0.25 * decoded(source)[0] - 0.75 * decoded(source)[1]
+    table = score_table(source.attributes(NAME), (1.0, 3.0, 0.0))
+    np.testing.assert_allclose(table[source.arrays[NAME]["records"] >> 4], wanted, rtol=1e-5, atol=1e-6)
 
 
 def recorded_as(weights: np.ndarray, rms: np.ndarray, base: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -112,35 +115,29 @@ def test_weight_times_gradient_and_blended_wanda() -> None:
     np.testing.assert_allclose(scored(source, "wg"), weights * g, rtol=1e-6)
     np.testing.assert_array_equal(scored(source, "magnitude"), weights)
     look = look_at(source, next(p for p in source.parameters if p.name == NAME))
-    for alpha in (0.0, 2.0):
-        wanted = weights * (look.rms / look.rms.mean() + alpha * g / g.mean())
-        np.testing.assert_allclose(scored(source, "gblm", alpha=alpha), wanted, rtol=1e-5)
+    wanted = weights * (look.rms / look.rms.mean() + g / g.mean())
+    np.testing.assert_allclose(scored(source, "gblm"), wanted, rtol=1e-5)
 
 
-def test_random_scores_are_uniform_and_depend_on_seed_and_tensor() -> None:
+def test_the_default_score_is_the_weight_times_the_root_of_its_gradient() -> None:
+    assert ExpertsConfig().score == "root"
+    for transposed in (False, True):
+        source = make_source(transposed=transposed)
+        records, weights = source.arrays[NAME]["records"], np.abs(source.arrays[NAME]["weights"])
+        g = gradient_sizes(source.attributes(NAME)).astype(np.float64)[records >> 8 & 15]
+        np.testing.assert_allclose(scored(source, "root"), weights * g**0.5, rtol=1e-6)
+
+
+def test_random_scores_are_uniform_and_depend_on_the_tensor() -> None:
     shape = (300, 200)
     parameters = tuple(Parameter(name, shape, 0, "linear") for name in ("a", "b"))
     data = {p.name: arrays(shape, 0) for p in parameters}
     source = ArraySource(parameters, data, {p.name: attributes() for p in parameters})
-    one, other, third = (
-        scored(source, "random", "a"),
-        scored(source, "random", "b"),
-        scored(source, "random", "a", seed=1),
-    )
+    one, other = scored(source, "random", "a"), scored(source, "random", "b")
     assert one.std() == pytest.approx(one.max() / 12**0.5, rel=0.02)
-    assert max(abs(np.corrcoef(one.ravel(), x.ravel())[0, 1]) for x in (other, third)) < 0.02
-    part = SCORES["random"].prepare(source, parameters[0], ScoreSettings())(
-        source.band("a", 7, 20, {"records"})
-    )
+    assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.02
+    part = SCORES["random"].prepare(source, parameters[0])(source.band("a", 7, 20, {"records"}))
     np.testing.assert_array_equal(part, one[7:20])
-
-
-def test_the_core_ranks_by_s_less_the_margin() -> None:
-    ranks, S = core_ranks(attributes()).astype(int), score_table(attributes())
-    keys = np.arange(1 << 16)
-    wanted = S[keys >> 4] - np.float32(0.25) * (keys & 15).astype(np.float32)
-    order = np.argsort(wanted, kind="stable")
-    assert (np.diff(ranks[order]) == (np.diff(wanted[order]) > 0)).all()
 
 
 def test_what_is_missing_is_named() -> None:

@@ -5,31 +5,29 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import tinyonn.experts.cuts as cuts_module
 from tests.experts.arrays import CELLS, arrays, attributes, make_source
 from tests.recorded import make_run
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, ScoreConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.allocation import Curve
-from tinyonn.experts.cuts import NONE, ONE_GROUP, exact_cuts, keys_of
-from tinyonn.experts.cutting import Cutter
-from tinyonn.experts.scores import SCORES, ScoreSettings, core_ranks
+from tinyonn.experts.cuts import EVERY, NONE, Cutter, exact_cut, keys_of
+from tinyonn.experts.report import totals
+from tinyonn.experts.scores import SCORES
 from tinyonn.experts.select import Selection, SelectOptions, TensorGroups, groups_of, select, select_bytes
-from tinyonn.experts.source import ArraySource, RunSource
-from tinyonn.experts.totals import totals
+from tinyonn.experts.source import DROPPED, ArraySource, RunSource
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.records import dither_seed
 from tinyonn.workers.tasks import EngineOptions, computing
-
-WITHIN = ("cell", "tensor", "row")
 
 
 def hashes(index: np.ndarray, seed: int) -> np.ndarray:
@@ -44,12 +42,12 @@ def hashes(index: np.ndarray, seed: int) -> np.ndarray:
     return z.astype(np.uint64)
 
 
-def places(values: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
+def ranks(values: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
     """Order of values, ties by hash: the rank of each, distinct."""
     order = np.lexsort((hashes(index, seed), values))
-    ranks = np.empty(values.size, np.int64)
-    ranks[order] = np.arange(values.size)
-    return ranks
+    out = np.empty(values.size, np.int64)
+    out[order] = np.arange(values.size)
+    return out
 
 
 def highest(ranks: np.ndarray, among: np.ndarray, count: int) -> np.ndarray:
@@ -65,58 +63,21 @@ def oracle(source: ArraySource, name: str, options: SelectOptions, kept: np.ndar
     data, shape = source.arrays[name], source.arrays[name]["records"].shape
     parameter = next(p for p in source.parameters if p.name == name)
     score = SCORES[options.score]
-    values = score.prepare(source, parameter, options.settings)(
-        source.band(name, 0, shape[0], score.needs)
-    ).ravel()
-    seed = dither_seed(options.seed, "select", name)
-    index = np.arange(values.size)
-    order = places(values, index, seed)
-    if options.core_by == "score":
-        core_key = keys_of(values)[0] >> 16  # as exact as a rank is
-    else:
-        classes = (data["records"] & 0xFFF0) | (data["affinity"] & 15)
-        core_key = core_ranks(source.attributes(name))[classes].ravel()
-    core_order = places(core_key, index, seed)
-    labels = data["labels"].ravel()
-    rows, columns = index // shape[1], index % shape[1]
-    lines = {"row": columns if source.transposed else rows}.get(options.within, np.zeros_like(index))
-    marked, core = np.zeros(values.size, np.bool_), np.zeros(values.size, np.bool_)
-    n = lines.max() + 1
-    extra = np.argsort([_row_hash(seed, line) for line in range(n)], kind="stable")
-    for line in range(n):
-        more = int(np.flatnonzero(extra == line)[0])
-        here = highest(order, lines == line, kept.sum() // n + (more < kept.sum() % n))
-        marked |= here
-        core |= highest(core_order, here, kept[-1] // n + (more < kept[-1] % n))
-    groups = np.where(marked, labels, 255)
-    if options.within == "cell" and options.balance:
-        groups = np.full(values.size, 255)
-        for cell in range(source.cells):
-            groups[highest(order, (labels == cell) & ~core, kept[cell])] = cell
+    values = score.prepare(source, parameter)(source.band(name, 0, shape[0], score.needs)).ravel()
+    seed, index = dither_seed(options.seed, "select", name), np.arange(values.size)
+    marked = highest(ranks(values, index, seed), np.ones(values.size, np.bool_), kept.sum())
+    core = highest(ranks(keys_of(values)[0] >> 16, index, seed), marked, kept[-1])
+    groups = np.where(marked, data["labels"].ravel(), DROPPED)
     groups[core] = source.cells
     return groups.reshape(shape)
 
 
-def _row_hash(seed: int, row: int) -> int:
-    mask = 2**64 - 1
-    z = (seed + (row + 1) * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)
-
-
-@pytest.mark.parametrize("within", WITHIN)
-@pytest.mark.parametrize("score", ["S", "wanda", "magnitude", "random"])
+@pytest.mark.parametrize("score", ["S", "wanda", "magnitude", "root", "random"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_groups_are_those_of_a_sort(within: str, score: str, transposed: bool) -> None:
+def test_groups_are_those_of_a_sort(score: str, transposed: bool) -> None:
     source = make_source(transposed=transposed)
-    for budget, core, by in (
-        (0.3, 0.5, "even"),
-        (0.3, 0.4, "score"),
-        (777, 0.0, "even"),
-        (0.9, 1.0, "score"),
-    ):
-        options = SelectOptions(budget=budget, score=score, within=within, core=core, core_by=by, seed=3)
+    for budget, core in ((0.3, 0.5), (0.3, 0.4), (777, 0.0), (0.9, 1.0)):
+        options = SelectOptions(budget=budget, score=score, core=core, seed=3)
         selection = select(source, options)
         for name, cuts in selection.tensors.items():
             groups = groups_of(selection, source, name)
@@ -148,57 +109,38 @@ def _weights(name: str, first: int, last: int) -> np.ndarray:
 
 @pytest.mark.parametrize("score", list(SCORES))
 def test_a_recorded_run_keeps_exactly_the_budget(run_source: RunSource, score: str) -> None:
-    names = [p.name for p in run_source.parameters if p.kind == "linear" and p.layer is not None]
-    curves = tuple(Curve((name,), (0.1, 0.5, 1.0), (4.0 + i, 2.0, 1.0)) for i, name in enumerate(names))
     allocations: list[dict[str, Any]] = [
         {"allocation": "uniform"},
         {"allocation": "global"},
-        {"allocation": "outlier", "outlier_times": 1.5},
         {"allocation": "given", "shares": {"q_proj": 0.6, "up_proj": 0.2}},
-        {"allocation": "measured", "curves": curves},
     ]
-    for within in WITHIN:
-        for allocation in allocations:
-            budget = 1234 if within == "row" else 0.5
-            options = SelectOptions(budget=budget, score=score, within=within, balance=0.7, **allocation)
-            selection = select(run_source, options)
-            counts = np.zeros(256, np.int64)
-            for name in selection.tensors:
-                counts += np.bincount(groups_of(selection, run_source, name).ravel(), minlength=256)
-            assert counts[:7].tolist() == selection.group_sizes
-            wanted = budget if budget > 1 else round(budget * sum(counts))
-            assert sum(selection.group_sizes) == selection.budget == wanted
+    for allocation, budget in product(allocations, (1234, 0.5)):
+        selection = select(run_source, SelectOptions(budget=budget, score=score, core=0.5, **allocation))
+        counts = np.zeros(256, np.int64)
+        for name in selection.tensors:
+            counts += np.bincount(groups_of(selection, run_source, name).ravel(), minlength=256)
+        assert counts[:7].tolist() == selection.group_sizes
+        wanted = budget if budget > 1 else round(budget * sum(counts))
+        assert sum(selection.group_sizes) == selection.budget == wanted
 
 
 def test_the_full_budget_keeps_every_weight_in_its_cell() -> None:
     source = make_source()
-    for within in WITHIN:
-        selection = select(source, SelectOptions(budget=1.0, within=within, core=0.0))
-        for name in selection.tensors:
-            np.testing.assert_array_equal(groups_of(selection, source, name), source.arrays[name]["labels"])
+    selection = select(source, SelectOptions(budget=1.0, core=0.0))
+    for name in selection.tensors:
+        np.testing.assert_array_equal(groups_of(selection, source, name), source.arrays[name]["labels"])
 
 
-def test_without_balance_cells_keep_what_the_tensor_keeps() -> None:
-    source = make_source()
-    plain = select(source, SelectOptions(budget=0.4, within="tensor"))
-    cells = {b: select(source, SelectOptions(budget=0.4, within="cell", balance=b)) for b in (0.0, 0.5, 1.0)}
-    for name, cuts in plain.tensors.items():
-        np.testing.assert_array_equal(groups_of(plain, source, name), groups_of(cells[0.0], source, name))
-        ends = cells[0.0].tensors[name].kept, cells[1.0].tensors[name].kept
-        assert np.abs(cells[0.5].tensors[name].kept - (ends[0] + ends[1]) / 2).max() <= 1.5
-        labels, groups = source.arrays[name]["labels"], groups_of(cells[1.0], source, name)
-        outside = np.bincount(labels[groups != CELLS], minlength=CELLS)
-        exact = outside * ((cuts.kept.sum() - cuts.kept[-1]) / outside.sum())
-        assert np.abs(cells[1.0].tensors[name].kept[:-1] - exact).max() < 1
+def score_of(source: ArraySource, name: str, score: str) -> np.ndarray:
+    parameter = next(p for p in source.parameters if p.name == name)
+    chosen = SCORES[score]
+    return chosen.prepare(source, parameter)(source.band(name, 0, parameter.shape[0], chosen.needs))
 
 
 def test_a_global_cut_keeps_the_highest_of_all_tensors() -> None:
     source = make_source()
-    options = SelectOptions(
-        budget=0.25, score="magnitude", worth="magnitude", within="tensor", allocation="global"
-    )
-    selection = select(source, options)
-    values = np.concatenate([np.abs(source.arrays[n]["weights"]).ravel() for n in selection.tensors])
+    selection = select(source, SelectOptions(budget=0.25, score="wg", allocation="global"))
+    values = np.concatenate([score_of(source, name, "wg").ravel() for name in selection.tensors])
     kept = np.concatenate([groups_of(selection, source, n).ravel() != 255 for n in selection.tensors])
     assert values[kept].min() >= values[~kept].max()
 
@@ -216,13 +158,12 @@ def test_bands_engines_and_memory_do_not_matter(run_source: RunSource) -> None:
         np.testing.assert_array_equal(np.concatenate(parts[::-1]), whole)
 
 
-@pytest.mark.parametrize("within", WITHIN)
-def test_a_tensor_of_several_chunks_is_cut_the_same_held_or_read_again(within: str) -> None:
+def test_a_tensor_of_several_chunks_is_cut_the_same_held_or_read_again() -> None:
     shape = (2300, 2000)  # more weights than are sorted at once, two chunks
     parameter = Parameter("w", shape, 0, "linear")
     data = arrays(shape, 0)
     source = ArraySource((parameter,), {"w": data}, {"w": attributes()}, cells=CELLS)
-    options = SelectOptions(budget=0.3, within=within)
+    options = SelectOptions(budget=0.3, score="S")
     keep, core = round(0.3 * parameter.size), round(0.15 * parameter.size)
     held, read = (Cutter(source, parameter, keep, core, options, size).cuts() for size in (1 << 40, 0))
     assert held.tree() == read.tree()
@@ -234,15 +175,10 @@ def test_a_tensor_of_several_chunks_is_cut_the_same_held_or_read_again(within: s
 def test_a_selection_survives_json() -> None:
     source = make_source()
     names = [p.name for p in source.parameters if p.kind == "linear" and p.layer is not None]
+    shares = dict.fromkeys(("q_proj", "up_proj", "down_proj"), 1.0)
     for options in (
-        SelectOptions(
-            budget=0.3,
-            within="row",
-            allocation="given",
-            shares=dict.fromkeys(("q_proj", "up_proj", "down_proj"), 1.0),
-        ),
-        SelectOptions(budget=0.3, allocation="measured", curves=(Curve(tuple(names), (0.1,), (1.0,)),)),
-        SelectOptions(budget=0.3, score="gblm", settings=ScoreSettings((1, 2, 3), 0.1, 4), core=0),
+        SelectOptions(budget=0.3, allocation="given", shares=shares),
+        SelectOptions(budget=0.3, score="gblm", core=0),
     ):
         selection = select(source, options)
         again = Selection.from_tree(json.loads(json.dumps(selection.tree())))
@@ -255,7 +191,7 @@ def test_seeds_break_ties_otherwise() -> None:
     source = make_source()
     kept = [
         [groups_of(s, source, name) != 255 for name in s.tensors]
-        for s in (select(source, SelectOptions(budget=0.3, within="tensor", seed=seed)) for seed in (0, 1))
+        for s in (select(source, SelectOptions(budget=0.3, score="S", seed=seed)) for seed in (0, 1))
     ]
     assert any((a != b).any() for a, b in zip(*kept, strict=True))
 
@@ -276,16 +212,11 @@ def test_totals_add_up() -> None:
     assert json.loads(json.dumps(found.figures()))["linear"]["kept"] == 500
 
 
-def test_the_trunk_can_be_widened() -> None:
+def test_the_trunk_stays_whole() -> None:
     source = make_source()
-    trunk = ("norm", "bias", "embedding", "head", "q_proj")
-    selection = select(source, SelectOptions(budget=0.5, trunk=trunk))
-    assert all("q_proj" not in name for name in selection.tensors)
-    with pytest.raises(InputError, match=r"q_proj\.weight is in the trunk"):
-        groups_of(selection, source, "l.0.q_proj.weight")
-    head = replace(source, trunk=("norm", "bias", "embedding"))
-    selection = select(head, SelectOptions(budget=0.5, trunk=("norm", "bias", "embedding")))
-    assert "head.weight" in selection.tensors
+    selection = select(source, SelectOptions(budget=0.5))
+    with pytest.raises(InputError, match=r"head\.weight is in the trunk"):
+        groups_of(selection, source, "head.weight")
 
 
 def test_empty_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -311,22 +242,10 @@ def test_empty_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
         ({"budget": 10.5}, "whole"),
         ({"core": 1.2}, "core = 1.2"),
         ({"core": float("nan")}, "core = nan"),
-        ({"balance": -0.1}, "balance = -0.1"),
-        ({"within": "layer"}, "choose cell, tensor, row"),
         ({"allocation": "best"}, "choose uniform"),
         ({"score": "wander"}, "no score is called"),
-        ({"worth": "wander"}, "no score is called"),
         ({"allocation": "given"}, "shares belong to"),
         ({"shares": {"q_proj": 1.0}}, "shares belong to"),
-        ({"allocation": "measured"}, "curves belong to"),
-        ({"outlier_spread": float("inf")}, "outlier_spread = inf"),
-        ({"settings": ScoreSettings(weights=(0, 0, 0))}, "all 0"),
-        ({"trunk": ("norm",)}, "bias, embedding cannot be cut"),
-        (
-            {"trunk": (*("norm", "bias", "embedding", "head"), *("q_proj", "up_proj", "down_proj"))},
-            "takes all",
-        ),
-        ({"trunk": ("norm", "bias", "embedding"), "budget": 0.5}, "head have no labels"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -335,6 +254,12 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_bad_data_are_refused() -> None:
+    unlabelled = replace(make_source(), trunk=("norm", "bias", "embedding", "head", "q_proj"))
+    with pytest.raises(InputError, match="q_proj have no labels"):
+        select(unlabelled, SelectOptions(budget=0.5))
+    uncut = replace(make_source(), parameters=make_source().parameters[:1])
+    with pytest.raises(InputError, match="nothing to be cut"):
+        select(uncut, SelectOptions(budget=0.5))
     source = make_source()
     source.arrays["l.0.q_proj.weight"]["weights"][3, 4] = np.nan
     with pytest.raises(InputError, match=r"magnitude of 1 weights of l\.0\.q_proj\.weight is not a number"):
@@ -380,37 +305,38 @@ def test_weights_of_another_model_are_refused(location: str) -> None:
 
 def test_a_task_states_its_memory(run_source: RunSource) -> None:
     large = ArraySource((Parameter("w", (9728, 2560), 0, "linear"),), {}, {}, cells=100)
-    assert select_bytes(run_source, SelectOptions()) < select_bytes(large, SelectOptions()) < 512 << 20
+    assert select_bytes(run_source) < select_bytes(large) < 512 << 20
 
 
 def blocks_of(
-    keys: np.ndarray, groups: np.ndarray, ends: list[int]
+    keys: np.ndarray, among: np.ndarray, ends: list[int]
 ) -> Callable[[], Iterator[tuple[int, Any, Any]]]:
     def blocks() -> Iterator[tuple[int, Any, Any]]:
         for first, last in zip([0, *ends], [*ends, keys.size], strict=True):
-            yield first, keys[first:last], groups if groups.size == 1 else groups[first:last]
+            yield first, keys[first:last], among if among is EVERY else among[first:last]
 
     return blocks
 
 
 @pytest.mark.parametrize("weights", [0, 1 << 40])
+@pytest.mark.parametrize("gathered", [0, 300, 1 << 22])
 @pytest.mark.parametrize("distinct", [1, 3, 70_000, 1 << 32])
-def test_cuts_are_exact_whichever_way_they_are_found(weights: int, distinct: int) -> None:
+def test_a_cut_is_exact_whichever_way_it_is_found(
+    weights: int, gathered: int, distinct: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuts_module, "GATHERED", gathered)
     rng = np.random.default_rng(distinct & 7)
-    n, cells = 6000, 4
+    n = 6000
     keys = rng.integers(0, distinct, n, dtype=np.uint64).astype(np.uint32)
-    for groups in (rng.choice(np.array([0, 1, 2, 3, 255], np.uint8), n), ONE_GROUP):
-        whose = np.broadcast_to(groups, n)
-        sizes = np.bincount(whose, minlength=256)[: cells if groups.size > 1 else 1]
-        place = places(keys, np.arange(n), 99)
-        for fraction in (0.0, 0.3, 1.0):
-            wanted = np.floor(sizes * fraction).astype(np.int64)
-            cuts = exact_cuts(blocks_of(keys, groups, [10, 2000, 2001]), wanted, 99, weights)
-            full = keys.astype(np.uint64) << np.uint64(32) | hashes(np.arange(n), 99)
-            for cell, count in enumerate(wanted):
-                reached = (whose == cell) & (full >= cuts[cell])
-                np.testing.assert_array_equal(reached, highest(place, whose == cell, count))
-                assert (cuts[cell] == NONE) == (count == 0)
+    order = ranks(keys, np.arange(n), 99)
+    full = keys.astype(np.uint64) << np.uint64(32) | hashes(np.arange(n), 99)
+    for among in (rng.random(n) < 0.6, EVERY):
+        counting = np.broadcast_to(among, n)
+        for count in (0, 1, int(0.3 * counting.sum()), int(counting.sum())):
+            cut = exact_cut(blocks_of(keys, among, [10, 2000, 2001]), count, 99, weights or n)
+            reached = counting & (full >= cut)
+            np.testing.assert_array_equal(reached, highest(order, counting, count))
+            assert (cut == NONE) == (count == 0)
 
 
 def test_keys_order_like_scores() -> None:

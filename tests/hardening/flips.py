@@ -37,8 +37,7 @@ from tinyonn.evaluate.results import Results
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus
 from tinyonn.evaluate.trained import evaluate_trained, trained_card_figures
 from tinyonn.experts.assemble import assemble_run, open_assembled
-from tinyonn.experts.choice import all_searched_shares, read_allocation
-from tinyonn.experts.options import SelectOptions
+from tinyonn.experts.selection import SelectOptions, all_searched_shares, read_allocation
 from tinyonn.files import read_derived
 from tinyonn.profile.profile import open_profile
 from tinyonn.profile.stage import ProfileOptions, profile_run

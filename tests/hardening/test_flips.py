@@ -11,7 +11,7 @@ import pytest
 from tests.hardening.flips import KINDS, SILENT, UNNAMED, Flip, World, flipped, make_world, table, take
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import StoreDamagedError
-from tinyonn.experts.choice import read_allocation
+from tinyonn.experts.selection import read_allocation
 from tinyonn.files import read_json
 from tinyonn.record.identity import corpus_of_run, identity_of, recorded_corpus
 from tinyonn.run import open_run

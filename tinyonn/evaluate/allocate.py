@@ -23,6 +23,7 @@ from tinyonn.evaluate.sensitivity import (
     DEPTHS,
     ROUNDS,
     SHARES,
+    Curve,
     Found,
     Trials,
     groups_by_depth,
@@ -32,10 +33,8 @@ from tinyonn.evaluate.sensitivity import (
     predicted,
     search,
 )
-from tinyonn.experts.allocation import Curve
-from tinyonn.experts.choice import ALLOCATION, check_base, read_allocation
-from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select, select_bytes
+from tinyonn.experts.selection import ALLOCATION, SelectOptions, check_base, read_allocation
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
@@ -67,7 +66,7 @@ class AllocateOptions:
     rounds : int
         Of the coordinate descent at each budget; 0 takes the best start.
     selection : SelectOptions
-        Its ``worth``, settings and trunk count.
+        Its seed counts.
     """
 
     budgets: tuple[float, ...] = (0.315,)
@@ -167,11 +166,11 @@ def _allocated(
     if wanted:
         parameters, model = describe_model(config.model)
         plain = RunSource(run, None, frozenset(), labels=False)
-        needs = allocate_needs(parameters, model, corpus.longest, select_bytes(plain, options.selection))
+        needs = allocate_needs(parameters, model, corpus.longest, select_bytes(plain))
         planned = state("searching the allocation", config.model, needs)
         dense = DenseWeights(config.model)
         source = RunSource(run, dense.rows, dense.transposed, labels=False)
-        trials = Trials(dense, source, options.score, batches_of(samples), options.selection.settings)
+        trials = Trials(dense, source, options.score, batches_of(samples))
         groups = groups_by_depth(dense.parameters, options.depths)
         measuring = 0 if kept.curves else passes_of_measuring(groups)
         most = measuring + len(wanted) * most_passes_of_search(groups, 3, options.rounds)
@@ -201,9 +200,7 @@ def _allocated(
 
 
 def _global_shares(source: RunSource, selection: SelectOptions, budget: float) -> Mapping[str, float]:
-    options = replace(
-        selection, allocation="global", shares={}, curves=(), budget=budget, within="tensor", core=0.0
-    )
+    options = replace(selection, allocation="global", shares={}, budget=budget, core=0.0)
     sizes = {parameter.name: parameter.size for parameter in source.parameters}
     kept = kept_by_tensor(select(source, options))
     return {name: max(count, 1) / sizes[name] for name, count in kept.items()}

@@ -15,15 +15,14 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.sparsegpt import prune_model
-from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.scores import SCORES
 from tinyonn.experts.select import groups_of, select
-from tinyonn.experts.source import Band, RunSource, Source
+from tinyonn.experts.selection import Selection, SelectOptions
+from tinyonn.experts.source import DROPPED, Band, RunSource, Source
 from tinyonn.run import Run
 from tinyonn.store.arrays import attributes_of
 from tinyonn.store.records import CODES, SHIFTS, STATISTICS, UInt16
 
-DROPPED = 255
 UPDATED = "+update"  # of a method's name: its mask, with SparseGPT's update of what is kept
 METHODS = (
     "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt", "default+update",
@@ -59,7 +58,7 @@ def recipe_of(method: str, selection: SelectOptions, budget: float, shares: Mapp
     ----------
     method : str
     selection : SelectOptions
-        The default; other methods share its allocation, trunk and seed, and cut every tensor as a whole.
+        The default; other methods share its allocation, trunk and seed, and have no core.
     budget : float
         As ``SelectOptions.budget``.
     shares : mapping of str to float
@@ -72,11 +71,11 @@ def recipe_of(method: str, selection: SelectOptions, budget: float, shares: Mapp
     """
     options = replace(selection, budget=budget)
     if shares:
-        options = replace(options, allocation="given", shares=dict(shares), curves=())
+        options = replace(options, allocation="given", shares=dict(shares))
     score = method.removesuffix(UPDATED)
     if score == "default":
         return Recipe(method, options)
-    plain = replace(options, within="tensor", core=0.0)
+    plain = replace(options, core=0.0)
     if method == "sparsegpt":
         return Recipe(method, replace(plain, score="magnitude"))
     if score not in SCORES:
@@ -176,11 +175,10 @@ class SliceSource:
         return self._attributes[name]
 
     def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
-        """Rows [first, last); affinity is 0 everywhere."""
+        """Rows [first, last)."""
         weights = self._source.band(name, first, last, ("weights",)).weights if "weights" in needs else None
-        records = self._records(name)[first:last] if {"records", "affinity"} & set(needs) else None
-        affinity = None if records is None else np.zeros(records.shape, np.uint8)
-        return Band(first, records, None, affinity, weights)
+        records = self._records(name)[first:last] if "records" in needs else None
+        return Band(first, records, None, weights)
 
     def _records(self, name: str) -> UInt16:
         if self._held[0] != name:

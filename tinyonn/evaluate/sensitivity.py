@@ -3,7 +3,7 @@
 Tensors are put into groups by kind and depth. Losses are those of *training* samples; the held-out ones are not seen.
 
 1. `measure`: every group alone is cut to some shares, the rest is whole: a curve of loss against share for each, from
-   which `tinyonn.experts.allocation.solve` predicts the best shares. Losses of groups that are cut together do not add
+   which `solve` predicts the best shares. Losses of groups that are cut together do not add
    up, though, so that is only where the search begins.
 2. `search`: at the budget itself, one group's shares are raised or lowered, all others scaled so that the budget holds,
    and what lowers the loss stays (coordinate descent on the logarithms of the shares, with shrinking steps).
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from tinyonn.dense.parameters import Parameter, kind_of
+from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, losses
-from tinyonn.experts.allocation import Curve, solve
-from tinyonn.experts.scores import ScoreSettings, score_named
+from tinyonn.experts.allocation import apportion
+from tinyonn.experts.scores import score_named
 from tinyonn.experts.source import Source
 from tinyonn.store.arrays import bands
 
@@ -49,6 +50,25 @@ class Group:
 
     name: str
     tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss of the model when only these tensors are cut, all to the same share.
+
+    Attributes
+    ----------
+    tensors : tuple of str
+        Names; every tensor that is cut is in exactly one curve.
+    shares : tuple of float
+        Increasing, in (0, 1].
+    losses : tuple of float
+        As many.
+    """
+
+    tensors: tuple[str, ...]
+    shares: tuple[float, ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -114,7 +134,6 @@ class Trials:
         That decides which of a tensor's weights are kept.
     batches : sequence of Batch
         Training samples.
-    settings : ScoreSettings
 
     Notes
     -----
@@ -127,13 +146,11 @@ class Trials:
         source: Source,
         score: str,
         batches: Sequence[Batch],
-        settings: ScoreSettings | None = None,
     ) -> None:
         self.dense, self.batches = dense, batches
         self.sizes = {parameter.name: parameter.size for parameter in dense.parameters}
         self.passes = 0
-        chosen = settings if settings is not None else ScoreSettings()
-        self._ranks = {p.name: _ranks(source, p, score, chosen) for p in dense.parameters}
+        self._ranks = {p.name: _ranks(source, p, score) for p in dense.parameters}
 
     def loss(self, shares: Mapping[str, float]) -> float:
         """Mean over slices, nats; tensors without a share stay whole."""
@@ -147,9 +164,9 @@ class Trials:
             return losses(model, self.batches).mean
 
 
-def _ranks(source: Source, parameter: Parameter, score: str, settings: ScoreSettings) -> torch.Tensor:
+def _ranks(source: Source, parameter: Parameter, score: str) -> torch.Tensor:
     """int16 from -32768 for the highest scores of a tensor to 32767 for the lowest, steps of equal mass."""
-    of_band = score_named(score).prepare(source, parameter, settings)
+    of_band = score_named(score).prepare(source, parameter)
     needs = score_named(score).needs
     parts = [of_band(source.band(parameter.name, *span, needs)) for span in bands(parameter.shape)]
     values = np.concatenate([part.reshape(-1) for part in parts])
@@ -217,6 +234,87 @@ def predicted(curves: Sequence[Curve], sizes: Mapping[str, int], budget: float) 
     """Shares by tensor with the least predicted loss for a share of all weights."""
     counts = solve([smooth(curve) for curve in curves], sizes, round(budget * sum(sizes.values())))
     return {name: counts[name] / sizes[name] for name in sizes}
+
+
+def solve(curves: Sequence[Curve], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Counts with the least predicted loss: the sum over curves of each one's lower convex hull at its tensors' share.
+
+    On convex curves the best use of every further weight is where the loss falls most, so that taking the hulls' pieces
+    from the steepest on is optimal; the last piece is cut to the total. Tensors of a curve get one share, and none less
+    than its first, below which nothing was measured; if the total is below all these, they are scaled down to it.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+    sizes : mapping of str to int
+        Of every tensor that is cut.
+    total : int
+
+    Returns
+    -------
+    dict of str to int
+        Weights to keep by tensor, with this sum.
+
+    Raises
+    ------
+    InputError
+        Curves that miss a tensor, hold one twice or one unknown, or are no curves.
+    """
+    _check_curves(curves, sizes)
+    group_sizes = np.array([sum(sizes[name] for name in curve.tensors) for curve in curves], np.int64)
+    exact = np.array([curve.shares[0] for curve in curves]) * group_sizes
+    left = total - exact.sum()
+    pieces = []  # (fall of loss per weight, curve, weights)
+    for number, curve in enumerate(curves):
+        shares, losses = hull(curve)
+        for i in range(len(shares) - 1):
+            weights = (shares[i + 1] - shares[i]) * float(group_sizes[number])
+            pieces.append(((losses[i] - losses[i + 1]) / weights, number, weights))
+    for _, number, weights in sorted(pieces, key=lambda piece: -piece[0]):
+        taken = max(min(weights, left), 0.0)
+        exact[number] += taken
+        left -= taken
+    counts = apportion(total, exact, group_sizes)
+    out: dict[str, int] = {}
+    for curve, count in zip(curves, counts, strict=True):
+        its = [sizes[name] for name in curve.tensors]
+        out.update(zip(curve.tensors, apportion(int(count), its, its).tolist(), strict=True))
+    return out
+
+
+def hull(curve: Curve) -> tuple[list[float], list[float]]:
+    """The curve's lower convex hull, never rising, from its first share to 1: shares and losses."""
+    shares, losses = list(curve.shares), list(np.minimum.accumulate(curve.losses))
+    if shares[-1] < 1:
+        shares, losses = [*shares, 1.0], [*losses, losses[-1]]
+    kept: list[int] = []
+    for i in range(len(shares)):
+        while len(kept) > 1 and _above(shares, losses, kept[-2], kept[-1], i):
+            kept.pop()
+        kept.append(i)
+    return [float(shares[i]) for i in kept], [float(losses[i]) for i in kept]
+
+
+def _above(x: Sequence[float], y: Sequence[float], a: int, b: int, c: int) -> bool:
+    """Whether point b lies on or above the line from a to c."""
+    return (y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a])
+
+
+def _check_curves(curves: Sequence[Curve], sizes: Mapping[str, int]) -> None:
+    names = [name for curve in curves for name in curve.tensors]
+    wrong = next((name for name in names if name not in sizes or names.count(name) > 1), None)
+    missing = next((name for name in sizes if name not in names), None)
+    if wrong is not None or missing is not None:
+        problem = f"{missing} is in no curve" if wrong is None else f"{wrong} is not cut, or in two curves"
+        raise InputError(f"curves of losses: {problem}; measure every tensor that is cut exactly once")
+    for curve in curves:
+        x, y = np.array(curve.shares), np.array(curve.losses)
+        good = x.size > 0 and x.size == y.size and bool(np.isfinite(y).all())
+        if not good or not (x[0] > 0 and x[-1] <= 1 and bool((np.diff(x) > 0).all())):
+            raise InputError(
+                f"curves of losses: the curve of {curve.tensors[0]} has shares {list(curve.shares)} and losses "
+                f"{list(curve.losses)}; shares must increase within (0, 1], losses be finite and as many"
+            )
 
 
 def scaled(shares: Mapping[str, float], sizes: Mapping[str, int], budget: float) -> dict[str, float]:

@@ -30,9 +30,8 @@ from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
 from tinyonn.evaluate.report import CARDS, DENSE, ORACLE, ORIGINAL, EvaluateReport, Oracle, plot_lines
 from tinyonn.evaluate.results import Line, Results
-from tinyonn.experts.choice import check_base, select_options, stored_shares
-from tinyonn.experts.options import SelectOptions
 from tinyonn.experts.select import select, select_bytes
+from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
 from tinyonn.experts.source import RunSource
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
@@ -251,7 +250,7 @@ class _Evaluation:
         parameters, model = describe_model(self.config.model)
         plain = RunSource(self.run, None, frozenset(), labels=False)
         source = RunSource(self.run, None, frozenset()) if self.labelled else plain
-        select = max((select_bytes(source, recipe.options) for recipe in self.recipes), default=0)
+        select = select_bytes(source) if self.recipes else 0
         parts: Counter[str] = Counter(
             segment.slice for segment in self.run.store.reader().segments if segment.samples
         )

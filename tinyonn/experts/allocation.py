@@ -1,18 +1,15 @@
-"""How many weights every tensor keeps under one budget: pure functions of sizes, histograms and measured curves.
+"""How many weights every tensor keeps under one budget: pure functions of sizes and histograms.
 
 =========== ======================================================================================================
 uniform     the same share everywhere
 given       shares in the given proportions, by tensor, kind and layer, or kind
 global      one cut through all tensors, by a score that is comparable across them
-outlier     shares that rise with a layer's share of outliers: OWL (Yin et al. 2023, https://arxiv.org/abs/2310.05175)
-measured    the least predicted loss, from measured curves of loss against kept share
 =========== ======================================================================================================
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,25 +19,6 @@ from tinyonn.errors import InputError
 from tinyonn.store.records import Float64
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Loss of the model when only these tensors are cut, all to the same share.
-
-    Attributes
-    ----------
-    tensors : tuple of str
-        Names; every tensor that is cut is in exactly one curve.
-    shares : tuple of float
-        Increasing, in (0, 1].
-    losses : tuple of float
-        As many.
-    """
-
-    tensors: tuple[str, ...]
-    shares: tuple[float, ...]
-    losses: tuple[float, ...]
 
 
 def apportion(total: int, weights: Any, limits: Any) -> Counts:
@@ -91,26 +69,6 @@ def _levelled(total: int, weights: Float64, limits: Float64) -> Float64:
         if not over.any():
             return exact
         full |= over
-
-
-def cell_counts(rest: int, balance: float, marked: Counts, there: Counts) -> Counts:
-    """How many weights outside the core each cell of a tensor keeps.
-
-    Parameters
-    ----------
-    rest : int
-        Of all cells.
-    balance : float
-        How far this follows a cell's size rather than what the tensor as a whole would keep of it.
-    marked, there : int64 [cells]
-        What it would keep; what is outside the core.
-
-    Returns
-    -------
-    int64 [cells]
-    """
-    wanted = (1 - balance) * marked + balance * rest * (there / max(int(there.sum()), 1))
-    return apportion(rest, wanted, there)
 
 
 def uniform_counts(sizes: Any, total: int) -> Counts:
@@ -175,117 +133,3 @@ def global_counts(histograms: Sequence[tuple[np.ndarray, np.ndarray]], total: in
     above = np.array([counts[bins > cut].sum() for bins, counts in histograms], np.int64)
     inside = np.array([counts[bins == cut].sum() for bins, counts in histograms], np.int64)
     return np.asarray(above + apportion(total - int(above.sum()), inside, inside))
-
-
-def outlier_counts(
-    layers: Sequence[int | None], sizes: Any, outliers: Any, total: int, spread: float
-) -> Counts:
-    """Shares by layer that rise linearly with its share of outliers, from ``−spread`` to ``+spread`` about the mean.
-
-    Parameters
-    ----------
-    layers : sequence of int or None
-        Of every tensor; tensors of a layer get the same share.
-    sizes, outliers : int [tensors]
-        Weights, and how many of them are outliers.
-    total : int
-    spread : float
-        λ of the paper.
-    """
-    sizes = np.asarray(sizes, dtype=np.float64)
-    outliers = np.asarray(outliers, dtype=np.float64)
-    _, layer = np.unique([-1 if number is None else number for number in layers], return_inverse=True)
-    ratio = np.bincount(layer, outliers) / np.bincount(layer, sizes)
-    span = ratio.max() - ratio.min()
-    scaled = (ratio - ratio.min()) / span * 2 * spread if span > 0 else np.zeros(ratio.size)
-    mean = float((scaled[layer] * sizes).sum() / sizes.sum())
-    share = np.clip(total / sizes.sum() + scaled[layer] - mean, 1e-6, 1.0)
-    return apportion(total, share * sizes, sizes)
-
-
-def outliers_of(bins: np.ndarray, counts: np.ndarray, values: Float64, times: float) -> int:
-    """How many weights lie above so many times the mean: bins uint16, counts, value of every bin float64 [65536]."""
-    held = values[bins]
-    mean = float(held @ counts) / int(counts.sum())
-    return int(counts[held > times * mean].sum())
-
-
-def solve(curves: Sequence[Curve], sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Counts with the least predicted loss: the sum over curves of each one's lower convex hull at its tensors' share.
-
-    On convex curves the best use of every further weight is where the loss falls most, so that taking the hulls' pieces
-    from the steepest on is optimal; the last piece is cut to the total. Tensors of a curve get one share, and none less
-    than its first, below which nothing was measured; if the total is below all these, they are scaled down to it.
-
-    Parameters
-    ----------
-    curves : sequence of Curve
-    sizes : mapping of str to int
-        Of every tensor that is cut.
-    total : int
-
-    Returns
-    -------
-    dict of str to int
-        Weights to keep by tensor, with this sum.
-
-    Raises
-    ------
-    InputError
-        Curves that miss a tensor, hold one twice or one unknown, or are no curves.
-    """
-    _check_curves(curves, sizes)
-    group_sizes = np.array([sum(sizes[name] for name in curve.tensors) for curve in curves], np.int64)
-    exact = np.array([curve.shares[0] for curve in curves]) * group_sizes
-    left = total - exact.sum()
-    pieces = []  # (fall of loss per weight, curve, weights)
-    for number, curve in enumerate(curves):
-        shares, losses = hull(curve)
-        for i in range(len(shares) - 1):
-            weights = (shares[i + 1] - shares[i]) * float(group_sizes[number])
-            pieces.append(((losses[i] - losses[i + 1]) / weights, number, weights))
-    for _, number, weights in sorted(pieces, key=lambda piece: -piece[0]):
-        taken = max(min(weights, left), 0.0)
-        exact[number] += taken
-        left -= taken
-    counts = apportion(total, exact, group_sizes)
-    out: dict[str, int] = {}
-    for curve, count in zip(curves, counts, strict=True):
-        its = [sizes[name] for name in curve.tensors]
-        out.update(zip(curve.tensors, apportion(int(count), its, its).tolist(), strict=True))
-    return out
-
-
-def hull(curve: Curve) -> tuple[list[float], list[float]]:
-    """The curve's lower convex hull, never rising, from its first share to 1: shares and losses."""
-    shares, losses = list(curve.shares), list(np.minimum.accumulate(curve.losses))
-    if shares[-1] < 1:
-        shares, losses = [*shares, 1.0], [*losses, losses[-1]]
-    kept: list[int] = []
-    for i in range(len(shares)):
-        while len(kept) > 1 and _above(shares, losses, kept[-2], kept[-1], i):
-            kept.pop()
-        kept.append(i)
-    return [float(shares[i]) for i in kept], [float(losses[i]) for i in kept]
-
-
-def _above(x: Sequence[float], y: Sequence[float], a: int, b: int, c: int) -> bool:
-    """Whether point b lies on or above the line from a to c."""
-    return (y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a])
-
-
-def _check_curves(curves: Sequence[Curve], sizes: Mapping[str, int]) -> None:
-    names = [name for curve in curves for name in curve.tensors]
-    wrong = next((name for name in names if name not in sizes or names.count(name) > 1), None)
-    missing = next((name for name in sizes if name not in names), None)
-    if wrong is not None or missing is not None:
-        problem = f"{missing} is in no curve" if wrong is None else f"{wrong} is not cut, or in two curves"
-        raise InputError(f"measured allocation: {problem}; measure every tensor that is cut exactly once")
-    for curve in curves:
-        x, y = np.array(curve.shares), np.array(curve.losses)
-        good = x.size > 0 and x.size == y.size and bool(np.isfinite(y).all())
-        if not good or not (x[0] > 0 and x[-1] <= 1 and bool((np.diff(x) > 0).all())):
-            raise InputError(
-                f"measured allocation: the curve of {curve.tensors[0]} has shares {list(curve.shares)} and losses "
-                f"{list(curve.losses)}; shares must increase within (0, 1], losses be finite and as many"
-            )

@@ -27,7 +27,6 @@ from tinyonn.dense.settings import base_settings
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.choice import all_searched_shares, check_base, searched_shares, select_options
 from tinyonn.experts.effort import call_effort, effort_of
 from tinyonn.experts.ending import with_turn_ends
 from tinyonn.experts.folder import (
@@ -41,9 +40,15 @@ from tinyonn.experts.folder import (
     shard_fault,
 )
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
-from tinyonn.experts.options import Selection
-from tinyonn.experts.report import AssembleReport
+from tinyonn.experts.report import AssembleReport, totals
 from tinyonn.experts.select import groups_bytes, select, select_needs
+from tinyonn.experts.selection import (
+    Selection,
+    all_searched_shares,
+    check_base,
+    searched_shares,
+    select_options,
+)
 from tinyonn.experts.shards import (
     Layer,
     Shard,
@@ -56,7 +61,6 @@ from tinyonn.experts.shards import (
     write_shard,
 )
 from tinyonn.experts.source import RunSource, digest, tensors_outside
-from tinyonn.experts.totals import totals
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import codec_bytes
@@ -165,7 +169,7 @@ class _Assembly:
                 **stored | {"location": self.location, "folder": str(self.folder), "fresh": False}
             )
         self._take_folder()
-        inside = tensors_outside(self.run.parameters, self.choice.trunk)
+        inside = tensors_outside(self.run.parameters)
         weights = sum(parameter.size for parameter in inside)
         with (
             only_writer(self.folder),
@@ -223,7 +227,7 @@ class _Assembly:
         tree = (read_derived(path) if path.stat().st_size else None) or {}
         if tree.get("assembly") == self.id and (self.needs is None or self.needs.made):
             return Selection.from_tree(tree)
-        tasks, own = sorted(select_needs(self.source, self.choice), reverse=True), 0
+        tasks, own = sorted(select_needs(self.source), reverse=True), 0
         if self.needs is not None:
             its, own = sorted(self.needs.task_bytes, reverse=True), self.needs.own_bytes
             tasks = [max(pair) for pair in zip_longest(tasks, its, fillvalue=0)]

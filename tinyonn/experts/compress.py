@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numba import njit
 
+from tinyonn.experts.source import DROPPED
 from tinyonn.store.records import Float64, UInt8
 
-DROPPED = 255  # group of a weight that is not kept
 WIDE = 1 << 16  # inputs, above which a column takes 4 bytes
 
 

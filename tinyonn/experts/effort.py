@@ -7,7 +7,7 @@ the shipped model.
 from __future__ import annotations
 
 from tinyonn.dense.parameters import Parameter
-from tinyonn.experts.cutting import cut_tensors
+from tinyonn.experts.cuts import cut_tensors
 from tinyonn.experts.need_passes import count_needs, label_needs, sample_needs
 from tinyonn.experts.select import worth_histograms
 from tinyonn.experts.shards import Shard, write_shard

@@ -343,7 +343,7 @@ def numbers_of(
         return None
     names = [name.strip() for name in slices.split(",")]
     assembly = assembled.config["assembly"]
-    by_cells = assembly["selection"]["within"] == "cell"
+    by_cells = assembly["selection"].get("within") == "cell"
     if "needs" not in assembly and not by_cells:
         raise InputError(
             f"{assembled.folder} is of an earlier version and does not say what its experts are for; run "

@@ -42,8 +42,8 @@ from tinyonn.experts.need_passes import (
     sample_needs,
     task_needs,
 )
-from tinyonn.experts.options import Selection, SelectOptions
 from tinyonn.experts.select import Spread, allocate, select
+from tinyonn.experts.selection import Selection, SelectOptions
 from tinyonn.experts.source import MOST_CELLS, Band, RunSource, digest, tensors_outside
 from tinyonn.files import file_checksum, read_derived, read_json, write_json
 from tinyonn.run import Run
@@ -126,7 +126,6 @@ class ByNeed:
         Without labels.
     options : NeedOptions
     selection : SelectOptions
-        Within tensors or rows.
     searched : mapping of float to mapping
         Budget to shares by tensor that were found for it.
     folder : Path
@@ -140,12 +139,6 @@ class ByNeed:
     searched: Mapping[float, Mapping[str, float]]
     folder: Path
 
-    def __post_init__(self) -> None:
-        if self.selection.within == "cell":
-            raise InputError(
-                "experts.within = 'cell' needs cells before experts are made by need; use tensor or row, or by: cells"
-            )
-
     @property
     def identity(self) -> str:
         """Digest of what decides the labels."""
@@ -158,7 +151,7 @@ class ByNeed:
     @property
     def tensors(self) -> tuple[Parameter, ...]:
         """What is cut."""
-        return tensors_outside(self.source.parameters, self.selection.trunk)
+        return tensors_outside(self.source.parameters)
 
     @property
     def task_bytes(self) -> list[int]:
@@ -299,7 +292,7 @@ class ByNeed:
         }
         found = {budget: shares for budget, shares in found.items() if budget < total}
         for budget, shares in found.items():
-            options = replace(self.selection, allocation="given", shares=dict(shares), curves=())
+            options = replace(self.selection, allocation="given", shares=dict(shares))
             below = [round(budget * level) for level in LEVELS if level < 0.5 and budget == min(found)]
             add(options, [budget, *below])
         add(self.selection, [total, *(round(total * level) for level in LEVELS if not found)])

@@ -17,8 +17,8 @@ from numba import njit
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.experts.options import Selection
 from tinyonn.experts.select import TensorGroups, groups_bytes
+from tinyonn.experts.selection import Selection
 from tinyonn.experts.source import Source
 from tinyonn.store.arrays import band_rows, bands, codebooks_of, read_rows
 from tinyonn.store.faults import is_full

@@ -14,9 +14,9 @@ name           score of weight (i, j)                                           
 ``wg``         |W · g|, the root of the Fisher estimate of the loss (Molchanov et al.
                2019, https://arxiv.org/abs/1906.10771)                                      records, weights
 ``root``       |W| · √g: the geometric mean of ``magnitude`` and ``wg``                     records, weights
-``gblm``       |W| · (rms / mean rms + α · g / mean g), gradient-blended Wanda (Das et al.
+``gblm``       |W| · (rms / mean rms + g / mean g), gradient-blended Wanda (Das et al.
                2023, https://arxiv.org/abs/2311.04902), both factors scaled to the tensor   records, weights
-``random``     uniform, from a hash of seed, tensor and index                               nothing
+``random``     uniform, from a hash of tensor and index                               nothing
 ============== ============================================================================ ===================
 
 The rms of an input and g, the size of a gradient, are restored from the records (`tinyonn.experts.absolute`).
@@ -38,29 +38,10 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.absolute import gradient_sizes, look_at
 from tinyonn.experts.source import Band, Float32, Source
-from tinyonn.score.tables import SELECTIVITY_STEPS, TRIPLES, ScoreWeights
+from tinyonn.score.tables import TRIPLES, ScoreWeights
 from tinyonn.store.records import CODES, STATISTICS, Float64, dither_bits, dither_seed
 
 TensorScore = Callable[[Band], Float32]
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What scores can be told.
-
-    Attributes
-    ----------
-    weights : (float, float, float) or None
-        Of act, grad and freq in ``S``, instead of those that the run was scored with; grad counts against.
-    alpha : float
-        Of the gradient in ``gblm``, beside an activation term whose mean is 1 as its own.
-    seed : int
-        Of ``random``.
-    """
-
-    weights: tuple[float, float, float] | None = None
-    alpha: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,12 +53,12 @@ class Score:
     needs : frozenset of str
         What of a band the score reads.
     prepare : callable
-        ``prepare(source, parameter, settings)`` looks at the tensor once and gives a function of its bands, float32
+        ``prepare(source, parameter)`` looks at the tensor once and gives a function of its bands, float32
         [rows, columns].
     """
 
     needs: frozenset[str]
-    prepare: Callable[[Source, Parameter, ScoreSettings], TensorScore]
+    prepare: Callable[[Source, Parameter], TensorScore]
 
 
 def score_named(name: str) -> Score:
@@ -114,25 +95,13 @@ def score_table(attributes: Any, weights: tuple[float, float, float] | None = No
     return total.astype(np.float32)
 
 
-def core_ranks(attributes: Any) -> np.ndarray:
-    """How high a weight stands in every slice: uint16 [65536] by ``12-bit code << 4 | selectivity``, higher is higher.
-
-    The order of S − margin, the margin being the distance of the dominant slice from the mean of the others, which
-    the selectivity counts. Equal values have equal ranks.
-    """
-    margin = np.arange(CODES, dtype=np.float32) / np.float32(SELECTIVITY_STEPS)
-    S = score_table(attributes)[:, None] - margin[None, :]
-    _, ranks = np.unique(S.reshape(-1), return_inverse=True)
-    return np.asarray(ranks.reshape(-1), dtype=np.uint16)
-
-
 def _codebooks(attributes: Any) -> Float64:
     return np.array([attributes["fields"][name]["codebook"] for name in STATISTICS], dtype=np.float64)
 
 
-def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] | None]) -> Score:
-    def prepare(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
-        table = score_table(source.attributes(parameter.name), weights_of(settings))
+def _of_table(weights: tuple[float, float, float] | None = None) -> Score:
+    def prepare(source: Source, parameter: Parameter) -> TensorScore:
+        table = score_table(source.attributes(parameter.name), weights)
 
         def score(band: Band) -> Float32:
             assert band.records is not None
@@ -145,12 +114,12 @@ def _of_table(weights_of: Callable[[ScoreSettings], tuple[float, float, float] |
     return Score(frozenset({"records"}), prepare)
 
 
-def _magnitude(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _magnitude(source: Source, parameter: Parameter) -> TensorScore:
     return lambda band: np.abs(_weights(band))
 
 
-def _random(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
-    seed = np.uint64(dither_seed(settings.seed, "random", parameter.name))
+def _random(source: Source, parameter: Parameter) -> TensorScore:
+    seed = np.uint64(dither_seed(0, "random", parameter.name))
     width = prod(parameter.shape[1:])
 
     def score(band: Band) -> Float32:
@@ -162,35 +131,35 @@ def _random(source: Source, parameter: Parameter, settings: ScoreSettings) -> Te
     return score
 
 
-def _wanda(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _wanda(source: Source, parameter: Parameter) -> TensorScore:
     look = look_at(source, parameter)
     return _blended(source, parameter, look.rms, np.zeros(CODES, np.float32))
 
 
-def _energy(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _energy(source: Source, parameter: Parameter) -> TensorScore:
     look = look_at(source, parameter)
     scale = np.float32(1.0) / look.root_mean_square
     return _blended(source, parameter, look.rms * scale, np.zeros(CODES, np.float32))
 
 
-def _wg(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _wg(source: Source, parameter: Parameter) -> TensorScore:
     inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
     sizes = gradient_sizes(source.attributes(parameter.name))
     return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
 
 
-def _root(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _root(source: Source, parameter: Parameter) -> TensorScore:
     inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
     sizes = np.sqrt(gradient_sizes(source.attributes(parameter.name)))
     return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
 
 
-def _gblm(source: Source, parameter: Parameter, settings: ScoreSettings) -> TensorScore:
+def _gblm(source: Source, parameter: Parameter) -> TensorScore:
     look = look_at(source, parameter)
     sizes = gradient_sizes(source.attributes(parameter.name))
     mean = (sizes.astype(np.float64) * look.grad_counts).sum() / look.grad_counts.sum()
     rms = look.rms / np.float32(fsum(look.rms.tolist()) / look.rms.size or 1.0)
-    return _blended(source, parameter, rms, sizes * np.float32(settings.alpha / mean))
+    return _blended(source, parameter, rms, sizes * np.float32(1.0 / mean))
 
 
 def _blended(source: Source, parameter: Parameter, rms_I: Float32, sizes: Float32) -> TensorScore:
@@ -216,9 +185,9 @@ def _weights(band: Band) -> Float32:
 
 
 SCORES: dict[str, Score] = {
-    "S": _of_table(lambda settings: settings.weights),
-    "seed": _of_table(lambda settings: SCORE_PRESETS["seed"]),
-    "activation": _of_table(lambda settings: SCORE_PRESETS["activation"]),
+    "S": _of_table(),
+    "seed": _of_table(SCORE_PRESETS["seed"]),
+    "activation": _of_table(SCORE_PRESETS["activation"]),
     "magnitude": Score(frozenset({"weights"}), _magnitude),
     "wanda": Score(frozenset({"records", "weights"}), _wanda),
     "energy": Score(frozenset({"records", "weights"}), _energy),

@@ -1,13 +1,10 @@
 """Which weights are kept: exactly a budget, cut to the weight, in bounded memory.
 
 1. The budget is allocated across tensors (``tinyonn.experts.allocation``); after that every tensor is cut on its own.
-2. In a tensor (or each of its output rows) the highest scores up to its budget are marked.
-3. The core's share of them goes to the best: those of the highest score, or, with ``core_by: even``, those that stand
-   highest in every slice: S less the margin by which the dominant slice stands above the others.
-4. The rest: within tensors or rows it stays as marked, and goes to the experts of its labels. Within cells, every cell
-   in the tensor gets a part of the rest, and its highest scores outside the core.
+2. In a tensor the highest scores up to its budget are kept, and the core's share of them, the highest, is its core.
+3. The rest goes to the experts of its labels.
 
-Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tensor's few cuts, in any band order.
+Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tensor's two cuts, in any band order.
 """
 
 from __future__ import annotations
@@ -23,18 +20,9 @@ from numba import njit
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.experts.allocation import (
-    apportion,
-    given_counts,
-    global_counts,
-    outlier_counts,
-    outliers_of,
-    solve,
-    uniform_counts,
-)
-from tinyonn.experts.cuts import GATHERED
-from tinyonn.experts.cutting import HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
-from tinyonn.experts.options import Selection, SelectOptions
+from tinyonn.experts.allocation import apportion, given_counts, global_counts, uniform_counts
+from tinyonn.experts.cuts import DIGIT, GATHERED, HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
+from tinyonn.experts.selection import Selection, SelectOptions
 from tinyonn.experts.source import Band, Source, tensors_outside
 from tinyonn.score.stage import task_groups
 from tinyonn.store.arrays import band_rows, bands
@@ -44,7 +32,7 @@ from tinyonn.workers.tasks import Call, Compute
 __all__ = ["SelectOptions", "Selection", "TensorGroups", "groups_of", "select", "select_bytes"]
 
 LOG = logging.getLogger(__name__)
-WORTH = {"global": "wg", "outlier": "wanda"}
+WORTH = "wg"  # the score by which one cut through all tensors compares their weights
 
 
 class TensorGroups:
@@ -79,9 +67,8 @@ class TensorGroups:
         self.cuts = selection.tensors[name]
         parameter = parameter_named(source, name)
         self._source, self._name = source, name
-        view = TensorView(source, parameter, selection.options)
-        self.needs = view.needs
-        self._groups = view.groups(self.cuts)
+        self._view = TensorView(source, parameter, selection.options)
+        self.needs = self._view.needs
 
     def of(self, first: int, last: int) -> UInt8:
         """Groups of rows [first, last): uint8 [rows, columns]; k is the core, 255 dropped."""
@@ -89,7 +76,7 @@ class TensorGroups:
 
     def of_band(self, band: Band) -> UInt8:
         """The same for a band that was read with `needs`."""
-        return self._groups(band)
+        return self._view.groups(band, self.cuts)
 
 
 def groups_of(
@@ -169,7 +156,7 @@ def select(
     """
     run = compute if compute is not None else _one_by_one
     budget = options.weights_of(source)
-    tensors = tensors_outside(source.parameters, options.trunk)
+    tensors = tensors_outside(source.parameters)
     large = next((p for p in tensors if p.size >= 1 << 32), None)
     if large is not None:
         raise CapacityError(
@@ -203,30 +190,28 @@ def select(
     return selection
 
 
-def select_bytes(source: Source, options: SelectOptions) -> int:
+def select_bytes(source: Source) -> int:
     """Memory of the largest task."""
-    return max(select_needs(source, options), default=0)
+    return max(select_needs(source), default=0)
 
 
-def select_needs(source: Source, options: SelectOptions) -> list[int]:
+def select_needs(source: Source) -> list[int]:
     """Memory of every task that cuts tensors: its largest tensor's."""
-    groups = task_groups(tensors_outside(source.parameters, options.trunk))
-    return [max(_task_bytes(parameter, source, options) for parameter in group) for group in groups]
+    groups = task_groups(tensors_outside(source.parameters))
+    return [max(_task_bytes(parameter) for parameter in group) for group in groups]
 
 
 def groups_bytes(parameter: Parameter) -> int:
     """Memory of a band while its weights' groups are found: records, weights (as read, as rounded, in float32), scores,
-    keys, ranks, labels, groups, and a chunk while it is decoded.
+    keys, those for the core, labels, what is kept, groups, and a chunk while it is decoded.
     """
-    return band_rows(parameter.shape) * prod(parameter.shape[1:]) * (2 + 8 + 4 + 4 + 2 + 1 + 1 + 4)
+    return band_rows(parameter.shape) * prod(parameter.shape[1:]) * (2 + 8 + 4 + 4 + 4 + 1 + 1 + 1 + 4)
 
 
-def _task_bytes(parameter: Parameter, source: Source, options: SelectOptions) -> int:
-    whole = parameter.size if options.within == "row" and parameter.name in source.transposed else 0
-    held = WEIGHT_BYTES * parameter.size
-    held = max(held if held <= HELD_BYTES else 0, (2 * WEIGHT_BYTES + 10) * whole)
-    histograms = max(source.cells, 1) * (1 << 16) * 4
-    return held + histograms + min(GATHERED, parameter.size) * 8 + groups_bytes(parameter)
+def _task_bytes(parameter: Parameter) -> int:
+    held = WEIGHT_BYTES * parameter.size if WEIGHT_BYTES * parameter.size <= HELD_BYTES else 0
+    digits = (1 << DIGIT) * (4 + 8)
+    return held + digits + min(GATHERED, parameter.size) * 8 + groups_bytes(parameter)
 
 
 def _one_by_one(calls: Sequence[Call]) -> list[Any]:
@@ -256,10 +241,6 @@ def allocate(
     sizes = np.array([parameter.size for parameter in tensors])
     if options.allocation == "given":
         return [given_counts(tensors, options.shares, budget) for budget in budgets]
-    if options.allocation == "measured":
-        by_size = {p.name: p.size for p in tensors}
-        solved = [solve(options.curves, by_size, budget) for budget in budgets]
-        return [np.array([its[parameter.name] for parameter in tensors]) for its in solved]
     if options.allocation == "uniform":
         return [uniform_counts(sizes, budget) for budget in budgets]
     groups = task_groups(tensors)
@@ -271,12 +252,7 @@ def allocate(
         for parameter, histogram in zip(group, result, strict=True)
     }
     histograms = [by_name[parameter.name] for parameter in tensors]
-    if options.allocation == "global":
-        return [global_counts(histograms, budget) for budget in budgets]
-    values = _bin_values()
-    outliers = [outliers_of(bins, counts, values, options.outlier_times) for bins, counts in histograms]
-    layers = [p.layer for p in tensors]
-    return [outlier_counts(layers, sizes, outliers, budget, options.outlier_spread) for budget in budgets]
+    return [global_counts(histograms, budget) for budget in budgets]
 
 
 def worth_histograms(
@@ -285,22 +261,13 @@ def worth_histograms(
     """A task: how many weights of each tensor lie in each bin (upper 16 bits of the key) of the worth."""
     found = []
     for parameter in parameters:
-        worth = options.worth or WORTH[options.allocation]
-        view = TensorView(source, parameter, options, worth)
+        view = TensorView(source, parameter, options, WORTH)
         counts = np.zeros(1 << 16, np.int64)
         for first, last in bands(parameter.shape):
             _count_bins(view.keys(view.band(first, last)).reshape(-1), counts)
         bins = np.flatnonzero(counts)
         found.append((bins.astype(np.uint16), counts[bins]))
     return found
-
-
-def _bin_values() -> np.ndarray:
-    """The score in the middle of every bin, float64 [65536]; those that no score has are 0."""
-    keys = (np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)) | np.uint32(1 << 15)
-    bits = np.where(keys >> np.uint32(31), keys & np.uint32(0x7FFFFFFF), ~keys)
-    values = bits.astype(np.uint32).view(np.float32)
-    return np.where(np.isfinite(values), values, np.float32(0)).astype(np.float64)
 
 
 @njit(nogil=True, cache=True)

@@ -31,7 +31,7 @@ from tinyonn.store.records import Float64, UInt8
 
 if TYPE_CHECKING:
     from tinyonn.dense.weights import BaseWeights
-    from tinyonn.experts.options import Selection
+    from tinyonn.experts.selection import Selection
     from tinyonn.experts.source import Source
 
 TYPES = {

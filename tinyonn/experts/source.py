@@ -1,4 +1,4 @@
-"""What selection reads, band by band: records, labels and affinity of a run, and the base model's weights.
+"""What selection reads, band by band: records and labels of a run, and the base model's weights.
 
 Arrays have the tensor's own shape. An input of a linear layer is a column, of a ``Conv1D`` that was recorded without
 quantization a row: those are the source's ``transposed`` tensors.
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 ReadWeights = Callable[[str, int, int], np.ndarray]  # (tensor, first row, last row) -> [rows, columns]
-MOST_CELLS = 254  # numbers 0 to 253; the core is the next one, 255 means dropped
+MOST_CELLS = 254  # numbers 0 to 253; the core is the next one
+DROPPED = 255  # group of a weight that is not kept
+TRUNK = ("norm", "bias", "embedding", "head")  # kinds of modules that are never cut
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,12 @@ class Band:
         Scored.
     labels : uint8 [rows, columns]
         Cell of every weight; None also where the source has no labels.
-    affinity : uint8 [rows, columns]
     weights : float32 [rows, columns]
     """
 
     first: int
     records: UInt16 | None = None
     labels: UInt8 | None = None
-    affinity: UInt8 | None = None
     weights: Float32 | None = None
 
 
@@ -86,7 +86,7 @@ class Source(Protocol):
         ...
 
     def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
-        """Rows [first, last) with those of ``records``, ``labels``, ``affinity``, ``weights`` that are needed."""
+        """Rows [first, last) with those of ``records``, ``labels``, ``weights`` that are needed."""
         ...
 
 
@@ -119,7 +119,7 @@ class RunSource:
     ) -> None:
         self._reader: Reader = run.store.reader()
         self._weights = weights
-        self._folders = [("records", "rows"), ("affinity", "affinity")] + [("labels", "labels")] * labels
+        self._folders = [("records", "rows")] + [("labels", "labels")] * labels
         self.parameters = run.manifest.parameters
         self.transposed = frozenset(transposed)
         self.slices = len(run.slices)
@@ -190,7 +190,7 @@ class ArraySource:
     ----------
     parameters : tuple of Parameter
     arrays : dict of str to dict
-        By tensor: ``records``, ``labels``, ``affinity``, ``weights``, whichever there are, of the tensor's shape.
+        By tensor: ``records``, ``labels``, ``weights``, whichever there are, of the tensor's shape.
     attribute : dict of str to dict
         By tensor, as of the store's rows.
     """
@@ -199,7 +199,7 @@ class ArraySource:
     arrays: Mapping[str, Mapping[str, np.ndarray]]
     attribute: Mapping[str, Mapping[str, Any]]
     cells: int = 0
-    trunk: tuple[str, ...] = ("norm", "bias", "embedding", "head")
+    trunk: tuple[str, ...] = TRUNK
     slices: int = 1
     transposed: frozenset[str] = frozenset()
     identity: str = "arrays"
@@ -234,11 +234,13 @@ def missing_weights(name: str) -> InputError:
     """The error for a score that needs what the source cannot read."""
     return InputError(
         f"the score or the allocation needs the weights of {name} and the source has none; give the base model, or "
-        "choose a score, and a worth for the allocation, of the records alone: S, seed, activation, random"
+        "choose a score of the records alone (S, seed, activation, random) and allocation: uniform"
     )
 
 
-def tensors_outside(parameters: Collection[Parameter], trunk: Collection[str]) -> tuple[Parameter, ...]:
+def tensors_outside(
+    parameters: Collection[Parameter], trunk: Collection[str] = TRUNK
+) -> tuple[Parameter, ...]:
     """The tensors that selection cuts: linear, of no kind in the trunk, in model order."""
     return tuple(p for p in parameters if p.kind == "linear" and kind_of(p) not in trunk)
 

@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from tinyonn.dense.parameters import Parameter
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
-from tinyonn.experts.compress import DROPPED
 from tinyonn.experts.folder import compare, read_settings
-from tinyonn.experts.source import RunSource, check_labels, tensors_outside
+from tinyonn.experts.source import DROPPED, RunSource, check_labels, tensors_outside
 from tinyonn.model.shards_tinyonn import ASSEMBLY, index_of
 from tinyonn.store.records import UInt8
 

@@ -19,7 +19,7 @@ from tinyonn.corpus.corpus import even_shares
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
-from tinyonn.experts.choice import check_base
+from tinyonn.experts.selection import check_base
 from tinyonn.machine import Device, free_ram, gpus, usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import DataFacts, Machine

@@ -32,7 +32,7 @@ from tinyonn.corpus.corpus import prepare_corpus
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.baselines import METHODS
-from tinyonn.evaluate.report import DENSE, ORACLE, ORIGINAL, EvaluateReport
+from tinyonn.evaluate.report import DENSE, ORIGINAL, EvaluateReport
 from tinyonn.evaluate.stage import BUDGETS, EvaluateOptions, evaluate_run
 from tinyonn.experts.selection import select_options, stored_shares
 from tinyonn.record.worker import Worker
@@ -61,9 +61,6 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--rounds", type=int, default=2, help="of that search")
-    parser.add_argument(
-        "--no-oracle", action="store_true", help="leave out masks of one slice, a third of the time"
-    )
     parser.add_argument("--small", action="store_true", help="a few samples, one seed: does it work?")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -115,7 +112,6 @@ def evaluated(options: Any, seed: int) -> EvaluateReport:
             data=demo.data.model_copy(update={"split": "heldout", "seed": 0}),
             samples=options.held_out,
             calibration=options.calibration,
-            oracle=None if options.small or options.no_oracle else "wg",
             selection=selection,
             shares=shares,
             plot=not options.small,
@@ -155,12 +151,7 @@ def report(reports: Sequence[EvaluateReport], options: Any) -> None:
     found: dict[tuple[str, float], list[float]] = defaultdict(list)
     for one in reports:
         for line in one.lines:
-            if line.mask_slice is None:
-                found[line.method, line.share].append(line.losses.mean)
-        for oracle in one.oracles:
-            found[f"{ORACLE}: own slice's mask, wg", oracle.share].append(oracle.own)
-            if oracle.foreign is not None:
-                found["another slice's mask, wg", oracle.share].append(oracle.foreign)
+            found[line.method, line.share].append(line.losses.mean)
     budgets = sorted(options.budgets, reverse=True)
     rows: list[list[str]] = [
         [method, *([spread(found[method, 1.0])] * len(budgets))] for method in (ORIGINAL, DENSE)

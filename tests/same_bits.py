@@ -46,7 +46,7 @@ SHIPPED: dict[str, Any] = {
     "profile": {"samples": 14},
     "router": {"branches": 3, "top_k": 4},
     "train": {"steps": 4, "batch": 4, "micro_batch": 2, "warm_start": 3, "routing": {"ks": [2, 4, 0]}},
-    "evaluate": {"samples": 14, "methods": ["default", "wanda"], "budgets": [0.315], "oracle": None},
+    "evaluate": {"samples": 14, "methods": ["default", "wanda"], "budgets": [0.315]},
 }
 
 

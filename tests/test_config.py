@@ -54,7 +54,6 @@ OPTIONS = [
     "evaluate.calibration",
     "evaluate.data",
     "evaluate.methods",
-    "evaluate.oracle",
     "evaluate.samples",
     "experts.allocation",
     "experts.budget",

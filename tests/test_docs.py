@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = config_of(model, folder / "rows.jsonl")
     write_rows(folder / "held.jsonl", {"python": 3, "prose": 3}, seed=1)
     held_out = config.data.model_copy(update={"path": str(folder / "held.jsonl")})
-    measured = EvaluateConfig(data=held_out, methods=("default", "wanda"), budgets=(0.5,), oracle=None)
+    measured = EvaluateConfig(data=held_out, methods=("default", "wanda"), budgets=(0.5,))
     record = config.record.model_copy(update={"workers": 1})  # in this process, without Ray
     train = config.train.model_copy(update={"steps": 4, "warm_start": 4})
     config = config.model_copy(update={"evaluate": measured, "record": record, "train": train})

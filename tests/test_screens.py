@@ -29,7 +29,7 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import DoctorReport, Finding
 from tinyonn.evaluate.allocate import AllocateReport
 from tinyonn.evaluate.perplexity import Losses
-from tinyonn.evaluate.report import EvaluateReport, Oracle
+from tinyonn.evaluate.report import EvaluateReport
 from tinyonn.evaluate.results import Line
 from tinyonn.evaluate.sensitivity import Found
 from tinyonn.evaluate.trained import TrainedLine, TrainedReport
@@ -86,9 +86,8 @@ def evaluated() -> EvaluateReport:
     lines = [Line("original", 1.0, WEIGHTS, LOSSES), Line("dense", 1.0, WEIGHTS, LOSSES)]
     shares = [0.75, 0.5, 0.315, 0.25, 0.1, 0.01, 0.00012]
     lines += [Line(method, share, WEIGHTS // 2, LOSSES) for method in methods for share in shares]
-    oracles = (Oracle(0.5, 12.3456, 12.4567, None),)
     return EvaluateReport(
-        RUN, tuple(lines), oracles, 1_000_000, 1_234_567_890, 37, 12_345.6, f"{RUN}/evaluate/loss.png"
+        RUN, tuple(lines), 1_000_000, 1_234_567_890, 37, 12_345.6, f"{RUN}/evaluate/loss.png"
     )
 
 

@@ -208,9 +208,6 @@ def _of_evaluate(config: Config) -> Iterator[str]:
         if method not in methods and method.removesuffix(UPDATED) not in methods - {"sparsegpt"}:
             known = ", ".join(sorted(methods))
             yield f"evaluate.methods has {shortened(method)}, which is no method; there are {known}, and {UPDATED}"
-    oracle = config.evaluate.oracle
-    if oracle is not None and oracle not in get_args(Score):
-        yield f"evaluate.oracle = {shortened(oracle)} is no score; choose one of {', '.join(get_args(Score))}, or null"
     for budget in config.evaluate.budgets:
         if not budget > 0 or (budget > 1 and budget != int(budget)):
             yield f"evaluate.budgets has {budget}; give shares in (0, 1], or whole numbers of weights"

@@ -43,6 +43,7 @@ REMOVED: dict[str, str] = {
     "router.max_k": "router.top_k says how many experts are on",
     "train.loss.specificity": "experts by need differ as they are made, and the warm start teaches the router",
     "router.gate": "a chosen expert works with gate 1, as in the dense model",
+    "evaluate.oracle": "leave it out; masks of one slice are not evaluated any more",
     "experts.allocation=outlier": "it was worse than uniform; use auto, global or uniform",
     "experts.balance": "leave it out; weights compete within a tensor, whatever their cells",
     "experts.core_by": "leave it out; the core is the best of what is kept",
@@ -243,7 +244,6 @@ class EvaluateConfig(Section):
     )  # fmt: skip
     budgets: tuple[Budget, ...] = (0.5, 0.315, 0.25, 0.1)
     calibration: Width = 112  # recorded samples for methods that update weights
-    oracle: Text | None = "wg"  # score of masks made of one slice each; null leaves them out
 
 
 class ProfileConfig(Section):

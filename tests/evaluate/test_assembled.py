@@ -24,7 +24,7 @@ def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> 
     rows += [{"text": f"It snowed on the {n}th night.", "kind": "prose"} for n in range(4)]
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     data = config.data.model_copy(update={"path": str(tmp_path / "held.jsonl")})
-    wanted = EvaluateConfig(data=data, methods=("default",), budgets=(0.315,), samples=6, oracle=None)
+    wanted = EvaluateConfig(data=data, methods=("default",), budgets=(0.315,), samples=6)
     config = config.model_copy(update={"evaluate": wanted})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
     run, given = str(tmp_path / "run"), ["--config", str(tmp_path / "config.yaml")]

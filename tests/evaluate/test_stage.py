@@ -11,6 +11,7 @@ from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.report import EvaluateReport
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
 from tinyonn.experts.selection import SelectOptions
+from tinyonn.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def report(prepared: tuple[Path, Config, EvaluateOptions]) -> EvaluateReport:
 
 
 def test_the_whole_budget_is_the_dense_model(report: EvaluateReport) -> None:
-    found = {(line.method, line.share): line for line in report.lines if line.mask_slice is None}
+    found = {(line.method, line.share): line for line in report.lines}
     dense = found["dense", 1.0]
     assert found["original", 1.0].losses != dense.losses
     assert set(dense.losses.by_slice) == {"code", "prose"} and report.samples == 8
@@ -51,36 +52,26 @@ def test_the_whole_budget_is_the_dense_model(report: EvaluateReport) -> None:
         assert found[method, 0.3].weights == round(0.3 * dense.weights)
 
 
-def test_masks_of_slices(report: EvaluateReport) -> None:
-    whole, cut = report.oracles
-    dense = next(line for line in report.lines if line.method == "dense").losses.mean
-    assert whole.own == whole.foreign == pytest.approx(dense)
-    masks = {line.mask_slice: line.losses.by_slice for line in report.lines if line.share == 0.3}
-    assert cut.own == pytest.approx((masks["code"]["code"] + masks["prose"]["prose"]) / 2)
-    assert cut.foreign == pytest.approx((masks["code"]["prose"] + masks["prose"]["code"]) / 2)
-    assert masks["code"] != masks["prose"]
-
-
 def test_lines_are_evaluated_once(
     prepared: tuple[Path, Config, EvaluateOptions], report: EvaluateReport
 ) -> None:
     place, config, options = prepared
     again = evaluate_run(str(place), config, options)
-    assert again.evaluated == 0 and again.lines == report.lines and again.oracles == report.oracles
+    assert again.evaluated == 0 and again.lines == report.lines
     told: list[str] = []
-    more = replace(options, methods=(*options.methods, "random"), oracle=None, plot=True)
+    more = replace(options, methods=(*options.methods, "random"), plot=True)
     found = evaluate_run(str(place), config, more, told.append)
     assert found.evaluated == len(told) == 2 and all(line.startswith("random at") for line in told)
     assert Path(found.plot or "").read_bytes()[:4] == b"\x89PNG"
     assert len(found.table().rows) == 5
     assert found.table().columns[1].heading == "100.0%"
-    other = replace(options, methods=("random",), oracle=None, selection=SelectOptions(seed=1))
+    other = replace(options, methods=("random",), selection=SelectOptions(seed=1))
     assert evaluate_run(str(place), config, other).evaluated == 2  # another draw
 
 
 def test_a_killed_evaluation_goes_on(prepared: tuple[Path, Config, EvaluateOptions], tmp_path: Path) -> None:
     place, config, options = prepared
-    few = replace(options, methods=("magnitude", "wanda"), budgets=(0.4,), oracle=None)
+    few = replace(options, methods=("magnitude", "wanda"), budgets=(0.4,))
 
     class Kill(BaseException):
         pass
@@ -97,7 +88,7 @@ def test_shares_by_budget_replace_the_allocation(prepared: tuple[Path, Config, E
     place, config, options = prepared
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     given = {0.3: {kind: 0.6 if kind[1] == "_" else 0.2 for kind in kinds}}
-    few = replace(options, methods=("gblm",), budgets=(0.3,), oracle=None)
+    few = replace(options, methods=("gblm",), budgets=(0.3,))
     plain, changed = (
         evaluate_run(str(place), config, one).lines[-1] for one in (few, replace(few, shares=given))
     )
@@ -136,10 +127,19 @@ def test_held_out_data_of_other_slices(
     rows = tmp_path / "other.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"Number {n} is odd.", "kind": "maths"}) for n in range(4)))
     data: DataConfig = config.data.model_copy(update={"path": str(rows)})
-    few = replace(options, data=data, methods=(), budgets=(0.3,))
-    with pytest.raises(InputError, match="name the same slices in both"):
-        evaluate_run(str(place), config, few)
-    said: list[str] = []
-    report = evaluate_run(str(place), config, replace(few, oracle_asked=False), said.append)
-    assert not report.oracles
-    assert any("no oracle" in line for line in said)
+    report = evaluate_run(str(place), config, replace(options, data=data, methods=(), budgets=(0.3,)))
+    assert [set(line.losses.by_slice) for line in report.lines] == [{"maths"}] * 2
+
+
+def test_lines_of_masks_of_slices_that_earlier_versions_wrote_are_passed_over(
+    prepared: tuple[Path, Config, EvaluateOptions], report: EvaluateReport
+) -> None:
+    place, config, options = prepared
+    path = place / "evaluate" / "lines.json"
+    tree = json.loads(path.read_text("utf-8"))
+    lines = [dict(line, mask_slice=None) for line in tree["lines"].values()]
+    tree["lines"] = dict(zip(tree["lines"], lines, strict=True))
+    tree["lines"]["0" * 32] = {**lines[0], "method": "oracle", "mask_slice": "code"}
+    write_json(path, {"version": tree["version"], "lines": tree["lines"]})
+    again = evaluate_run(str(place), config, options)
+    assert again.evaluated == 0 and again.lines == report.lines

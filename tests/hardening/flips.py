@@ -101,7 +101,6 @@ def make_world(folder: Path) -> World:
         data=config.data.model_copy(update={"path": str(held_out)}),
         samples=4,
         calibration=2,
-        oracle=None,
         selection=SelectOptions(allocation="global", score="wg"),
     )
     world = World(folder, config, options)

@@ -84,7 +84,6 @@ class World:
                 "samples": 16,
                 "methods": ["default", "wanda", "magnitude"],
                 "budgets": [0.6],
-                "oracle": None,
             },
         }
         self.config.write_text(json.dumps(tree), "utf-8")  # JSON is YAML

@@ -74,7 +74,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train": {"loss": {"kl": 0, "ce": 0, "hidden": 0, "z": 0}}}, r"train\.loss: all weights are 0"),
     ({"evaluate": {"methods": ["wandb"]}}, r"evaluate\.methods has 'wandb'"),
     ({"evaluate": {"methods": ["sparsegpt+update"]}}, r"evaluate\.methods has 'sparsegpt\+update'"),
-    ({"evaluate": {"oracle": "best"}}, r"evaluate\.oracle = 'best'"),
     ({"evaluate": {"budgets": [0.5, 1.5]}}, r"evaluate\.budgets has 1\.5"),
     ({"record": {"segment": 4370}}, r"record\.segment = 4,370"),
 ]  # fmt: skip

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 
 from tinyonn.corpus.file import Sample
-from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.sparsegpt import prune_model
 from tinyonn.experts.scores import SCORES
 from tinyonn.experts.select import groups_of, select
 from tinyonn.experts.selection import Selection, SelectOptions
-from tinyonn.experts.source import DROPPED, Band, RunSource, Source
-from tinyonn.run import Run
-from tinyonn.store.arrays import attributes_of
-from tinyonn.store.records import CODES, SHIFTS, STATISTICS, UInt16
+from tinyonn.experts.source import DROPPED, Source
 
 UPDATED = "+update"  # of a method's name: its mask, with SparseGPT's update of what is kept
 METHODS = (
@@ -126,61 +120,3 @@ def cut(dense: DenseWeights, recipe: Recipe, source: Source, samples: Sequence[S
         for _ in prune_model(dense, samples, keep):
             pass
         yield selection.budget
-
-
-class SliceSource:
-    """A run's statistics on one slice alone, for masks made of that slice.
-
-    Parameters
-    ----------
-    run : Run
-    source : RunSource
-        Of all slices: the weights come from it.
-    slice : str
-    weights : (float, float, float)
-        Of act, grad and freq in S.
-
-    Notes
-    -----
-    One tensor's records are held at a time; there are no labels.
-    """
-
-    cells = 0
-    slices = 1
-
-    def __init__(self, run: Run, source: RunSource, slice: str, weights: tuple[float, float, float]) -> None:
-        self._run, self._source, self._slice = run, source, slice
-        self._weights = np.array([weights[0], -weights[1], weights[2]]) / np.abs(weights).sum()
-        self._held: tuple[str, UInt16] = ("", np.empty(0, np.uint16))
-        self._attributes: dict[str, Mapping[str, Any]] = {}
-        self.parameters: tuple[Parameter, ...] = source.parameters
-        self.trunk: tuple[str, ...] = ()
-        self.transposed: Collection[str] = source.transposed
-        self.identity = f"{source.identity} {slice}"
-
-    def attributes(self, name: str) -> Mapping[str, Any]:
-        """As of the run's rows, with the slice's codebooks, means and deviations."""
-        if name not in self._attributes:
-            books = self._run.codebooks(name, self._slice)
-            tree = attributes_of(self._run.calibration[name], books)
-            records = self._records(name)
-            mean, deviation = [], []
-            for book, statistic in zip(books, STATISTICS, strict=True):
-                counts = np.bincount(((records >> SHIFTS[statistic]) & 15).reshape(-1), minlength=CODES)
-                mean.append(float(book @ counts / counts.sum()))
-                spread = float(np.sqrt(((book - mean[-1]) ** 2) @ counts / counts.sum()))
-                deviation.append(spread if spread > 0 else 1.0)
-            tree["fields"]["score"] = {"weight": self._weights.tolist(), "mean": mean, "deviation": deviation}
-            self._attributes[name] = tree
-        return self._attributes[name]
-
-    def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
-        """Rows [first, last)."""
-        weights = self._source.band(name, first, last, ("weights",)).weights if "weights" in needs else None
-        records = self._records(name)[first:last] if "records" in needs else None
-        return Band(first, records, None, weights)
-
-    def _records(self, name: str) -> UInt16:
-        if self._held[0] != name:
-            self._held = (name, self._run.records(name, self._slice))
-        return self._held[1]

@@ -97,18 +97,12 @@ def update_needs(parameters: Sequence[Parameter]) -> list[Need]:
     return [Need("second moments of a layer", max(layers.values(), default=0)), Need("an update", own)]
 
 
-def oracle_needs(parameters: Sequence[Parameter], parts: int) -> list[Need]:
-    """Of masks made of one slice: a tensor's records of it, of so many segments, and their mean."""
-    return [Need("records of a slice", 2 * (parts + 1) * _largest(parameters), host=True)]
-
-
 def evaluate_needs(
     parameters: Sequence[Parameter],
     model: ModelFacts,
     longest: int,
     select: int,
     updates: bool = False,
-    parts: int = 0,
     original: bool = True,
 ) -> list[Need]:
     """Of a whole evaluation.
@@ -121,8 +115,6 @@ def evaluate_needs(
         Tokens of the longest sample.
     updates : bool
         A method updates weights.
-    parts : int
-        Most live segments of a slice; 0 without an oracle.
     original : bool
         The model as it was published is evaluated too; before the other is loaded.
     """
@@ -134,7 +126,6 @@ def evaluate_needs(
     needs += pass_needs(model, max(BATCH_TOKENS, longest))
     needs += cut_needs(parameters, model, select)
     needs += update_needs(parameters) if updates else []
-    needs += oracle_needs(parameters, parts) if parts else []
     needs.append(
         Need("chunks of the store", codec_bytes(parameter.shape for parameter in parameters), host=True)
     )

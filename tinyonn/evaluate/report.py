@@ -16,28 +16,8 @@ from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 
 CARDS = "cards.json"  # in the run's evaluate/: figures for model cards
-ORIGINAL, DENSE, ORACLE = "original", "dense", "oracle"
+ORIGINAL, DENSE = "original", "dense"
 PNG_DPI = 130
-
-
-@dataclass(frozen=True)
-class Oracle:
-    """Masks made of one slice's statistics, at one kept share.
-
-    Attributes
-    ----------
-    own : float
-        Mean over slices of the loss with the slice's own mask, nats.
-    foreign : float or None
-        With the masks of the other slices; None if there is one slice.
-    common : float or None
-        With the same score's mask of all slices, if that was evaluated.
-    """
-
-    share: float
-    own: float
-    foreign: float | None
-    common: float | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +28,6 @@ class EvaluateReport:
     ----------
     lines : tuple of Line
         ``original`` and ``dense`` first, then methods and budgets as given.
-    oracles : tuple of Oracle
     samples, tokens : int
         Held-out samples, and their labelled tokens.
     evaluated : int
@@ -59,7 +38,6 @@ class EvaluateReport:
 
     location: str
     lines: tuple[Line, ...]
-    oracles: tuple[Oracle, ...]
     samples: int
     tokens: int
     evaluated: int
@@ -76,7 +54,6 @@ class EvaluateReport:
             "evaluated": self.evaluated,
             "evaluate_seconds": self.evaluate_seconds,
             "lines": [line.tree() for line in self.lines],
-            "oracles": [vars(oracle) for oracle in self.oracles],
             "plot": self.plot,
             "planned_rss_bytes": self.planned_rss_bytes,
         }
@@ -84,7 +61,7 @@ class EvaluateReport:
     def table(self) -> Sheet:
         """For people: a row per method, a column per kept share; mean loss in nats and perplexity."""
         dense = {line.method: line for line in self.lines if line.method in (ORIGINAL, DENSE)}
-        cut = [line for line in self.lines if line.method not in dense and line.mask_slice is None]
+        cut = [line for line in self.lines if line.method not in dense]
         shares = sorted({line.share for line in cut}, reverse=True)
         sheet = Sheet(f"evaluated {whole(self.location)}", self._notes(dense)).text(
             "kept of the linear weights"
@@ -93,12 +70,6 @@ class EvaluateReport:
         for method in dict.fromkeys(line.method for line in cut):
             found = {line.share: line for line in cut if line.method == method}
             sheet.add(whole(method), *(cell_of(found.get(share)) for share in shares))
-        by_share = {oracle.share: oracle for oracle in self.oracles}
-        if by_share:
-            for what in ("own", "foreign"):
-                values = [getattr(by_share[s], what) if s in by_share else None for s in shares]
-                cells = ["" if value is None else f"{value:.4f}" for value in values]
-                sheet.add(f"mask of the {what} slice", *cells)
         return sheet
 
     def _notes(self, dense: dict[str, Line]) -> list[str]:
@@ -137,7 +108,6 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     Parameters
     ----------
     lines : sequence of Line
-        Masks of single slices are left out.
     path : Path
         A PNG; its folder is made.
 
@@ -154,15 +124,9 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    methods = dict.fromkeys(
-        line.method for line in lines if line.mask_slice is None and line.method not in (ORIGINAL, DENSE)
-    )
+    methods = dict.fromkeys(line.method for line in lines if line.method not in (ORIGINAL, DENSE))
     for number, method in enumerate(methods):
-        points = sorted(
-            (100 * line.share, line.losses.mean)
-            for line in lines
-            if line.method == method and not line.mask_slice
-        )
+        points = sorted((100 * line.share, line.losses.mean) for line in lines if line.method == method)
         emphasis = {"linewidth": 2.5, "color": "black"} if method == "default" else {"linewidth": 1.2}
         axes.plot(
             *zip(*points, strict=True),
@@ -178,7 +142,7 @@ def plot_lines(lines: Sequence[Line], path: Path) -> None:
     axes.set_yscale("log")  # else random's curve takes the picture
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    ticks = sorted({100 * line.share for line in lines if line.mask_slice is None})
+    ticks = sorted({100 * line.share for line in lines})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("kept linear weights, %")

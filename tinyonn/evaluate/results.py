@@ -27,15 +27,12 @@ class Line:
     weights : int
         How many those are.
     losses : Losses
-    mask_slice : str or None
-        For masks made of one slice's statistics: which.
     """
 
     method: str
     share: float
     weights: int
     losses: Losses
-    mask_slice: str | None = None
 
     def tree(self) -> dict[str, Any]:
         """JSON values."""
@@ -44,9 +41,7 @@ class Line:
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Line:
         """From `tree`."""
-        return cls(
-            tree["method"], tree["share"], tree["weights"], Losses(**tree["losses"]), tree["mask_slice"]
-        )
+        return cls(tree["method"], tree["share"], tree["weights"], Losses(**tree["losses"]))
 
 
 class Results:

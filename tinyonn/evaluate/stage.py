@@ -10,9 +10,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,13 @@ from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import InputError
-from tinyonn.evaluate.baselines import METHODS, Recipe, SliceSource, cut, recipe_of
+from tinyonn.evaluate.baselines import METHODS, Recipe, cut, recipe_of
 from tinyonn.evaluate.demand import evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
-from tinyonn.evaluate.report import CARDS, DENSE, ORACLE, ORIGINAL, EvaluateReport, Oracle, plot_lines
+from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, plot_lines
 from tinyonn.evaluate.results import Line, Results
-from tinyonn.experts.select import select, select_bytes
+from tinyonn.experts.select import select_bytes
 from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
 from tinyonn.experts.source import RunSource
 from tinyonn.files import write_json
@@ -63,8 +62,6 @@ class EvaluateOptions:
         Held-out samples, evenly over the slices; None takes all.
     calibration : int
         Recorded samples for methods that update weights, in turns from the slices.
-    oracle : str or None
-        Score for masks made of one slice each; None leaves these out.
     selection : SelectOptions
         What ``default`` is, and the allocation of all methods.
     shares : mapping
@@ -78,8 +75,6 @@ class EvaluateOptions:
     data: DataConfig | None = None
     samples: int | None = 252
     calibration: int = 112
-    oracle: str | None = "wg"
-    oracle_asked: bool = True  # refuse held-out data of other slices; else the oracle is left out then
     selection: SelectOptions = field(default_factory=SelectOptions)
     shares: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     plot: bool = False
@@ -96,8 +91,6 @@ def evaluate_options(location: str, config: Config, plot: bool = False) -> Evalu
         data=wanted.data,
         samples=wanted.samples,
         calibration=wanted.calibration,
-        oracle=wanted.oracle,
-        oracle_asked="oracle" in wanted.model_fields_set,
         selection=select_options(config.experts),
         shares=stored_shares(local_folder(location), scored) if searched else {},
         plot=plot,
@@ -126,7 +119,7 @@ def evaluate_run(
     ------
     InputError
         The run is not scored; ``default`` is wanted and it is not clustered; the model is not the recorded one; no
-        held-out data, or of other slices' words; an unknown method or a budget out of range.
+        held-out data; an unknown method or a budget out of range.
     CapacityError
         It does not fit.
     StoreBusyError
@@ -185,7 +178,6 @@ class _Evaluation:
         self.run, self.location, self.config, self.options, self.tell = run, location, config, options, tell
         self.folder = local_folder(location)
         self.corpus = held_out_corpus(config, options, self.folder)
-        self.options = self._with_fitting_oracle()
         self.fingerprint = check_base(run, location, config.model)
         self.results = Results(self.folder / "evaluate" / "lines.json")
         self.evaluated = 0
@@ -203,17 +195,6 @@ class _Evaluation:
             for budget in options.budgets
             for method in options.methods
         ]
-
-    def _with_fitting_oracle(self) -> EvaluateOptions:
-        """Without the oracle where it was not asked for and the held-out data have none of the run's slices."""
-        held_out, ours = sorted(self.corpus.slices), sorted(self.run.slices)
-        if self.options.oracle is None or len(ours) < 2 or set(held_out) & set(ours):
-            return self.options
-        why = f"the held-out data have the slices {held_out}, the run {ours}; name the same slices in both"
-        if self.options.oracle_asked:
-            raise InputError(f"{why}, or leave out the oracle")
-        self.tell(f"no oracle: {why} for one")
-        return replace(self.options, oracle=None)
 
     @cached_property
     def dense(self) -> DenseWeights:
@@ -251,16 +232,12 @@ class _Evaluation:
         plain = RunSource(self.run, None, frozenset(), labels=False)
         source = RunSource(self.run, None, frozenset()) if self.labelled else plain
         select = select_bytes(source) if self.recipes else 0
-        parts: Counter[str] = Counter(
-            segment.slice for segment in self.run.store.reader().segments if segment.samples
-        )
         needs = evaluate_needs(
             parameters,
             model,
             self.corpus.longest,
             select,
             any(recipe.needs_samples for recipe in self.recipes),
-            max(parts.values(), default=0) if self.options.oracle is not None else 0,
             model.quantization != "none",
         )
         return state("evaluating", self.config.model, needs)
@@ -268,8 +245,7 @@ class _Evaluation:
     def carry_out(self) -> EvaluateReport:
         """All lines, then the picture and the report."""
         self.planned = self._state()
-        slices = len(self.run.slices) if self.options.oracle is not None and len(self.run.slices) > 1 else 0
-        count = 2 + len(self.recipes) + slices * len(self.options.budgets)
+        count = 2 + len(self.recipes)
         with Bar("evaluating", self._effort(count), "lines", count=count) as self.bar:
             return self._evaluate()
 
@@ -280,19 +256,13 @@ class _Evaluation:
     def _evaluate(self) -> EvaluateReport:
         started = time.monotonic()
         lines = [*self._whole(), *(self._line(recipe) for recipe in self.recipes)]
-        oracles = []
-        if self.options.oracle is not None and len(self.run.slices) > 1:
-            for budget in self.options.budgets:
-                its = list(self._slices(self.options.oracle, budget))
-                lines += its
-                oracles.append(_oracle(its, lines, self.options.oracle))
         self._remember(lines)
         plot = self.folder / "evaluate" / "loss.png" if self.options.plot else None
         if plot is not None:
             plot_lines(lines, plot)
         tokens = sum(lines[0].losses.tokens.values())
         return EvaluateReport(
-            *(self.location, tuple(lines), tuple(oracles), len(self.corpus), tokens, self.evaluated),
+            *(self.location, tuple(lines), len(self.corpus), tokens, self.evaluated),
             *(time.monotonic() - started, None if plot is None else str(plot), self.planned),
         )
 
@@ -340,26 +310,6 @@ class _Evaluation:
 
         return self._kept(key, evaluate, effort_of(recipe))
 
-    def _slices(self, score: str, budget: float) -> Iterator[Line]:
-        """Masks of each slice, under the allocation of all slices."""
-        recipe = recipe_of(score, self.options.selection, budget, self.options.shares.get(budget, {}))
-        for name in self.run.slices:
-            key = [ORACLE, name, recipe.options.tree(), self._statistics(False)]
-
-            def evaluate(name: str = name) -> Line:
-                common = select(self.plain_source, recipe.options)
-                counts = {n: float(c.kept.sum()) for n, c in common.tensors.items()}
-                sizes = {p.name: p.size for p in self.run.parameters}
-                shares = {n: max(count, 1e-6) / sizes[n] for n, count in counts.items()}
-                own = recipe_of(score, self.options.selection, common.budget, shares)
-                weights = self.config.score.weights()
-                source = SliceSource(self.run, self.plain_source, name, weights)
-                with cut(self.dense, own, source, []) as kept:
-                    found = losses(self.dense.model, self.batches)
-                return Line(ORACLE, _share(budget, kept, source), kept, found, name)
-
-            yield self._kept(key, evaluate)
-
     def _statistics(self, cells: bool) -> Any:
         """What the run's part in a line is."""
         reader = self.run.store.reader()
@@ -376,8 +326,7 @@ class _Evaluation:
             line = evaluate()
             self.results.put(decided_by, line)
             self.evaluated += 1
-            what = line.method if line.mask_slice is None else f"mask of {line.mask_slice}"
-            text = f"{what} at {line.share:.1%}: {line.losses.mean:.4f} nats"
+            text = f"{line.method} at {line.share:.1%}: {line.losses.mean:.4f} nats"
             LOG.debug("%s in %.1f s", text, time.monotonic() - started)
             self.tell(text)
             self.bar.add(effort, 1)
@@ -391,23 +340,3 @@ def _share(budget: float, kept: int, source: Any) -> float:
         return float(budget)
     total = sum(p.size for p in source.parameters if p.kind == "linear" and p.layer is not None)
     return float(kept / total)
-
-
-def _oracle(own: list[Line], lines: list[Line], score: str) -> Oracle:
-    """Mean losses with the own, with a foreign and with the common mask."""
-    by_mask = {line.mask_slice or "": line.losses.by_slice for line in own}
-    names = [name for name in by_mask if all(name in found for found in by_mask.values())]
-    if not names:
-        raise InputError(
-            f"the held-out data have the slices {sorted(own[0].losses.by_slice)}, the run {sorted(by_mask)}; name "
-            "the same slices in both, or leave out the oracle"
-        )
-    mine = [by_mask[name][name] for name in names]
-    others = [by_mask[mask][name] for name in names for mask in names if mask != name]
-    common = next((x for x in lines if x.method == score and x.share == own[0].share), None)
-    return Oracle(
-        own[0].share,
-        float(np.mean(mine)),
-        float(np.mean(others)) if others else None,
-        None if common is None else float(np.mean([common.losses.by_slice[name] for name in names])),
-    )

@@ -56,7 +56,7 @@ from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.routed import Experts, evaluate_routed
+from tinyonn.evaluate.loss import Experts, evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import assemble_run, open_assembled
 from tinyonn.experts.export import export_model

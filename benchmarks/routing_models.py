@@ -23,7 +23,7 @@ from tinyonn.dense.parameters import list_parameters
 from tinyonn.dense.source import read_model_config
 from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.routed import Experts, gates_of
+from tinyonn.evaluate.loss import Experts, gates_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.compress import compress
 from tinyonn.experts.select import select

@@ -17,7 +17,7 @@ from tinyonn.dense.head import head_of
 from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.perplexity import Losses, token_losses
+from tinyonn.evaluate.loss import Losses, token_losses
 from tinyonn.train.data import Batch
 
 

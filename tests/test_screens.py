@@ -28,9 +28,8 @@ from tinyonn.config import RecordConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import DoctorReport, Finding
 from tinyonn.evaluate.allocate import AllocateReport
-from tinyonn.evaluate.perplexity import Losses
-from tinyonn.evaluate.report import EvaluateReport
-from tinyonn.evaluate.results import Line
+from tinyonn.evaluate.loss import Losses
+from tinyonn.evaluate.report import EvaluateReport, Line
 from tinyonn.evaluate.sensitivity import Found
 from tinyonn.evaluate.trained import TrainedLine, TrainedReport
 from tinyonn.experts.export import ExportReport

@@ -14,7 +14,7 @@ from tests.experts.assembled import assembled, dense_model
 from tests.train.trained import make_corpus, make_models
 from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
-from tinyonn.evaluate.routed import evaluate_routed
+from tinyonn.evaluate.loss import evaluate_routed
 from tinyonn.train.data import held_out_batches
 
 PROMPT = 4

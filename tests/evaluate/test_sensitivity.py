@@ -12,7 +12,7 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.perplexity import batches_of, losses
+from tinyonn.evaluate.loss import batches_of, losses
 from tinyonn.evaluate.sensitivity import (
     Curve,
     Trials,

@@ -16,8 +16,7 @@ from tinyonn.corpus.file import Sample
 from tinyonn.dense import passes as recording
 from tinyonn.dense.load import load_model
 from tinyonn.dense.passes import checked_head, forward_backward
-from tinyonn.evaluate.perplexity import batches_of, losses
-from tinyonn.evaluate.routed import evaluate_routed
+from tinyonn.evaluate.loss import batches_of, evaluate_routed, losses
 from tinyonn.train.data import collate
 from tinyonn.train.options import LossWeights
 from tinyonn.train.student import Student

@@ -32,8 +32,7 @@ from tinyonn.corpus.file import Corpus
 from tinyonn.dense.load import fingerprint_model
 from tinyonn.errors import TinyONNError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
-from tinyonn.evaluate.report import card_figures
-from tinyonn.evaluate.results import Results
+from tinyonn.evaluate.report import Results, card_figures
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus
 from tinyonn.evaluate.trained import evaluate_trained, trained_card_figures
 from tinyonn.experts.assemble import assemble_run, open_assembled

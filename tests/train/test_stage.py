@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.dense.architectures import make_model
 from tests.train.runs import OPTIONS, ROUTER, World
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
-from tinyonn.evaluate.routed import evaluate_routed
+from tinyonn.evaluate.loss import evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.evaluate.trained import (
     ASSEMBLED,

@@ -18,7 +18,7 @@ from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import kept_by_tensor
 from tinyonn.evaluate.demand import allocate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.perplexity import batches_of
+from tinyonn.evaluate.loss import batches_of
 from tinyonn.evaluate.sensitivity import (
     DEPTHS,
     ROUNDS,

@@ -17,7 +17,7 @@ from tinyonn.config import ModelConfig
 from tinyonn.dense.load import choose_device
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
-from tinyonn.evaluate.perplexity import BATCH_TOKENS, HEAD_BYTES
+from tinyonn.evaluate.loss import BATCH_TOKENS, HEAD_BYTES
 from tinyonn.plan.demands import (
     CUDA_BYTES,
     CUDA_PROCESS_BYTES,

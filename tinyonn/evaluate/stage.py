@@ -26,9 +26,8 @@ from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import METHODS, Recipe, cut, recipe_of
 from tinyonn.evaluate.demand import evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.perplexity import Batch, Losses, batches_of, losses
-from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, plot_lines
-from tinyonn.evaluate.results import Line, Results
+from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
+from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, Line, Results, plot_lines
 from tinyonn.experts.select import select_bytes
 from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
 from tinyonn.experts.source import RunSource

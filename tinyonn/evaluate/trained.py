@@ -18,8 +18,7 @@ from tinyonn.config import Config
 from tinyonn.errors import InputError
 from tinyonn.evaluate.demand import state, trained_needs
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.perplexity import Losses
-from tinyonn.evaluate.routed import Experts, evaluate_routed, gates_of
+from tinyonn.evaluate.loss import Experts, Losses, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import open_assembled
 from tinyonn.files import read_derived, write_json

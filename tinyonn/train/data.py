@@ -149,7 +149,7 @@ def collate(samples: Sequence[Sample], prompt_tokens: int = PROMPT_TOKENS) -> Ba
 def held_out_batches(
     samples: Sequence[Sample], *, tokens: int = 2048, prompt_tokens: int = PROMPT_TOKENS
 ) -> list[Batch]:
-    """Samples of like lengths together, for `tinyonn.evaluate.routed`; the same batches for any order of the samples.
+    """Samples of like lengths together, for `tinyonn.evaluate.loss`; the same batches for any order of the samples.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError
-from tinyonn.evaluate.perplexity import Losses, batches_of, losses, token_losses
+from tinyonn.evaluate.loss import Losses, batches_of, losses, token_losses
 
 
 def make_samples(seed: int = 0) -> list[Sample]:
@@ -73,7 +73,7 @@ def test_chunks_of_logits_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     labels[:, ::3] = -100
     with torch.no_grad():
         whole = token_losses(head, hidden, labels)
-        monkeypatch.setattr("tinyonn.evaluate.perplexity.HEAD_BYTES", 1)
+        monkeypatch.setattr("tinyonn.evaluate.loss.HEAD_BYTES", 1)
         assert torch.allclose(token_losses(head, hidden, labels), whole, rtol=1e-6)
     assert whole.numel() == int((labels != -100).sum())
 

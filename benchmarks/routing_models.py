@@ -25,9 +25,9 @@ from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, gates_of
 from tinyonn.experts.assemble import open_assembled
-from tinyonn.experts.compress import compress
 from tinyonn.experts.select import select
 from tinyonn.experts.selection import SelectOptions
+from tinyonn.experts.shards import compress
 from tinyonn.experts.source import DROPPED, Source, digest
 from tinyonn.model.configuration_tinyonn import TinyONNConfig
 from tinyonn.model.matrix_tinyonn import rows_and_groups

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tinyonn.experts.compress import compress, expand, stored_bytes, sums_by_group
+from tinyonn.experts.shards import compress, expand, stored_bytes, sums_by_group
 
 
 def arrays(out: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:

@@ -18,9 +18,7 @@ from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts import assemble as assembly
 from tinyonn.experts import need_passes
 from tinyonn.experts.assemble import assemble_run
-from tinyonn.experts.need import DEPTH, HEIGHT, POWER, ByNeed, NeedOptions
-from tinyonn.experts.need_centres import find_centres
-from tinyonn.experts.need_curves import needed_budgets
+from tinyonn.experts.need import DEPTH, HEIGHT, POWER, ByNeed, NeedOptions, find_centres, needed_budgets
 from tinyonn.experts.need_passes import label_path
 from tinyonn.experts.select import allocate, groups_of, select
 from tinyonn.experts.selection import select_options

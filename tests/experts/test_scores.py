@@ -9,8 +9,7 @@ from tests.experts.arrays import arrays, attributes, make_source
 from tinyonn.config import ExpertsConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.absolute import LEVEL_SHIFT, gradient_sizes, look_at
-from tinyonn.experts.scores import SCORES, score_named, score_table
+from tinyonn.experts.scores import LEVEL_SHIFT, SCORES, gradient_sizes, look_at, score_named, score_table
 from tinyonn.experts.source import ArraySource, Float32
 
 NAME = "l.0.up_proj.weight"

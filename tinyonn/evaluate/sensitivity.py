@@ -22,8 +22,8 @@ from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, losses
-from tinyonn.experts.allocation import apportion
 from tinyonn.experts.scores import score_named
+from tinyonn.experts.select import apportion
 from tinyonn.experts.source import Source
 from tinyonn.store.arrays import bands
 

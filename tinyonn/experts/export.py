@@ -24,10 +24,9 @@ from tinyonn.dense.checkpoint import tensor_files
 from tinyonn.dense.copies import CARD, check_files, copy_file, tokenizer_files
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.compress import Compressed, expand
 from tinyonn.experts.ending import stop_at_turns
 from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, read_settings
-from tinyonn.experts.shards import write_tensors
+from tinyonn.experts.shards import Compressed, expand, write_tensors
 from tinyonn.model.matrix_tinyonn import ExpertMatrix, matrix_fault
 from tinyonn.plan.demands import Need, state_ram
 from tinyonn.sheet import Sheet, whole

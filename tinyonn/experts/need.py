@@ -29,8 +29,6 @@ import numpy as np
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.need_centres import EVENING, ROUNDS, find_centres
-from tinyonn.experts.need_curves import Curves, needed_budgets, shares_under
 from tinyonn.experts.need_passes import (
     BINS,
     Counts,
@@ -49,6 +47,59 @@ from tinyonn.files import file_checksum, read_derived, read_json, write_json
 from tinyonn.run import Run
 from tinyonn.score.stage import task_groups
 from tinyonn.workers.tasks import Compute
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """What every tensor keeps under growing budgets.
+
+    Attributes
+    ----------
+    budgets_L : float [L]
+        Ascending, shares of all weights.
+    shares_LT : float [L, T]
+        Of the tensors' own weights.
+    weights : int
+        Of all tensors.
+    """
+
+    budgets_L: np.ndarray
+    shares_LT: np.ndarray
+    weights: int
+
+
+def shares_under(budget: float, curves: Curves) -> np.ndarray:
+    """What every tensor keeps of itself under a budget, float [T]: `needed_budgets` the other way round."""
+    if budget <= curves.budgets_L[0]:
+        return np.asarray(curves.shares_LT[0] * budget / curves.budgets_L[0])
+    logs_LT = np.log(np.maximum(curves.shares_LT, 1e-9))
+    at = np.log(budget), np.log(curves.budgets_L)
+    return np.asarray(np.exp([np.interp(*at, logs_L) for logs_L in logs_LT.T]))
+
+
+def needed_budgets(ranks: Any, budgets_L: Any, shares_L: Any) -> Any:
+    """The budget under which a tensor keeps the weights of a rank.
+
+    Parameters
+    ----------
+    ranks : float [...]
+        Share of the tensor's weights that stand higher, above 0.
+    budgets_L : float [L]
+        Ascending, shares of all weights.
+    shares_L : float [L]
+        That the tensor keeps of itself under each.
+
+    Returns
+    -------
+    float [...]
+        Between the given budgets and up to 1 by powers, below the smallest in proportion.
+    """
+    shares = np.maximum.accumulate(np.append(np.maximum(shares_L, 1e-9), 1.0))
+    shares = shares * (1 + 1e-9 * np.arange(shares.size))  # rising, where an allocation stands still
+    logs, budgets = np.log(shares), np.log(np.append(budgets_L, 1.0))
+    found = np.interp(np.log(ranks), logs, budgets)
+    return np.exp(np.where(np.log(ranks) < logs[0], np.log(ranks) - logs[0] + budgets[0], found))
+
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
@@ -299,3 +350,67 @@ class ByNeed:
         budgets = sorted(points)
         shares_LT = np.stack([points[budget] / sizes for budget in budgets])
         return Curves(np.array(budgets) / weights, shares_LT, weights)
+
+
+ROUNDS = 30  # of k-means, at most
+EVENING = 60  # rounds in which its clusters become of about equal sizes
+
+
+def find_centres(points_NS: Float32, experts: int, seed: int) -> tuple[Float32, Float32]:
+    """k-means of about equal sizes; the same bits whatever the threads.
+
+    A point belongs to the centre of the least squared distance plus the centre's handicap, which grows where a cluster
+    is too large: a power diagram, whose handicaps are the duals of the transport to equal masses (Aurenhammer et al.
+    1998). Points that are equal stay together, so clusters of them may be larger.
+
+    Parameters
+    ----------
+    points_NS : float32 [N, S]
+    experts : int
+    seed : int
+
+    Returns
+    -------
+    centres_KS : float32 [K, S]
+        What is needed most by all comes first; fewer than asked for if the points are fewer.
+    handicaps_K : float32 [K]
+
+    Raises
+    ------
+    InputError
+        No points: all that is kept is in the core.
+    """
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    rows = np.ascontiguousarray(points_NS, dtype=np.float32)
+    distinct = len(np.unique(rows.view(f"V{rows.itemsize * rows.shape[1]}"))) if rows.size else 0
+    if not distinct:
+        raise InputError("experts.core = 1 leaves nothing for experts; give a smaller core")
+    with threadpool_limits(1):
+        kmeans = KMeans(min(experts, distinct), n_init=1, max_iter=ROUNDS, random_state=seed)
+        centres_KS = kmeans.fit(rows).cluster_centers_
+        handicaps_K = _even_out(rows, centres_KS)
+    order = np.lexsort((np.arange(len(centres_KS)), centres_KS.mean(1)))
+    return (
+        np.ascontiguousarray(centres_KS[order], dtype=np.float32),
+        np.ascontiguousarray(handicaps_K[order], dtype=np.float32),
+    )
+
+
+def _even_out(points_NS: Float32, centres_KS: Float32) -> Float32:
+    """Handicaps of about equal sizes; moves the centres, too."""
+    experts, points = len(centres_KS), len(points_NS)
+    handicaps_K = np.zeros(experts, np.float32)
+    step = float(points_NS.var(0).sum()) / 20
+    for turn in range(EVENING):
+        away_NK = np.square(centres_KS).sum(1) + handicaps_K - 2 * points_NS @ centres_KS.T
+        label_N = away_NK.argmin(1)
+        counts_K = np.bincount(label_N, minlength=experts)
+        crowd_K = np.log(np.maximum(counts_K * experts / points, 0.02))
+        handicaps_K += np.float32(step * (1 - turn / EVENING)) * np.clip(crowd_K, -2, 2).astype(np.float32)
+        if turn < 0.7 * EVENING:
+            sums_KS = np.stack([np.bincount(label_N, x_N, experts) for x_N in points_NS.T], axis=1)
+            filled_K = counts_K > 0
+            centres_KS[filled_K] = sums_KS[filled_K] / counts_K[filled_K, None]
+    return handicaps_K

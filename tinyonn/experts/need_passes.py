@@ -151,7 +151,7 @@ def label_needs(
     Parameters
     ----------
     centres : float32 [K, S] and float32 [K]
-        Centres and handicaps, of `tinyonn.experts.need_centres.find_centres`.
+        Centres and handicaps, of `tinyonn.experts.need.find_centres`.
 
     Returns
     -------

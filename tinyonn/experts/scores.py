@@ -19,8 +19,12 @@ name           score of weight (i, j)                                           
 ``random``     uniform, from a hash of tensor and index                               nothing
 ============== ============================================================================ ===================
 
-The rms of an input and g, the size of a gradient, are restored from the records (`tinyonn.experts.absolute`).
-Everything up to the products is integer arithmetic or tables, so that a score has the same bits on every machine.
+The rms of an input and g, the size of a gradient, are restored from INT4 codes. A mean level v with base b averages
+``floor(2 log2 size) + 254 − b``, with two unequal steps to the octave, so for sizes spread evenly over octaves the mean
+of ``2 log2 size`` is ``v + b − 254 + log2 3 − 1``: the geometric mean over samples. ``act`` = |W_ij| · rms_j, so every
+weight of input j tells ``2 log2 rms_j = 2 log2 act − 2 log2 |W_ij|``, each with the error of a 4-bit code; their mean
+over a thousand rows hardly has one. Everything up to the products is integer arithmetic, in steps of 1/512 octave, or
+tables, so that a score has the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -36,10 +40,156 @@ from numba import njit
 from tinyonn.config import SCORE_PRESETS
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.absolute import gradient_sizes, look_at
 from tinyonn.experts.source import Band, Float32, Source
+from tinyonn.score.stage import spread
 from tinyonn.score.tables import TRIPLES, ScoreWeights
+from tinyonn.store.arrays import band_rows, bands
 from tinyonn.store.records import CODES, STATISTICS, Float64, dither_bits, dither_seed
+
+LEVEL_SHIFT = float(np.log2(3) - 1)
+STEPS = 512  # of an octave, in integer logarithms
+MANTISSA = 1024  # the ten upper bits of a mantissa, whose logarithm comes from a table
+LOOKED_AT_ROWS = 1024  # at least, if there are so many
+LOWEST_LEVEL, HIGHEST_LEVEL = 1.0, 14.0  # a mean level beyond was cut off in many samples
+FEWEST = 4  # weights of an input within these, to take their mean
+
+_LOG2 = np.round(STEPS * np.log2(1 + (np.arange(MANTISSA) + 0.5) / MANTISSA)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at some rows of a tensor tells.
+
+    Attributes
+    ----------
+    rms : float32 [inputs]
+        Geometric mean over samples of each input's rms; 0 for an input without any weight.
+    root_mean_square : float32
+        Of |W| · rms over the weights looked at.
+    grad_counts : int64 [16]
+        How many of them have each grad code.
+    """
+
+    rms: Float32
+    root_mean_square: np.float32
+    grad_counts: np.ndarray
+
+
+def look_at(source: Source, parameter: Parameter) -> Look:
+    """Restore the inputs' sizes from evenly spread bands of rows (all rows, where these are the inputs)."""
+    name, shape = parameter.name, parameter.shape
+    by_row = name in source.transposed
+    field = source.attributes(name)["fields"]["act"]
+    book = np.array(field["codebook"], dtype=np.float64)
+    logs = _integer_logs(book, field["base"])
+    inside = (book >= LOWEST_LEVEL) & (book <= HIGHEST_LEVEL)
+    inside[-1] = False  # the last entry stands for a long tail
+    inputs = shape[0] if by_row else shape[1]
+    sums = _Sums.of(inputs)
+    spans = list(bands(shape))
+    wanted = len(spans) if by_row else -(-LOOKED_AT_ROWS // band_rows(shape))
+    for first, last in spread(spans, wanted):
+        band = source.band(name, first, last, ("records", "weights"))
+        assert band.records is not None and band.weights is not None
+        _add(
+            band.weights.view(np.int32),
+            band.records,
+            np.int64(first if by_row else -1),
+            logs,
+            inside,
+            _LOG2,
+            *(sums.total, sums.count, sums.lowest, sums.highest, sums.codes, sums.square, sums.grad_counts),
+        )
+    rms = sums.rms()
+    energy = fsum((rms.astype(np.float64) ** 2 * sums.square).tolist())
+    weights = int(sums.grad_counts.sum())
+    return Look(rms, np.float32((energy / weights) ** 0.5 or 1.0), sums.grad_counts)
+
+
+def gradient_sizes(attributes: Any) -> Float32:
+    """Size of the gradient that each grad code stands for: float32 [16], geometric mean over samples of |∂L/∂W|."""
+    field = attributes["fields"]["grad"]
+    return exp2(_integer_logs(np.array(field["codebook"], dtype=np.float64), field["base"]))
+
+
+def _integer_logs(book: Float64, base: int) -> np.ndarray:
+    """Log2 of the size of mean levels, in integer steps: int64."""
+    return np.asarray(np.round(STEPS / 2 * (book + (base - 254 + LEVEL_SHIFT))), dtype=np.int64)
+
+
+def exp2(logs: np.ndarray) -> Float32:
+    """2 to the power of integer logarithms: float32."""
+    table = (
+        np.round(np.exp2(np.arange(STEPS) / STEPS) * 2**20) / 2**20
+    )  # the same whatever the C library's last bit
+    return np.asarray(np.ldexp(table[logs % STEPS], (logs // STEPS).astype(np.int32)), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over the weights of each input that were looked at; logarithms as integers, all [inputs]."""
+
+    total: np.ndarray  # of log2 rms, over the weights within the levels' range
+    count: np.ndarray  # of these
+    lowest: np.ndarray  # log2 rms over all weights
+    highest: np.ndarray
+    codes: np.ndarray  # sum of 2 code - 15, below 0 where the levels are low
+    square: np.ndarray
+    grad_counts: np.ndarray  # [16]
+
+    @classmethod
+    def of(cls, inputs: int) -> _Sums:
+        total, count, codes = (np.zeros(inputs, np.int64) for _ in range(3))
+        lowest, highest = np.full(inputs, 1 << 40), np.full(inputs, -(1 << 40))
+        return cls(total, count, lowest, highest, codes, np.zeros(inputs), np.zeros(CODES, np.int64))
+
+    def rms(self) -> Float32:
+        """Of an input whose levels were all cut off, the bound that comes nearest: the largest weight's level is
+        the lowest at most, the smallest weight's the highest at least.
+        """
+        known = self.count >= FEWEST
+        bound = np.where(self.codes < 0, self.lowest, self.highest)
+        logs = np.where(known, self.total // np.maximum(self.count, 1), bound)
+        return np.where(np.abs(logs) < 1 << 40, exp2(np.clip(logs, -120 * STEPS, 120 * STEPS)), np.float32(0))
+
+
+@njit(nogil=True, cache=True)
+def _add(
+    bits: Any,
+    records: Any,
+    first: Any,
+    logs: Any,
+    inside: Any,
+    table: Any,
+    total: Any,
+    count: Any,
+    lowest: Any,
+    highest: Any,
+    codes: Any,
+    square: Any,
+    grad_counts: Any,
+) -> None:
+    weights = bits.view(np.float32)
+    for i in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            place = j if first < 0 else first + i
+            record = records[i, j]
+            code = record >> 12
+            grad_counts[(record >> 8) & 15] += 1
+            square[place] += np.float64(weights[i, j]) * np.float64(weights[i, j])
+            positive = bits[i, j] & 0x7FFFFFFF
+            exponent = positive >> 23
+            if exponent == 0:  # zero, or too small to have any level
+                continue
+            size = np.int64(exponent - 127) * 512 + table[(positive >> 13) & 1023]
+            rms = logs[code] - size
+            codes[place] += 2 * np.int64(code) - 15
+            lowest[place] = min(lowest[place], rms)
+            highest[place] = max(highest[place], rms)
+            if inside[code]:
+                total[place] += rms
+                count[place] += 1
+
 
 TensorScore = Callable[[Band], Float32]
 

@@ -54,7 +54,7 @@ class SelectOptions:
     core : float
         Share of the budget for the core, 0 to 1: the highest scores.
     allocation : str
-        Of the budget across tensors; see ``tinyonn.experts.allocation``.
+        Of the budget across tensors; see ``tinyonn.experts.select``.
     shares : dict of str to float
         For ``given``: by tensor, kind and layer (``up_proj/0``), or kind.
     seed : int

@@ -31,7 +31,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.report import Goal, at_least, at_most, finish
 from tinyonn.cli import DEMO_CONFIG
-from tinyonn.cluster.stage import ClusterReport, cluster_run
+from tinyonn.cluster.histogram import NO_CELL
+from tinyonn.cluster.report import ClusterReport
+from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, RecordConfig, ScoreConfig, load_config
 from tinyonn.corpus.corpus import prepare_corpus
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
@@ -251,7 +253,7 @@ def labels_of(place: Path) -> np.ndarray:
     """Cells of all weights outside the trunk."""
     run = open_run(place)
     labels = np.concatenate([np.asarray(run.labels(p.name)).reshape(-1) for p in run.parameters])
-    return np.asarray(labels[labels != 255])
+    return np.asarray(labels[labels != NO_CELL])
 
 
 if __name__ == "__main__":

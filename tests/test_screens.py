@@ -21,9 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from tinyonn import progress
-from tinyonn.cluster.incremental import Churn
-from tinyonn.cluster.stage import ClusterReport
-from tinyonn.cluster.summary import Cell
+from tinyonn.cluster.report import Cell, Churn, ClusterReport
 from tinyonn.config import RecordConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import DoctorReport, Finding

@@ -19,7 +19,7 @@ from tinyonn.store.records import UInt8, UInt16
 if TYPE_CHECKING:
     from icechunk import ForkSession
 
-TRUNK = 255  # label of a weight in no cell
+NO_CELL = 255  # label of a weight in no cell
 
 
 @dataclass(frozen=True)
@@ -191,20 +191,20 @@ def label_tensor(
     moves = np.zeros((256, 256), np.int64)
     if not tables:
         for first, last in bands(parameter.shape):
-            out = np.full((last - first, *parameter.shape[1:]), TRUNK, np.uint8)
+            out = np.full((last - first, *parameter.shape[1:]), NO_CELL, np.uint8)
             _compare(before, parameter, first, out, moves)
             writer.write(first, out)
         return Moved.of(moves)
     columns = _column_buckets(parameter, grid)
     width = int(columns.max()) + 1
-    lookup = np.full((width, KEYS), TRUNK, np.uint8)
+    lookup = np.full((width, KEYS), NO_CELL, np.uint8)
     rows_done = 0
     buffer: list[UInt8] = []
     filled = -1
     chunk = band_rows(parameter.shape)
     for _, last, bucket, _, rows, affinity in _spans(reader, parameter, grid):
         if bucket != filled:
-            lookup[:] = TRUNK
+            lookup[:] = NO_CELL
             for column in range(width):
                 table = tables[bucket * width + column]
                 lookup[column][table.keys] = table.labels

@@ -26,9 +26,18 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from tinyonn.cluster.features import CODE_AXES, Space
-from tinyonn.cluster.passes import NUMBER_BITS, advance_place, assign_place
+from tinyonn.cluster.passes import (
+    NUMBER_BITS,
+    Bounds,
+    Distances,
+    PlaceRows,
+    Sums,
+    advance_place,
+    assign_place,
+)
 from tinyonn.store.records import Float64, UInt8
 
 SEEDING_ROWS = 1 << 14  # drawn in proportion to their number, that k-means++ chooses among
@@ -158,7 +167,7 @@ class KMeans:
         rows, k = self.rows, centres.shape[0]
         places = rows.offsets.size - 1
         labels = np.zeros(rows.keys.size, np.uint8)
-        inertia, distances = np.zeros(places), np.zeros(places)
+        inertia, far = np.zeros(places), np.zeros(places)
         farthest = np.zeros(places, np.int64)
         tables = self._tables(centres, np.zeros(k) if extra is None else np.asarray(extra, np.float64))
         price = np.zeros(k) if extra is None else np.asarray(extra, np.float64)
@@ -166,11 +175,10 @@ class KMeans:
         def work(span: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
             sizes, sums = np.zeros(k, np.int64), np.zeros((k, self.space.axes), np.int64)
             for place in range(*span):
-                found = assign_place(
-                    *self._rows_of(place), first, step, *tables, self._near(centres, place), price, self._unit, labels,
-                    rows.places[place], self.space.layer_axis, sizes, sums,
-                )  # fmt: skip
-                inertia[place], farthest[place], distances[place] = found
+                distances = tables._replace(near=self._near(centres, place))
+                its = Sums(labels, sizes, sums, rows.places[place], self.space.layer_axis)
+                found = assign_place(self._rows_of(place), distances, price, first, step, its)
+                inertia[place], farthest[place], far[place] = found
             return sizes, sums
 
         parts = self._on_threads(work)
@@ -180,26 +188,28 @@ class KMeans:
             np.sum([part[1] for part in parts], axis=0),
             float(inertia.sum()),
             farthest,
-            distances,
+            far,
         )
 
-    def _rows_of(self, place: int) -> tuple[Any, Any, Any, int, int]:
+    def _rows_of(self, place: int) -> PlaceRows:
         rows = self.rows
         begin, end = int(rows.offsets[place]), int(rows.offsets[place + 1])
-        return rows.keys, rows.scores, rows.counts, begin, end
+        return PlaceRows(rows.keys, rows.scores, rows.counts, begin, end)
 
     def _on_threads(self, work: Callable[[tuple[int, int]], T]) -> list[T]:
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(work, self._spans))
 
-    def _tables(self, centres: Float64, price: Float64) -> tuple[np.ndarray, ...]:
-        """Comparable distances (see the module) by score, act, grad, freq [16, k] and by affinity [256, k]."""
+    def _tables(self, centres: Float64, price: Float64) -> Distances:
+        """Comparable distances (see the module) but for the place's."""
         scale = self.space.scale
         codes = [
             (scale[axis] * (np.arange(16)[:, None] - centres[:, axis])) ** 2 for axis in range(CODE_AXES)
         ]
         codes[0] = codes[0] + price
-        return *(self._comparable(table) for table in codes), self._comparable(self._affinity_table(centres))
+        score, act, grad, freq = (self._comparable(table) for table in codes)
+        affinity = self._comparable(self._affinity_table(centres))
+        return Distances(score, act, grad, freq, affinity, np.zeros(0, np.int64), self._unit)
 
     def _comparable(self, distances: Float64) -> np.ndarray:
         """Squared distances as integers with room for a cell's number: int64."""
@@ -319,10 +329,10 @@ class KMeans:
             sizes, sums = np.zeros(k, np.int64), np.zeros((k, self.space.axes), np.int64)
             changed = 0
             for place in range(*span):
-                changed += advance_place(
-                    *self._rows_of(place), *tables, self._near(centres, place), self._unit, moved, others, labels,
-                    upper, lower, rows.places[place], self.space.layer_axis, sizes, sums,
-                )  # fmt: skip
+                distances = tables._replace(near=self._near(centres, place))
+                its = Sums(labels, sizes, sums, rows.places[place], self.space.layer_axis)
+                bounds = Bounds(upper, lower, moved, others)
+                changed += advance_place(self._rows_of(place), distances, bounds, its)
             return changed, sizes, sums
 
         parts = self._on_threads(work)
@@ -373,3 +383,35 @@ def _even_spans(offsets: np.ndarray, parts: int) -> list[tuple[int, int]]:
     cuts = np.searchsorted(offsets, np.arange(1, parts) * (offsets[-1] / parts))
     edges = np.unique(np.concatenate([[0], np.clip(cuts, 0, places), [places]]))
     return [(int(a), int(b)) for a, b in pairwise(edges)]
+
+
+def stored_centres(stored: dict[str, Any], space: Space, cells: int) -> Float64 | None:
+    """Centres of an earlier clustering in today's space, or None if it had another number of cells.
+
+    Axes are matched by name; on one that is new, such as that of a new slice, all centres are at 0.
+    """
+    if len(stored["centres"]) != cells:
+        return None
+    old = {name: number for number, name in enumerate(stored["axes"])}
+    centres = np.asarray(stored["centres"], dtype=np.float64)
+    out = np.zeros((cells, space.axes))
+    for axis, name in enumerate(space.names):
+        if name in old:
+            out[:, axis] = centres[:, old[name]]
+    return out
+
+
+def match_numbers(centres: Float64, old: Float64, space: Space) -> np.ndarray:
+    """The old number for every new cell, so that the centres' squared distances sum to the least (Hungarian method).
+
+    Returns
+    -------
+    int64 [k]
+        New cell ``c`` gets number ``result[c]``.
+    """
+    scaled, before = centres * space.scale, old * space.scale
+    cost = ((scaled[:, None, :] - before[None, :, :]) ** 2).sum(2)
+    new, numbers = linear_sum_assignment(cost)
+    out = np.empty(len(centres), np.int64)
+    out[new] = numbers
+    return out

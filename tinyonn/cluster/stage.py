@@ -2,7 +2,7 @@
 
 Data flow: Dask tasks count the distinct rows of every tensor (`histogram`) → k-means over them in this process, on
 threads (`kmeans`) → Dask tasks look every weight's label up and write it → one commit, with the centres, the space and
-a summary of the cells as attributes. A later call starts from the stored centres (`incremental`).
+a summary of the cells as attributes. A later call starts from the stored centres.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from tinyonn.checks import check_kinds
 from tinyonn.cluster.features import BUCKETS, Space, space_of
 from tinyonn.cluster.histogram import (
+    NO_CELL,
     Grid,
     LabelTable,
     Place,
@@ -26,9 +27,8 @@ from tinyonn.cluster.histogram import (
     count_tensors,
     label_tensors,
 )
-from tinyonn.cluster.incremental import Churn, churn_of, match_numbers, stored_centres
-from tinyonn.cluster.kmeans import Clustering, KMeans, Rows
-from tinyonn.cluster.summary import Cell, cell_table, summarise
+from tinyonn.cluster.kmeans import Clustering, KMeans, Rows, match_numbers, stored_centres
+from tinyonn.cluster.report import Cell, Churn, ClusterReport, churn_of, reported, summarise
 from tinyonn.config import ClusterConfig
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import CapacityError, InputError
@@ -38,7 +38,6 @@ from tinyonn.places import local_folder, store_location
 from tinyonn.plan.demands import codec_bytes
 from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
-from tinyonn.sheet import Sheet
 from tinyonn.sizes import MiB, format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
@@ -52,37 +51,6 @@ OWN_BYTES = 415 * MiB  # of the process: Python with the store, Dask, Numba's ke
 FEW_ITERATIONS = 5  # before which their number cannot be told
 MOVED = 1e-7  # share of the weights that moves, below which it counts as none
 WAVES = 8  # in which the counting is done, so that what does not fit is found early
-
-
-@dataclass(frozen=True)
-class ClusterReport:
-    """What a call of `cluster_run` did."""
-
-    location: str
-    weights: int
-    trunk: int
-    cells: tuple[Cell, ...]
-    inertia: float
-    iterations: int
-    converged: bool
-    distinct_rows: int
-    balance_cost: float | None
-    started_from: str
-    churn: Churn | None
-    workers: int
-    seconds_counting: float
-    seconds_clustering: float
-    seconds_labelling: float
-    fresh: bool
-    planned_rss_bytes: int = 0
-
-    def figures(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "cells": [asdict(cell) for cell in self.cells]}
-
-    def table(self) -> Sheet:
-        """For people."""
-        return cell_table(self)
 
 
 @dataclass(frozen=True)
@@ -131,7 +99,7 @@ def cluster_run(
         stored = store.reader().stage("labels")
         described = describe_cluster(config, scored)
         if stored is not None and stored["described"] == described and not fresh:
-            return _reported(location, stored)
+            return reported(location, stored)
         return _Job(store, location, config, options, described, stored, fresh).run()
 
 
@@ -376,7 +344,7 @@ class _Job:
             "scale": self.space.scale.tolist(),
             "centres": clustering.centres.tolist(),
             "slices": list(self.space.slices),
-            "trunk_label": 255,
+            "trunk_label": NO_CELL,
             "cells": [asdict(cell) for cell in cells],
             "weights": rows.total,
             "trunk": sum(parameter.size for parameter in self.tensors.trunk),
@@ -406,26 +374,4 @@ def rows_of(parameters: Sequence[Parameter], places: dict[str, list[Place]], spa
         np.concatenate([place.counts for _, place in every]),
         offsets,
         np.stack([space.place(parameter, place.row, place.column) for parameter, place in every]),
-    )
-
-
-def _reported(location: str, stored: dict[str, Any]) -> ClusterReport:
-    """What an earlier call has committed."""
-    return ClusterReport(
-        location=location,
-        weights=stored["weights"],
-        trunk=stored["trunk"],
-        cells=tuple(Cell(**cell) for cell in stored["cells"]),
-        inertia=stored["inertia"],
-        iterations=stored["iterations"],
-        converged=stored["converged"],
-        distinct_rows=stored["distinct_rows"],
-        balance_cost=stored["balance_cost"],
-        started_from=stored["started_from"],
-        churn=None if stored["churn"] is None else Churn(**stored["churn"]),
-        workers=0,
-        seconds_counting=0.0,
-        seconds_clustering=0.0,
-        seconds_labelling=0.0,
-        fresh=False,
     )

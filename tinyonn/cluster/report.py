@@ -1,23 +1,20 @@
-"""What the cells are made of: counts by layer, kind and slice, and mean codes; a table of them for people."""
+"""What the cells are made of: counts by layer, kind and slice, and mean codes; what has moved; a table for people."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 from tinyonn.cluster.features import CODE_AXES, Space
-from tinyonn.cluster.histogram import Place
+from tinyonn.cluster.histogram import NO_CELL, Moved, Place
 from tinyonn.cluster.kmeans import Assignment, Rows
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_count, format_seconds
-
-if TYPE_CHECKING:
-    from tinyonn.cluster.stage import ClusterReport
 
 SHOWN = 20  # cells in the table, the largest
 
@@ -50,6 +47,55 @@ class Cell:
     slices: dict[str, float]
     kinds: dict[str, float]
     layers: list[float]
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Share of weights that changed cell since the clustering before.
+
+    Attributes
+    ----------
+    share : float
+        Of all weights that are in a cell now or were.
+    cells : list of float
+        By old cell.
+    tensors : dict of str to float
+    """
+
+    share: float
+    cells: list[float]
+    tensors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClusterReport:
+    """What a call of `cluster_run` did."""
+
+    location: str
+    weights: int
+    trunk: int
+    cells: tuple[Cell, ...]
+    inertia: float
+    iterations: int
+    converged: bool
+    distinct_rows: int
+    balance_cost: float | None
+    started_from: str
+    churn: Churn | None
+    workers: int
+    seconds_counting: float
+    seconds_clustering: float
+    seconds_labelling: float
+    fresh: bool
+    planned_rss_bytes: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "cells": [asdict(cell) for cell in self.cells]}
+
+    def table(self) -> Sheet:
+        """For people."""
+        return _cell_table(self)
 
 
 def summarise(
@@ -101,7 +147,7 @@ def _count_cells(keys: Any, counts: Any, offsets: Any, labels: Any, by_slice: An
             by_place[place, labels[row]] += counts[row]
 
 
-def cell_table(report: ClusterReport) -> Sheet:
+def _cell_table(report: ClusterReport) -> Sheet:
     """The largest cells, and what the clustering took."""
     sheet = Sheet(f"{len(report.cells)} cells of {whole(report.location)}", list(_notes(report)))
     sheet.number("cell", "weights", "share", "score", "act", "grad", "freq")
@@ -156,3 +202,44 @@ def _span(layers: Sequence[float]) -> str:
         return "-"
     first, last = np.searchsorted(below, [0.05 * below[-1], 0.95 * below[-1]])
     return f"{first}-{last}"
+
+
+def churn_of(moves: Mapping[str, Moved], cells: int) -> Churn:
+    """Churn from the weights by old and new label of every tensor."""
+    total = np.zeros((256, 256), np.int64)
+    for moved in moves.values():
+        total += moved.table()
+
+    def share(table: np.ndarray) -> float:
+        counted = table.copy()
+        counted[NO_CELL, NO_CELL] = 0
+        everything = counted.sum()
+        return float(1 - np.trace(counted) / everything) if everything else 0.0
+
+    by_cell = []
+    for cell in range(cells):
+        size = total[cell].sum()
+        by_cell.append(float(1 - total[cell, cell] / size) if size else 0.0)
+    return Churn(share(total), by_cell, {name: share(moved.table()) for name, moved in moves.items()})
+
+
+def reported(location: str, stored: dict[str, Any]) -> ClusterReport:
+    """What an earlier call has committed."""
+    return ClusterReport(
+        location=location,
+        weights=stored["weights"],
+        trunk=stored["trunk"],
+        cells=tuple(Cell(**cell) for cell in stored["cells"]),
+        inertia=stored["inertia"],
+        iterations=stored["iterations"],
+        converged=stored["converged"],
+        distinct_rows=stored["distinct_rows"],
+        balance_cost=stored["balance_cost"],
+        started_from=stored["started_from"],
+        churn=None if stored["churn"] is None else Churn(**stored["churn"]),
+        workers=0,
+        seconds_counting=0.0,
+        seconds_clustering=0.0,
+        seconds_labelling=0.0,
+        fresh=False,
+    )

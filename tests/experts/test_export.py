@@ -232,7 +232,9 @@ def test_experts_of_an_assembly_without_needs_are_cells(assembled: tuple[Path, C
     assert opened.config["assembly"]["needs"] is None
     wanted = of_code()
     assert wanted
-    del opened.config["assembly"]["needs"]  # an earlier version's, which had experts of cells within a cell alone
+    del opened.config["assembly"][
+        "needs"
+    ]  # an earlier version's, which had experts of cells within a cell alone
     opened.config["assembly"]["selection"]["within"] = "cell"
     assert of_code() == wanted
 

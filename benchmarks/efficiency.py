@@ -110,7 +110,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
     from tinyonn.dense.load import load_model, load_shape
     from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
     from tinyonn.evaluate.trained import active_weights
-    from tinyonn.experts.assemble import open_assembled
+    from tinyonn.experts.folder import open_assembled
     from tinyonn.train.data import collate, held_out_batches
 
     torch.set_num_threads(options.threads)

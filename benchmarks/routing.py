@@ -58,8 +58,9 @@ from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
-from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
+from tinyonn.experts.folder import open_assembled
 from tinyonn.experts.selection import select_options
 from tinyonn.experts.source import RunSource, digest
 from tinyonn.profile.stage import ProfileOptions, profile_run

@@ -24,7 +24,7 @@ from tinyonn.dense.source import read_model_config
 from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, gates_of
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.experts.select import select
 from tinyonn.experts.selection import SelectOptions
 from tinyonn.experts.shards import compress

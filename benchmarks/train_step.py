@@ -25,7 +25,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from tinyonn.experts import TinyONNForCausalLM
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.model.sparse_tinyonn import gated_linear
 from tinyonn.reference import model_path

@@ -15,7 +15,7 @@ from tests.experts.runs import clustered_run
 from tinyonn.cli import app
 from tinyonn.config import EvaluateConfig, parse_config
 from tinyonn.evaluate.stage import evaluate_options, held_out_corpus, samples_of
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 
 
 def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ScoreConfig
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.assemble import assemble_run
+from tinyonn.experts.folder import open_assembled
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.workers.tasks import EngineOptions, Kind

@@ -20,8 +20,9 @@ from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
 from tinyonn.config import Config, ExpertsConfig
 from tinyonn.errors import InputError
-from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import Assembled, experts_of_slices, export_model, numbers_of
+from tinyonn.experts.folder import open_assembled
 from tinyonn.run import Run, open_run
 from tinyonn.train.save import save_model
 

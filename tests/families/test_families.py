@@ -21,8 +21,9 @@ from tinyonn.config import ModelConfig, parse_config
 from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
+from tinyonn.experts.folder import open_assembled
 from tinyonn.plan.facts import describe_model, plan_run
 from tinyonn.record.driver import record
 

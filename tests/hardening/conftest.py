@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.train.trained import make_models
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.train.save import save_model
 
 

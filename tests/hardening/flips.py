@@ -35,7 +35,8 @@ from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.report import Results, card_figures
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus
 from tinyonn.evaluate.trained import evaluate_trained, trained_card_figures
-from tinyonn.experts.assemble import assemble_run, open_assembled
+from tinyonn.experts.assemble import assemble_run
+from tinyonn.experts.folder import open_assembled
 from tinyonn.experts.selection import SelectOptions, all_searched_shares, read_allocation
 from tinyonn.files import read_derived
 from tinyonn.profile.profile import open_profile

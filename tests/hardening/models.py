@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tinyonn.errors import InputError
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 
 
 def turn(path: Path, place: int, bit: int = 0) -> None:

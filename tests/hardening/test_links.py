@@ -150,7 +150,7 @@ def test_only_a_models_own_files_are_exported(
 def test_a_trained_model_takes_no_linked_tokenizer_along(
     made: tuple[Path, Config], tmp_path: Path, key: Path
 ) -> None:
-    from tinyonn.experts.assemble import open_assembled
+    from tinyonn.experts.folder import open_assembled
     from tinyonn.train.save import save_model
 
     experts = tmp_path / "experts"

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.hardening.models import refused, turn
 from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
-from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.export import Assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.model.configuration_tinyonn import FREE
 
 

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.hardening.models import bare, place_of, refusal, refused, turn
 from tinyonn.config import ModelConfig
 from tinyonn.errors import InputError
-from tinyonn.experts.assemble import open_assembled
 from tinyonn.experts.export import export_model
+from tinyonn.experts.folder import open_assembled
 
 IDS = torch.arange(8)[None]
 

@@ -26,7 +26,7 @@ from tests.record.runs import (
     serial_run,
     write_rows,
 )
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.store.repository import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

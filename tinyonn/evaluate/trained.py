@@ -20,7 +20,7 @@ from tinyonn.evaluate.demand import state, trained_needs
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, Losses, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
-from tinyonn.experts.assemble import open_assembled
+from tinyonn.experts.folder import open_assembled
 from tinyonn.files import read_derived, write_json
 from tinyonn.model.router_options_tinyonn import RouterOptions
 from tinyonn.places import local_folder

@@ -16,32 +16,33 @@ import time
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tinyonn.config import ExpertsConfig, ModelConfig
 from tinyonn.dense.copies import check_files, copy_file, tokenizer_files
 from tinyonn.dense.load import load_shape, load_tokenizer
+from tinyonn.dense.parameters import Parameter
 from tinyonn.dense.settings import base_settings
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.effort import call_effort, effort_of
+from tinyonn.experts.cuts import cut_tensors
 from tinyonn.experts.ending import with_turn_ends
 from tinyonn.experts.folder import (
     CONFIG,
     INDEX,
     MARKER,
-    check_model,
     model_faults,
     read_settings,
     seal_model,
     shard_fault,
 )
 from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
+from tinyonn.experts.need_passes import count_needs, label_needs, sample_needs
 from tinyonn.experts.report import AssembleReport, totals
-from tinyonn.experts.select import groups_bytes, select, select_needs
+from tinyonn.experts.select import groups_bytes, select, select_needs, worth_histograms
 from tinyonn.experts.selection import (
     Selection,
     all_searched_shares,
@@ -66,18 +67,24 @@ from tinyonn.places import local_folder
 from tinyonn.plan.demands import codec_bytes
 from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
-from tinyonn.runtime import bound_memory
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock, only_writer
-from tinyonn.workers.tasks import THREADS, EngineOptions, Watch, computing
-
-if TYPE_CHECKING:
-    from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
+from tinyonn.workers.tasks import THREADS, Call, EngineOptions, Watch, computing
 
 LOG = logging.getLogger(__name__)
 OWN_BYTES = 900 * MiB  # of the process: Python with the store, Dask, Torch, Transformers and Numba's kernels
 FORMAT = 1  # of the assembled folder
 NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
+# Of a task: microseconds of one core for each of its weights, as measured on the shipped model.
+EFFORT = {
+    worth_histograms: 0.4,
+    cut_tensors: 0.15,
+    count_needs: 0.3,
+    sample_needs: 0.25,
+    label_needs: 0.5,
+    write_shard: 0.1,
+}
+OF_NEED = (count_needs, sample_needs, label_needs)
 GATE_RULE = (
     "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
     "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1, all if null"
@@ -173,7 +180,7 @@ class _Assembly:
         weights = sum(parameter.size for parameter in inside)
         with (
             only_writer(self.folder),
-            Bar("assembling", effort_of(weights, self.needs is not None)) as self.bar,
+            Bar("assembling", _effort_of(weights, self.needs is not None)) as self.bar,
         ):
             for name in (CONFIG, INDEX):
                 (self.folder / name).unlink(missing_ok=True)
@@ -240,7 +247,7 @@ class _Assembly:
         own += OWN_BYTES + codec_bytes(parameter.shape for parameter in self.run.parameters)
         fit = self.options.fit(tasks, what, own)
         self.workers, self.planned = fit.workers, max(self.planned, fit.bytes)
-        return computing(self.options, self.workers, Watch(self.bar, call_effort))
+        return computing(self.options, self.workers, Watch(self.bar, _call_effort))
 
     def _quantized(self) -> frozenset[str]:
         """Weights that the dense model holds in NF4."""
@@ -397,25 +404,15 @@ class _Assembly:
         }
 
 
-def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
-    """Load an assembled model.
+def _effort_of(weights: int, by_need: bool) -> float:
+    """Of all tasks that assemble so many weights."""
+    return sum(each * weights for function, each in EFFORT.items() if by_need or function not in OF_NEED)
 
-    Raises
-    ------
-    InputError
-        It is not there, not complete or not as it was written; names the file.
-    """
-    from transformers import AutoModelForCausalLM
 
-    bound_memory()
-    path = Path(folder)
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")
-    check_model(path)
-    try:
-        model: TinyONNForCausalLM = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", local_files_only=True
-        )
-        return model
-    except Exception as error:  # transformers, safetensors and the base's class each have their own
-        raise InputError(f"{path} cannot be loaded: {error}") from None
+def _call_effort(call: Call) -> float:
+    """Of one task."""
+    function, arguments = call
+    parts = [part.cut if isinstance(part, Shard) else part for part in arguments]
+    items = [item for part in parts if isinstance(part, tuple) for item in part]
+    parameters = [item[0] if isinstance(item, tuple) else item for item in items]
+    return EFFORT[function] * sum(item.size for item in parameters if isinstance(item, Parameter))

@@ -233,14 +233,7 @@ def export_model(
 
 
 def export_needs(assembled: Assembled, format: str) -> list[Need]:
-    """What an export holds: a layer as it is stored beside the one before, and what is made of it.
-
-    Parameters
-    ----------
-    assembled : Assembled
-    format : str
-        See the module.
-    """
+    """What an export holds: a layer as it is stored beside the one before, and what is made of it."""
     own = Need("the process", OWN_BYTES[format])
     if format == "hub":
         return [own]
@@ -265,20 +258,7 @@ def export_needs(assembled: Assembled, format: str) -> list[Need]:
 def experts_of_slices(
     cells: Sequence[dict[str, Any]], slices: Sequence[str], known: Sequence[str]
 ) -> list[int]:
-    """Experts in which the slices are dominant for a larger share of the weights than in all cells together.
-
-    Parameters
-    ----------
-    cells : sequence of dict
-        ``size`` and ``slices`` (share by dominant slice) of every cell, as the labels' attributes have them.
-    slices : sequence of str
-    known : sequence of str
-
-    Raises
-    ------
-    InputError
-        No such slice.
-    """
+    """Experts in which the slices are dominant for a larger share of the weights than in all cells together."""
     if wrong := [name for name in slices if name not in known]:
         raise InputError(f"no slice {wrong[0]!r} in this run; there are {', '.join(known)}")
     shares = np.array([sum(cell["slices"].get(name, 0.0) for name in slices) for cell in cells])
@@ -287,19 +267,7 @@ def experts_of_slices(
 
 
 def experts_needed(needs: Mapping[str, Sequence[float]], slices: Sequence[str]) -> list[int]:
-    """Experts by need whose weights one of the slices would keep under the budget itself, or a smaller one.
-
-    Parameters
-    ----------
-    needs : mapping
-        By slice the need of every expert, as `tinyonn.experts.need.ByNeed.needs` gives it.
-    slices : sequence of str
-
-    Raises
-    ------
-    InputError
-        No such slice, or none of which samples were recorded; no such expert.
-    """
+    """Experts by need whose weights one of the slices would keep under the budget itself, or a smaller one."""
     if wrong := [name for name in slices if name not in needs]:
         raise InputError(f"no slice {wrong[0]!r} with samples in this model; there are {', '.join(needs)}")
     least_E = np.min([needs[name] for name in slices], axis=0)

@@ -10,14 +10,18 @@ import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinyonn.dense.source import read_model_config
 from tinyonn.errors import InputError
 from tinyonn.model.configuration_tinyonn import FREE, TinyONNConfig
 from tinyonn.model.digests_tinyonn import DIGESTS, check_files, check_settings, free_settings_differ
 from tinyonn.model.shards_tinyonn import check_index
+from tinyonn.runtime import bound_memory
 from tinyonn.sealed_folder import FILE, check_folder, folder_fault, seal_folder
+
+if TYPE_CHECKING:
+    from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
 
 LOG = logging.getLogger(__name__)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -120,3 +124,27 @@ def seal_model(folder: Path) -> None:
     own = {CONFIG, MARKER, FILE, "README.md"}
     files = [path for path in folder.iterdir() if path.is_file() and path.name not in own]
     seal_folder(folder, [path for path in files if path.suffix not in (".safetensors", ".part", ".partial")])
+
+
+def open_assembled(folder: str | Path) -> TinyONNForCausalLM:
+    """Load an assembled model.
+
+    Raises
+    ------
+    InputError
+        It is not there, not complete or not as it was written; names the file.
+    """
+    from transformers import AutoModelForCausalLM
+
+    bound_memory()
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path} holds no assembled model; run `tinyonn assemble` first")
+    check_model(path)
+    try:
+        model: TinyONNForCausalLM = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", local_files_only=True
+        )
+        return model
+    except Exception as error:  # transformers, safetensors and the base's class each have their own
+        raise InputError(f"{path} cannot be loaded: {error}") from None

@@ -191,7 +191,7 @@ def _write_labels(
         labels = np.zeros(groups.size, np.uint8)
         _nearest(
             groups.reshape(-1), bins.reshape(len(bins), -1), tables[parameter.name],
-            np.ascontiguousarray(centres[0].T), centres[1], selection.experts, labels, counts, sums_KS,
+            (np.ascontiguousarray(centres[0].T), centres[1]), selection.experts, labels, counts, sums_KS,
         )  # fmt: skip
         file.write(labels.tobytes())
     return counts, sums_KS
@@ -260,13 +260,13 @@ def _nearest(
     groups_N: Any,
     bins_SN: Any,
     table_SB: Any,
-    centres_SK: Any,
-    handicaps_K: Any,
+    centres: Any,
     core: Any,
     out_N: Any,
     counts_K: Any,
     sums_KS: Any,
 ) -> None:
+    centres_SK, handicaps_K = centres
     slices, experts = centres_SK.shape
     far_K = np.empty(experts, np.float32)
     for i in range(groups_N.size):

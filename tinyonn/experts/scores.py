@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import fsum, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -98,7 +98,7 @@ def look_at(source: Source, parameter: Parameter) -> Look:
             logs,
             inside,
             _LOG2,
-            *(sums.total, sums.count, sums.lowest, sums.highest, sums.codes, sums.square, sums.grad_counts),
+            sums,
         )
     rms = sums.rms()
     energy = fsum((rms.astype(np.float64) ** 2 * sums.square).tolist())
@@ -125,12 +125,11 @@ def exp2(logs: np.ndarray) -> Float32:
     return np.asarray(np.ldexp(table[logs % STEPS], (logs // STEPS).astype(np.int32)), dtype=np.float32)
 
 
-@dataclass(frozen=True)
-class _Sums:
+class _Sums(NamedTuple):
     """Over the weights of each input that were looked at; logarithms as integers, all [inputs]."""
 
     total: np.ndarray  # of log2 rms, over the weights within the levels' range
-    count: np.ndarray  # of these
+    counted: np.ndarray  # of these
     lowest: np.ndarray  # log2 rms over all weights
     highest: np.ndarray
     codes: np.ndarray  # sum of 2 code - 15, below 0 where the levels are low
@@ -147,9 +146,9 @@ class _Sums:
         """Of an input whose levels were all cut off, the bound that comes nearest: the largest weight's level is
         the lowest at most, the smallest weight's the highest at least.
         """
-        known = self.count >= FEWEST
+        known = self.counted >= FEWEST
         bound = np.where(self.codes < 0, self.lowest, self.highest)
-        logs = np.where(known, self.total // np.maximum(self.count, 1), bound)
+        logs = np.where(known, self.total // np.maximum(self.counted, 1), bound)
         return np.where(np.abs(logs) < 1 << 40, exp2(np.clip(logs, -120 * STEPS, 120 * STEPS)), np.float32(0))
 
 
@@ -161,14 +160,9 @@ def _add(
     logs: Any,
     inside: Any,
     table: Any,
-    total: Any,
-    count: Any,
-    lowest: Any,
-    highest: Any,
-    codes: Any,
-    square: Any,
-    grad_counts: Any,
+    sums: Any,
 ) -> None:
+    total, count, lowest, highest, codes, square, grad_counts = sums
     weights = bits.view(np.float32)
     for i in range(bits.shape[0]):
         for j in range(bits.shape[1]):

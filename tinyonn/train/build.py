@@ -69,7 +69,7 @@ def build_student(spec: Spec, device: torch.device) -> Any:
     InputError
         It cannot be loaded, or has another number of experts than the router.
     """
-    from tinyonn.experts.assemble import open_assembled
+    from tinyonn.experts.folder import open_assembled
 
     folder = Path(spec.student)
     if not experts_of(read_student(folder)):

@@ -353,7 +353,7 @@ class _Evaluation:
                 sizes = {p.name: p.size for p in self.run.parameters}
                 shares = {n: max(count, 1e-6) / sizes[n] for n, count in counts.items()}
                 own = recipe_of(score, self.options.selection, common.budget, shares)
-                weights = self.config.score.weights()
+                weights = self.config.score.weights
                 source = SliceSource(self.run, self.plain_source, name, weights)
                 with cut(self.dense, own, source, []) as kept:
                     found = losses(self.dense.model, self.batches)

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.config import SCORE_PRESETS
+from tinyonn.config import ACTIVATION_WEIGHTS, SEED_WEIGHTS
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.absolute import gradient_sizes, look_at
@@ -217,8 +217,8 @@ def _weights(band: Band) -> Float32:
 
 SCORES: dict[str, Score] = {
     "S": _of_table(lambda settings: settings.weights),
-    "seed": _of_table(lambda settings: SCORE_PRESETS["seed"]),
-    "activation": _of_table(lambda settings: SCORE_PRESETS["activation"]),
+    "seed": _of_table(lambda settings: SEED_WEIGHTS),
+    "activation": _of_table(lambda settings: ACTIVATION_WEIGHTS),
     "magnitude": Score(frozenset({"weights"}), _magnitude),
     "wanda": Score(frozenset({"records", "weights"}), _wanda),
     "energy": Score(frozenset({"records", "weights"}), _energy),

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.report import at_most, finish
 from tinyonn.cli import DEMO_CONFIG
 from tinyonn.config import load_config
+from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.machine import peak_rss
 
 DENSE, NF4 = "dense BF16", "dense NF4"
@@ -117,7 +118,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
     config = load_config(options.config)
     corpus = held_out_corpus(config, EvaluateOptions(samples=config.evaluate.samples), options.run)
     samples = samples_of(corpus)
-    batches = held_out_batches(samples, prompt_tokens=config.profile.prompt_tokens)
+    batches = held_out_batches(samples, prompt_tokens=PROMPT_TOKENS)
     dense: Any = load_shape(config.model).config
     before = peak_rss()
     if name in (DENSE, NF4):
@@ -133,7 +134,7 @@ def measure(name: str, options: Any) -> dict[str, float]:
     speeds, contexts = [], []
     step = max(1, len(samples) // options.prompts)
     for sample in samples[::step][: options.prompts]:
-        batch = collate([sample], config.profile.prompt_tokens)
+        batch = collate([sample], PROMPT_TOKENS)
         ids = batch.prompt()[0]
         for new in (1, options.tokens):
             started = time.perf_counter()

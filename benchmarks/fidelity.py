@@ -116,7 +116,8 @@ def config_of(options: Any) -> Config:
             "model": {"path": options.model, "device": "cpu", "dtype": options.dtype},
             "data": {**data, "samples": options.samples, "max_tokens": options.max_tokens},
             "record": {**record, "threads": options.threads},
-        }
+        },
+        whole=True,
     )
 
 

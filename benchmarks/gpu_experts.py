@@ -18,7 +18,7 @@ from torch.nn import functional
 from tinyonn.model.sparse_tinyonn import Form, Merged, merge, sparse_linear
 from tinyonn.train.data import Batch
 from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
-from tinyonn.train.options import LossWeights, TrainOptions
+from tinyonn.train.options import LossWeights
 from tinyonn.train.prepare import prepare_model
 from tinyonn.train.student import Student, total
 from tinyonn.train.teacher import Live
@@ -232,14 +232,18 @@ def _step(
 ) -> Callable[[], None]:
     """A step of AdamW on all linear weights but the head, as `tinyonn.train.trainer` takes it."""
     rates = OptimizerOptions(
-        router="frozen", experts="adamw", experts_lr=rate, trunk_lr=rate if gates_BE is None else 0
+        router="frozen",
+        experts="adamw",
+        experts_lr=rate,
+        trunk_lr=rate if gates_BE is None else 0,
+        norms_lr=0.0,
     )
-    options = TrainOptions(weights=LossWeights(), optimizers=rates)
-    student = Student(model, options.weights, prompt_loss=True)
+    weights = LossWeights(ce=0.1, hidden=0.1, balance=0.0)
+    student = Student(model, weights, prompt_loss=True)
     optimizers = build_optimizers(model, rates)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         module.weight.requires_grad_(False)
-    prepare_model(model, options)
+    prepare_model(model, "bfloat16", checkpointing=False)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counted = int((student.targets(batch) != -100).sum())
     counts = {"kl": counted, "ce": counted, "entropy": counted, "hidden": int(batch.lengths_B.sum())}
@@ -249,7 +253,7 @@ def _step(
             parameter.grad = None
         with torch.autocast(batch.ids_BT.device.type, torch.bfloat16):
             measured = student(batch, teacher(batch), gates_BE)
-        loss = total(measured, options.weights, counts)
+        loss = total(measured, weights, counts)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

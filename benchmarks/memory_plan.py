@@ -97,7 +97,7 @@ def configuration(model: str, samples: int, tokens: int, checkpointing: bool) ->
         "record": {"workers": 1},
         "profile": {"samples": max(1, samples // 2)},
         "experts": {"count": 20},
-        "router": {"branches": 4, "top_k": 5},
+        "router": {"top_k": 5},
         "train": {"steps": 2, "warm_start": 2, "batch": 4, "micro_batch": 4, "checkpoint_every": 1},
         "evaluate": {"samples": samples, "methods": ["default", "wanda"], "budgets": [0.315]},
     }

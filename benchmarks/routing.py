@@ -54,6 +54,7 @@ from benchmarks.routing_wanda import evaluate_prompt_masks
 from tinyonn.cli import DEMO_CONFIG
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
+from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, evaluate_routed
@@ -138,7 +139,7 @@ def prepare(place: Path, config: Config, options: Any) -> None:
 
 
 def _profile(place: Path, config: Config) -> None:
-    samples, tokens = config.profile.samples, config.profile.prompt_tokens
+    samples, tokens = config.profile.samples, PROMPT_TOKENS
     profile_run(str(place), config, ProfileOptions(samples=samples, prompt_tokens=tokens, workers=1))
 
 
@@ -151,7 +152,7 @@ class Comparison:
             data=config.evaluate.data, samples=14 if options.small else config.evaluate.samples
         )
         corpus = held_out_corpus(config, held, self.place)
-        self.batches = held_out_batches(samples_of(corpus), prompt_tokens=config.profile.prompt_tokens)
+        self.batches = held_out_batches(samples_of(corpus), prompt_tokens=PROMPT_TOKENS)
         self.dense = DenseWeights(config.model)
         self.base = base_folder(config.model)
         self.linear = sum(parameter.size for parameter in self.dense.parameters)
@@ -261,7 +262,7 @@ class Comparison:
                     continue
                 place = self._variant(f"small-{name}-{seed}")
                 share = small_model(place / "experts", self.base, self._active(shares), seed)
-                options = self._plain(seed, LossWeights(hidden=0.0), trunk_lr=3e-3, norms_lr=3e-3)
+                options = self._plain(seed, replace(self._losses, hidden=0.0), trunk_lr=3e-3, norms_lr=3e-3)
                 folder = self._trained(f"small-{name}", seed, place, options)
                 found.append(Line("small", name, share, self._loss(_load(folder))))
             return found
@@ -285,7 +286,7 @@ class Comparison:
         place = self._variant(f"{name}-{seed}")
         if not (place / "experts" / "config.json").exists():
             write_experts(place / "experts", self.dense, all_kept(self.dense), 1, self.base)
-        alone = LossWeights(kl=0.0, ce=1.0, hidden=0.0)
+        alone = replace(self._losses, kl=0.0, ce=1.0, hidden=0.0)
         given = self.config.train.optimizers  # gentler than what a cut model needs
         rates = {name: getattr(given, name) / 4 for name in ("experts_lr", "trunk_lr", "norms_lr")}
         options = self._plain(seed, alone, **rates)
@@ -310,6 +311,10 @@ class Comparison:
         routing = replace(options.train.routing, ks=ks)
         given = {"seed": seed, "steps": self.options.steps, "routing": routing, **changes}
         return replace(options, train=replace(options.train, **given), threads=self.options.threads)
+
+    @property
+    def _losses(self) -> LossWeights:
+        return train_stage_options(self.config).train.weights
 
     def _plain(self, seed: int, weights: LossWeights, **rates: Any) -> TrainStageOptions:
         """Of one without: a dense model."""

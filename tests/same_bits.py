@@ -15,6 +15,8 @@ import json
 import platform
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from tests.hardening import lives
 from tests.hardening.lives import Bits, World
 from tests.record.runs import record_in_order
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import Config, load_config, parse_config
+from tinyonn.config import Config, parse_config
 from tinyonn.evaluate.stage import evaluate_options, evaluate_run
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
@@ -33,7 +35,9 @@ from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
+from tinyonn.train.plan import TrainStageOptions
 from tinyonn.train.settings import train_stage_options
+from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import train_run
 
 FILE = Path(__file__).with_suffix(".json")
@@ -44,13 +48,38 @@ SHIPPED: dict[str, Any] = {
     "cluster": {"cells": 12},
     "experts": {"count": 12},
     "profile": {"samples": 14},
-    "router": {"branches": 3, "top_k": 4},
+    "router": {"top_k": 4},
     "train": {"steps": 4, "batch": 4, "micro_batch": 2, "warm_start": 3, "routing": {"ks": [2, 4, 0]}},
     "evaluate": {"samples": 14, "methods": ["default", "wanda"], "budgets": [0.315]},
 }
+RANDOM: dict[str, Any] = {  # beside the configuration of `tests.hardening.lives`
+    "record": {"calibration": 8},
+    "evaluate": {
+        "samples": 16,
+        "methods": ["default", "wanda", "magnitude"],
+        "budgets": [0.6],
+        "oracle": None,
+    },
+}
 
 
-def digests(run: Path, config: Config) -> dict[str, str]:
+Shape = Callable[[TrainStageOptions], TrainStageOptions]
+
+
+def _small(options: TrainStageOptions) -> TrainStageOptions:
+    router = RouterShape(branches=2, width=16, top_k=2)
+    return replace(options, router=router, train=replace(options.train, precision="float32"))
+
+
+def _of_three_branches(options: TrainStageOptions) -> TrainStageOptions:
+    return replace(options, router=RouterShape(branches=3, top_k=4))
+
+
+def _merged(tree: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, **{name: {**tree.get(name, {}), **section} for name, section in more.items()}}
+
+
+def digests(run: Path, config: Config, shape: Shape) -> dict[str, str]:
     """Of every stage's results, in the order of the stages, which are carried out as they are needed."""
     place, found = str(run), {}
     record_in_order(run, config)
@@ -65,7 +94,7 @@ def digests(run: Path, config: Config) -> dict[str, str]:
     found["assembled tensors"] = _digest(tensors(run / "experts"))
     profile_run(place, config, ProfileOptions(samples=config.profile.samples, workers=1))
     found["profile"] = _digest(lives.files(run / "profile", ".parquet", ".arrow"))
-    train_run(place, config, train_stage_options(config))
+    train_run(place, config, shape(train_stage_options(config)))
     found["training"] = _digest({"curve": curve(run), **tensors(run / "model")})
     evaluate_run(place, config, evaluate_options(place, config))
     found["losses"] = _digest(lives.losses(run))
@@ -125,8 +154,11 @@ def made() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         world = World(folder / "world")
-        runs = {"random": digests(folder / "random", load_config(world.config))}
-        runs["shipped"] = digests(folder / "shipped", parse_config(SHIPPED))
+        tree = _merged(json.loads(world.config.read_text("utf-8")), RANDOM)
+        runs = {
+            "random": digests(folder / "random", parse_config(tree, whole=True), _small),
+            "shipped": digests(folder / "shipped", parse_config(SHIPPED, whole=True), _of_three_branches),
+        }
     return {"processor": processor, "torch": torch.__version__, "runs": runs}
 
 

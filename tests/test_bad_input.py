@@ -47,7 +47,7 @@ class Room:
         self.config: dict[str, dict[str, Any]] = {
             "model": {"path": str(model), "quantization": "none", "dtype": "float32", "device": "cpu"},
             "data": {"path": str(folder / "rows.jsonl"), "slice": "kind", "max_tokens": 64},
-            "record": {"segment": 2, "calibration": 4, "workers": 1},
+            "record": {"segment": 2, "workers": 1},
         }
         self.write(good_rows())
 

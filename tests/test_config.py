@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from tinyonn.config import REMOVED, Config, known_keys, load_config, parse_config
+from tinyonn.config import REMOVED, Config, configuration_page, known_keys, load_config, parse_config
 from tinyonn.errors import InputError
+from tinyonn.options import is_first, known_options
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 # A new option is a decision: it belongs here, in docs/ and in the design of what it does to a run's bits.
 OPTIONS = [
-    "cluster.cap",
     "cluster.cells",
-    "cluster.features.act",
-    "cluster.features.column",
-    "cluster.features.freq",
-    "cluster.features.grad",
-    "cluster.features.kind",
-    "cluster.features.layer",
-    "cluster.features.row",
-    "cluster.features.score",
-    "cluster.features.slice",
-    "cluster.iterations",
-    "cluster.seed",
-    "cluster.tolerance",
-    "cluster.trunk",
     "data.format",
     "data.max_tokens",
     "data.messages",
@@ -35,7 +23,6 @@ OPTIONS = [
     "data.path",
     "data.rendered",
     "data.samples",
-    "data.seed",
     "data.slice",
     "data.slices",
     "data.sources.format",
@@ -43,104 +30,85 @@ OPTIONS = [
     "data.sources.name",
     "data.sources.path",
     "data.sources.samples",
-    "data.sources.share",
     "data.sources.slice",
     "data.sources.slice_name",
     "data.sources.split",
     "data.sources.text",
     "data.split",
     "data.text",
-    "evaluate.budgets",
-    "evaluate.calibration",
     "evaluate.data",
-    "evaluate.methods",
-    "evaluate.samples",
-    "experts.allocation",
     "experts.budget",
     "experts.by",
     "experts.core",
     "experts.count",
-    "experts.reroute_every",
     "experts.score",
-    "experts.seed",
-    "experts.top_k",
     "model.checkpointing",
     "model.device",
     "model.dtype",
     "model.path",
     "model.quantization",
     "model.revision",
-    "profile.excerpt",
-    "profile.prompt_tokens",
     "profile.samples",
-    "record.calibration",
     "record.max_live",
-    "record.seed",
     "record.segment",
-    "record.threads",
     "record.windows",
     "record.workers",
-    "router.branches",
     "router.shared",
     "router.top_k",
-    "router.width",
-    "score.act",
-    "score.freq",
-    "score.grad",
-    "score.preset",
+    "score.weights",
     "storage.root",
     "track.tensorboard",
     "track.wandb",
     "train.batch",
     "train.checkpoint_every",
-    "train.clip",
     "train.data",
-    "train.keep",
     "train.loss.balance",
     "train.loss.ce",
     "train.loss.hidden",
-    "train.loss.kl",
-    "train.loss.profile",
-    "train.loss.z",
     "train.micro_batch",
-    "train.optimizers.experts",
-    "train.optimizers.experts_decay",
     "train.optimizers.experts_lr",
     "train.optimizers.norms_lr",
-    "train.optimizers.router",
-    "train.optimizers.router_decay",
-    "train.optimizers.router_lr",
-    "train.optimizers.trunk_decay",
     "train.optimizers.trunk_lr",
-    "train.precision",
-    "train.prompt_loss",
     "train.routing.bias_rate",
     "train.routing.capacity",
     "train.routing.dropout",
     "train.routing.ks",
     "train.routing.noise",
-    "train.schedule.decay",
-    "train.schedule.floor",
-    "train.schedule.warmup",
-    "train.seed",
     "train.stages.act_k",
     "train.stages.first",
     "train.stages.grow",
     "train.stages.integrity",
-    "train.stages.least",
     "train.stages.min_k",
-    "train.stages.most",
     "train.steps",
     "train.teacher",
     "train.teacher_model",
-    "train.temperature",
     "train.warm_start",
-    "train.warm_start_lr",
 ]
 
 
 def test_options_are_frozen() -> None:
     assert known_keys() == OPTIONS
+
+
+def test_there_are_few_options_and_ten_that_a_newcomer_meets() -> None:
+    assert len({re.sub(r"^data\.sources\.", "data.", key) for key in OPTIONS}) <= 60
+    first = {name for name, field in known_options(Config) if is_first(field)}
+    assert len({re.sub(r"^data\.sources\.", "data.", key) for key in first}) == 10
+
+
+def test_the_page_of_options_is_made_of_them() -> None:
+    path = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert path.read_text("utf-8") == configuration_page(), path.read_text("utf-8").splitlines()[0]
+
+
+def test_what_is_fixed_is_refused_with_what_to_do_instead() -> None:
+    with pytest.raises(InputError, match=r"^my\.yaml: cluster\.tolerance was removed: .*; leave it out$"):
+        parse_config({"cluster": {"tolerance": 0.1}}, "my.yaml")
+    with pytest.raises(InputError, match=r"evaluate\.data\.seed was removed.*evaluate\.budgets.*--budgets"):
+        parse_config({"evaluate": {"data": {"seed": 1}, "budgets": [0.5]}})
+    with pytest.raises(InputError, match=r"data\.sources\.share was removed.*give samples"):
+        parse_config({"data": [{"path": "a", "share": 0.5}]})
+    assert parse_config({"cluster": {"tolerance": 0.1}}, whole=True).cluster.tolerance == 0.1
 
 
 def test_no_file_and_an_empty_file_give_the_defaults(tmp_path: Path) -> None:

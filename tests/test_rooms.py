@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "tinyonn"
 ORDER = """
-errors escape sizes sheet screen machine files sealed_folder places limits pace progress endings runtime private
+errors escape sizes sheet screen machine files sealed_folder places options pace progress endings runtime private
 model reference dense checks yaml_text config
 corpus store plan workers run
 logs track command

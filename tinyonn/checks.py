@@ -173,32 +173,16 @@ def _of_train(config: Config, experts: int) -> Iterator[str]:
         for k in train.routing.ks:
             if not 0 <= k <= experts:
                 yield f"train.routing.ks has {k} but there are {_count(config)}; give 0, which is all, to {experts}"
-    yield from _of_router_lr(train)
+    if train.warm_start == 0:
+        yield "train.warm_start = 0 leaves a new router as it was drawn; give a warm start of 100 steps or more"
     yield from _of_losses(train)
 
 
-def _of_router_lr(train: TrainConfig) -> Iterator[str]:
-    if train.optimizers.router_lr == 0 and train.optimizers.router != "frozen" and train.warm_start == 0:
-        yield (
-            "train.warm_start = 0 and train.optimizers.router_lr = 0 leave a new router as it was drawn; "
-            "give a warm start of 100 steps or more, or a learning rate"
-        )
-
-
 def _of_losses(train: TrainConfig) -> Iterator[str]:
-    if not any(train.loss.model_dump().values()):
-        yield "train.loss: all weights are 0, so that nothing is learned; give at least one a weight"
-    if train.teacher != "cached":
-        return
-    if train.loss.hidden > 0:
+    if train.teacher == "cached" and train.loss.hidden > 0:
         yield (
             f"train.loss.hidden = {train.loss.hidden} needs the teacher's hidden states, which a cache does not hold; "
             "set it to 0, or train.teacher: live"
-        )
-    if train.temperature != 1:
-        yield (
-            f"train.temperature = {train.temperature} needs all of the teacher's logits, of which a cache holds a few; "
-            "set it to 1, or train.teacher: live"
         )
 
 

@@ -23,6 +23,7 @@ from tinyonn.command import (
     Report,
     RunArgument,
     WorkersOption,
+    changed,
     engine_options,
     fail,
     given,
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     from tinyonn.config import Config
 
 DEMO_PROMPT = "def read_lines(path):\n    with open(path) as"
+DEMO_EVALUATE = {
+    "samples": 126,
+    "methods": ["default", "wanda", "magnitude", "random"],
+    "budgets": [0.5, 0.315, 0.1],
+}
 DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 app = typer.Typer(
@@ -148,8 +154,8 @@ def score(
             found = tune_run(location, settings, tune)
             scores = found.config
             say(
-                f"after {found.trials} trials: score: {{act: {scores.act:.3f}, grad: {scores.grad:.3f}, "
-                f"freq: {scores.freq:.3f}}} agrees with |w g| by {found.agreement:.4f} "
+                f"after {found.trials} trials: score: {{weights: [{', '.join(f'{w:.3f}' for w in scores.weights)}]}} "
+                f"agrees with |w g| by {found.agreement:.4f} "
                 f"(default {found.default_agreement:.4f})"
             )
         return score_run(location, scores, engine_options(engine, workers, memory, address))
@@ -229,6 +235,7 @@ def demo(as_json: JsonOption = False) -> None:
         show(score_run(location, settings.score))
         show(cluster_run(location, settings.cluster))
         show(assemble_run(location, settings.model, settings.experts))
+        settings = changed(settings, "evaluate", DEMO_EVALUATE)
         options = evaluate_options(location, settings)
         show(evaluate_run(location, settings, options, say))
         show(cli_experts.profile_and_train(location, settings))

@@ -152,7 +152,7 @@ def changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
     tree = settings.model_dump(
         exclude_unset=True
     )  # what was left out stays so: some limits follow the model then
-    return parse_config({**tree, section: {**tree.get(section, {}), **changes}}, "command line")
+    return parse_config({**tree, section: {**tree.get(section, {}), **changes}}, "command line", whole=True)
 
 
 def engine_options(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from tinyonn.checks import Score, contradictions
 from tinyonn.errors import InputError
 from tinyonn.escape import SHOWN, shortened
-from tinyonn.limits import (
-    AboveZero,
+from tinyonn.options import (
     BelowOne,
     Budget,
     Count,
@@ -21,6 +20,7 @@ from tinyonn.limits import (
     Number,
     Place,
     Rate,
+    Section,
     Seed,
     Share,
     Signed,
@@ -30,12 +30,27 @@ from tinyonn.limits import (
     Weight,
     Width,
     Windows,
+    fixed,
+    instead_of,
+    known_options,
+    option,
+    page,
+    section_of,
 )
 from tinyonn.yaml_text import read_yaml
 
 Auto = Literal["auto"]
 
 TOLD = 5  # faults that a message names
+PAGE = """<!-- Made by `python -m tinyonn.config > docs/configuration.md` from tinyonn/config.py. -->
+
+# Options
+
+One YAML file for all stages, given as `--config FILE`; what is left out is as below. Start with the ten in bold.
+An unknown option is refused with the nearest known one, one that was removed with what to do instead
+([note 026](decisions/026-options.md)).
+
+"""
 
 # Options that were, and values of options (`key=value`): what to do instead. Older runs' saved options may name them.
 REMOVED: dict[str, str] = {
@@ -48,28 +63,50 @@ REMOVED: dict[str, str] = {
     "experts.balance": "leave it out; weights compete within a tensor, whatever their cells",
     "experts.core_by": "leave it out; the core is the best of what is kept",
     "experts.within": "leave it out; weights compete within a tensor",
+    "profile.prompt_tokens": "experts are chosen from the first 64 tokens of a text; leave it out",
+    "profile.excerpt": "160 characters of each sample are kept; leave it out",
+    "router.branches": "10 are found in the profile; leave it out",
+    "router.width": "the encoder has 128 features; leave it out",
+    "score.preset": "give score.weights: [1, 0, 1] for default, [1, 1, 1] for seed, [1, 0, 0] for activation",
+    **{f"score.{name}": "give score.weights, of act, grad and freq" for name in ("act", "grad", "freq")},
+    "train.seed": "it is 0; leave it out",
+    "train.prompt_loss": "the prompt's own tokens count; leave it out",
+    "train.precision": "products are bfloat16, what is trained is held in float32; leave it out",
+    "train.temperature": "the distillation's is 1; leave it out",
+    "train.warm_start_lr": "it is 0.003; leave it out, or search it with `tinyonn tune`",
+    "train.clip": "gradients are clipped to a norm of 1; leave it out",
+    "train.keep": "the latest two checkpoints are kept; leave it out",
+    "train.schedule": "learning rates rise over a twentieth of the steps and fall over the last half; leave it out",
+    "train.loss.kl": "it is 1, to which the other weights are relative; leave it out",
+    "train.loss.z": "it is 0.001; leave it out",
+    "train.loss.profile": "the router learns from the profile in the warm start alone; leave it out",
+    "train.stages.least": "the number of experts is at least halved and at most doubled; leave it out",
+    "train.stages.most": "the number of experts is at least halved and at most doubled; leave it out",
+    "train.optimizers.router": "its matrices learn by Muon in the warm start; leave it out",
+    "train.optimizers.router_lr": "the router is held after the warm start; leave it out",
+    "train.optimizers.router_decay": "it is 0.01; leave it out",
+    "train.optimizers.experts": "experts learn by Muon; leave it out",
+    "train.optimizers.experts_decay": "nothing decays; leave it out",
+    "train.optimizers.trunk_decay": "nothing decays; leave it out",
 }
 
-# Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq).
-SCORE_PRESETS = {"default": (1.0, 0.0, 1.0), "seed": (1.0, 1.0, 1.0), "activation": (1.0, 0.0, 0.0)}
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+# Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq): the first idea's; activation alone.
+SEED_WEIGHTS = (1.0, 1.0, 1.0)
+ACTIVATION_WEIGHTS = (1.0, 0.0, 0.0)
 
 
 class ModelConfig(Section):
     """The dense model that is recorded."""
 
-    path: Place = "reference"  # a hub name, a folder, a GGUF file, or "reference" for the model shipped
-    revision: Text | None = None
-    quantization: Literal["nf4", "none"] = "nf4"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    checkpointing: bool = (
-        False  # recompute the layers' activations in the backward pass instead of keeping them
+    path: Place = option(
+        "reference", "a hub name, a folder, a GGUF file, or the model that is shipped", first=True
+    )
+    revision: Text | None = option(None, "commit or tag of a hub name")
+    quantization: Literal["nf4", "none"] = option("nf4", "of the weights while recording")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of what is computed")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: a GPU if there is one", first=True)
+    checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, more time"
     )
 
 
@@ -82,23 +119,27 @@ DataFormat = Literal[
 class SourceConfig(Section):
     """Where rows come from, and what their columns are."""
 
-    path: Place = (
-        "reference"  # a file or folder (JSONL, JSON, Parquet, Arrow), a `datasets` name, or "reference"
+    path: Place = option(
+        "reference",
+        "a file or folder, a name that `datasets` knows, or the corpus that is shipped",
+        first=True,
     )
-    name: Text | None = None  # configuration of a `datasets` name
-    split: Text = "train"
-    format: DataFormat = "auto"  # what the columns are; auto: as their names say, see tinyonn/corpus/forms.py
-    text: Text | None = None  # column of plain text
-    messages: Text | None = None  # column of chat messages; labels are the assistant's turns
-    slice: Text | None = None  # column that names the slice; without it slices are derived
+    name: Text | None = option(None, "configuration of a name that `datasets` knows")
+    split: Text = option("train", "of a data set")
+    format: DataFormat = option("auto", "how columns are read (docs/data.md); auto: as they are named")
+    text: Text | None = option(None, "column of plain text, of which all tokens are labelled")
+    messages: Text | None = option(
+        None, "column of chat messages, of which the assistant's tokens are labelled"
+    )
+    slice: Text | None = option(None, "column that names the slice; null: slices are derived", first=True)
 
 
 class MixedSource(SourceConfig):
     """One of several sources; without a slice's name or column it is a slice called like its file."""
 
-    slice_name: Text | None = Field(None, min_length=1)  # the slice that all its rows are
-    samples: Count | None = None  # take this many of it, evenly over its slices; null takes all
-    share: Some | None = None  # take this share of its rows
+    slice_name: Text | None = option(None, "the slice that all its rows are", min_length=1)
+    samples: Count | None = option(None, "take so many of it, evenly over its slices; null: all")
+    share: Some | None = fixed(None, "take this share of its rows", "give samples")
 
     @model_validator(mode="after")
     def _one_of_each(self) -> MixedSource:
@@ -116,12 +157,12 @@ class MixedSource(SourceConfig):
 class DataConfig(SourceConfig):
     """The corpus that is fed to the model, one sample at a time: one source, or a list of them."""
 
-    sources: tuple[MixedSource, ...] = ()  # more sources; `data: [...]` is short for `data: {sources: [...]}`
-    slices: int = Field(8, ge=1, le=16)  # how many slices to derive
-    max_tokens: Count = 2048
-    samples: Count | None = None  # take this many, evenly over the slices; null takes all
-    seed: Seed = 0  # of the stored order and of derived slices
-    rendered: bool = False  # texts are rendered conversations: special tokens in them are no plain text
+    sources: tuple[MixedSource, ...] = ()  # `data: [...]` is short for `data: {sources: [...]}`
+    slices: int = option(8, "how many slices to derive", ge=1, le=16)
+    max_tokens: Count = option(2048, "of a sample; longer ones are cut", first=True)
+    samples: Count | None = option(None, "take so many, evenly over the slices; null: all", first=True)
+    seed: Seed = fixed(0, "of the stored order and of derived slices")
+    rendered: bool = option(False, "texts are rendered conversations, whose special tokens are read as such")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,39 +190,26 @@ class DataConfig(SourceConfig):
 
 
 class RecordConfig(Section):
-    """How the recorder works; all but `workers` decides the bits of the result."""
+    """How the recorder works; all but `workers` and `windows` decides the bits of the result."""
 
-    segment: Width | Auto = "auto"  # samples per segment
-    workers: Threads | Auto = "auto"
-    threads: Threads = 1  # CPU threads of one worker
-    windows: Windows | Auto = "auto"  # passes over a segment, each recording some of the layers
-    calibration: Width = 32  # samples that set the levels' bases
-    max_live: Width = 3  # live segments per slice while recording, beside those in flight
-    seed: Seed = 0  # of the dithering
+    segment: Width | Auto = option("auto", "samples per segment; auto: as a model of the cost says")
+    workers: Threads | Auto = option("auto", "recorders; auto: as many as GPUs, or as CPUs and RAM allow")
+    threads: Threads = fixed(1, "CPU threads of a worker")
+    windows: Windows | Auto = option("auto", "passes over a segment, each recording some of the layers")
+    calibration: Width = fixed(32, "samples that set the levels' bases")
+    max_live: Width = option(3, "segments per slice on the disk while recording, beside those in flight")
+    seed: Seed = fixed(0, "of the dithering")
 
 
 class ScoreConfig(Section):
     """How weights are scored: S = act z(act) - grad z(grad) + freq z(freq)."""
 
-    preset: Literal["default", "seed", "activation"] = "default"
-    act: Signed | None = None  # in place of the preset's
-    grad: Signed | None = None
-    freq: Signed | None = None
-
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of act, grad and freq."""
-        preset = SCORE_PRESETS[self.preset]
-        act, grad, freq = (
-            given if given is not None else value
-            for given, value in zip((self.act, self.grad, self.freq), preset, strict=True)
-        )
-        return act, grad, freq
+    weights: tuple[Signed, Signed, Signed] = option((1.0, 0.0, 1.0), "of act, grad and freq")
 
     @model_validator(mode="after")
     def _some_weight(self) -> ScoreConfig:
-        weights = self.weights()
-        if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-            raise ValueError(f"the weights are {weights}; they must be finite, and at least one not 0")
+        if not any(self.weights):
+            raise ValueError(f"the weights are {self.weights}; at least one must not be 0")
         return self
 
 
@@ -208,156 +236,141 @@ class FeatureWeights(Section):
 class ClusterConfig(Section):
     """How weights are clustered into cells."""
 
-    cells: int = Field(100, ge=2, le=255)
-    features: FeatureWeights = FeatureWeights()
-    trunk: tuple[Text, ...] = ("norm", "bias", "embedding", "head")  # kinds in no cell; also such as q_proj
-    cap: Factor | None = Field(None, gt=1)  # largest cell, as a multiple of the mean size
-    iterations: Width = 300  # of full k-means, at most
-    tolerance: BelowOne = 1e-5  # share of weights that may still change cell in the last one
-    seed: Seed = 0
+    cells: int = option(100, "how many", ge=2, le=255)
+    features: FeatureWeights = fixed(FeatureWeights(), "weights of the features in the distance")
+    trunk: tuple[Text, ...] = fixed(("norm", "bias", "embedding", "head"), "kinds of modules in no cell")
+    cap: Factor | None = fixed(None, "largest cell, as a multiple of the mean size", gt=1)
+    iterations: Width = fixed(300, "of full k-means, at most")
+    tolerance: BelowOne = fixed(1e-5, "share of weights that may still change cell in the last iteration")
+    seed: Seed = fixed(0, "of the first centres")
 
 
 class ExpertsConfig(Section):
     """Which weights are kept, and how the experts they become are switched on."""
 
-    budget: Budget = 0.315  # share of the linear weights; above 1 their number
-    score: Score = "root"  # what the kept ones are best in; root is |W| times the root of its gradient
-    by: Literal["need", "cells"] = (
-        "need"  # what makes an expert: which slices need a weight, or the run's cells
+    budget: Budget = option(0.315, "share of the linear weights to keep; above 1 their number", first=True)
+    score: Score = option("root", "what the kept are best in; root: |W| times the root of its gradient")
+    by: Literal["need", "cells"] = option(
+        "need", "what makes an expert: which slices need a weight, or the run's cells"
     )
-    count: int = Field(100, ge=1, le=254)  # experts by need; by cells there are as many as cells
-    allocation: Literal["auto", "global", "uniform"] = "auto"  # of the budget across tensors
-    core: Share = 0.1  # share of the budget that is always on
-    seed: Seed = 0  # of ties
-    top_k: Width | None = None  # experts on for a prompt; null switches all on
-    reroute_every: Count | None = None  # tokens after which a router chooses again; null: never
+    count: int = option(100, "experts by need; by cells there are as many as cells", ge=1, le=254)
+    allocation: Literal["auto", "global", "uniform"] = fixed(
+        "auto",
+        "of the budget across tensors: what `tinyonn evaluate --allocate` found, else one cut through all",
+    )
+    core: Share = option(0.1, "share of the budget that is always on")
+    seed: Seed = fixed(0, "of ties")
+    top_k: Width | None = fixed(
+        None,
+        "experts on for a prompt without a router",
+        "all are; set top_k in the assembled model's config.json",
+    )
+    reroute_every: Count | None = fixed(
+        None, "tokens after which a router chooses again",
+        "it never does; set reroute_every in the model's config.json",
+    )  # fmt: skip
 
 
 class EvaluateConfig(Section):
     """What the cut models are measured on, and beside what."""
 
-    data: DataConfig | None = None  # held-out data; null: the held-out split of the reference corpus
-    samples: Count | None = 252  # of them, evenly over the slices; null takes all
-    methods: tuple[Text, ...] = (
+    data: DataConfig | None = option(None, "held-out data, with the keys of data; null: the shipped corpus's")
+    samples: Count | None = fixed(252, "held-out samples", "give `tinyonn evaluate --samples`")
+    methods: tuple[Text, ...] = fixed((
         "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
         "default+update",
-    )  # fmt: skip
-    budgets: tuple[Budget, ...] = (0.5, 0.315, 0.25, 0.1)
-    calibration: Width = 112  # recorded samples for methods that update weights
+    ), "ways to choose weights", "give `tinyonn evaluate --methods`")  # fmt: skip
+    budgets: tuple[Budget, ...] = fixed(
+        (0.5, 0.315, 0.25, 0.1), "what is kept", "give `tinyonn evaluate --budgets`"
+    )
+    calibration: Width = fixed(112, "recorded samples for methods that update weights")
 
 
 class ProfileConfig(Section):
     """What each expert does on each sample is measured on these."""
 
-    samples: Count | None = 560  # of the recorded ones, evenly over the slices; null takes all
-    prompt_tokens: Count = (
-        64  # of a text, from which its experts are chosen; of a chat: all before the answer
-    )
-    excerpt: Number = 160  # characters of each sample that are kept
+    samples: Count | None = option(560, "of the recorded ones, evenly over the slices; null: all")
 
 
 class RouterConfig(Section):
     """The router that chooses experts for a prompt."""
 
-    branches: Width = 10  # the main router's choices, each with a sub-router of its own
-    width: Width = 128  # features of its encoder
-    top_k: Width | None = 10  # experts on for a prompt, the shared ones not counted; null: all
-    shared: Number = 0  # experts always on: those that are strong and even in the profile
+    top_k: Width | None = option(
+        10, "experts on for a prompt, the shared ones not counted; null: all", first=True
+    )
+    shared: Number = option(0, "experts that are always on: the strong and even ones of the profile")
 
 
 class LossConfig(Section):
     """What each part of the loss counts."""
 
-    kl: Weight = 1.0  # towards the teacher's distribution
-    ce: Weight = 0.1  # of the text itself
-    hidden: Weight = 0.1  # every layer's output against the teacher's
-    balance: Weight = 0.0
-    z: Weight = 0.001
-    profile: Weight = 0.0  # the router's choice against the profile
+    ce: Weight = option(0.1, "of the text itself, beside 1 for the dense model's distribution")
+    hidden: Weight = option(0.1, "of every layer's output against the dense model's")
+    balance: Weight = option(0.0, "of the experts' even load")
 
 
 class RoutingConfig(Section):
     """How experts are chosen while training."""
 
-    ks: tuple[int, ...] = (10, 25, 50, 0)  # each sample draws one: experts on, 0 is all; empty: router.top_k
-    noise: Weight = 0.0  # on the scores, standard deviation
-    dropout: BelowOne = 0.0  # share of the experts that a step does without
-    capacity: Factor | None = None  # of an expert, in even shares of a batch
-    bias_rate: Rate = 0.0  # of the bias that balances the load; 0: none
+    ks: tuple[int, ...] = option(
+        (10, 25, 50, 0), "each sample draws one: so many experts on, 0 is all; empty: router.top_k"
+    )
+    noise: Weight = option(0.0, "on the scores, standard deviation")
+    dropout: BelowOne = option(0.0, "share of the experts that a step does without")
+    capacity: Factor | None = option(None, "of an expert, in even shares of a batch")
+    bias_rate: Rate = option(0.0, "of the bias that balances the load; 0: none")
 
 
 class StagesConfig(Section):
     """Stage 1 lets all experts learn and updates the least surprised; stage 2 trains what is on."""
 
-    first: Share = 0.0  # share of the steps
-    act_k: Number = 0  # experts with gradients in stage 1; 0 is all
-    min_k: Number = 0  # of these the least surprised are updated; 0 is all
-    grow: Weight = 0.0  # stage 2: how top_k follows surprise
-    least: Some = 0.5  # bounds of its factor
-    most: Factor = 2.0
-    integrity: bool = False  # stage 2: learning rates follow predictive integrity
+    first: Share = option(0.0, "share of the steps in stage 1")
+    act_k: Number = option(0, "stage 1: experts with gradients; 0: all")
+    min_k: Number = option(0, "stage 1: of these the least surprised are updated; 0: all")
+    grow: Weight = option(0.0, "stage 2: how the number of experts follows surprise")
+    integrity: bool = option(False, "stage 2: learning rates follow predictive integrity")
 
 
 class OptimizersConfig(Section):
     """What is trained by which rule; rates are peaks."""
 
-    router: Literal["muon", "adamw", "frozen"] = "muon"
-    router_lr: Rate = 0.0  # after the warm start; 0 holds it
-    router_decay: Rate = 0.01
-    experts: Literal["muon", "adamw", "frozen"] = "muon"
-    experts_lr: Rate = 1e-3
-    experts_decay: Rate = 0.0
-    trunk_lr: Rate = 0.0  # of embeddings and head; 0 freezes them
-    trunk_decay: Rate = 0.0
-    norms_lr: Rate = 3e-3  # of norms and biases; 0 freezes them
-
-
-class ScheduleConfig(Section):
-    """Learning rates over the steps: up, level, down; shares of the steps."""
-
-    warmup: Share = 0.05
-    decay: Share = 0.5
-    floor: Share = 0.0  # at the end, of the peak
+    experts_lr: Rate = option(1e-3, "of the experts, by Muon")
+    trunk_lr: Rate = option(0.0, "of embeddings and head; 0 freezes them")
+    norms_lr: Rate = option(3e-3, "of norms and biases; 0 freezes them")
 
 
 class TrainConfig(Section):
     """How router and experts are trained against the dense model."""
 
-    data: DataConfig | None = None  # null: all of what the run was recorded from
-    steps: Count = 400
-    batch: Width = 16  # samples of a step, all workers together
-    micro_batch: Width = 8  # of them at a time in memory
-    seed: Seed = 0
-    prompt_loss: bool = True  # the prompt's own tokens count too
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    temperature: AboveZero = 1.0
-    warm_start: Number = 200  # steps before the first in which the router alone learns from the profile
-    warm_start_lr: AboveZero = 3e-3
-    clip: Weight = 1.0
-    checkpoint_every: Count = 50
-    keep: Width = 2  # latest checkpoints
-    teacher: Literal["live", "cached"] = "live"  # cached: the most probable tokens on the disk
-    teacher_model: ModelConfig | None = None  # null: the dense model itself
+    data: DataConfig | None = option(None, "with the keys of data; null: all that the run was recorded from")
+    steps: Count = option(400, "of the training", first=True)
+    batch: Width = option(16, "samples of a step, all workers together")
+    micro_batch: Width = option(8, "samples of them at a time in memory")
+    warm_start: Number = option(
+        200, "steps before the first in which the router alone learns from the profile"
+    )
+    checkpoint_every: Count = option(50, "steps between checkpoints")
+    teacher: Literal["live", "cached"] = option(
+        "live", "cached: its most probable tokens are kept on the disk (loss.hidden must be 0)"
+    )
+    teacher_model: ModelConfig | None = option(None, "with the keys of model; null: the dense model itself")
     loss: LossConfig = LossConfig()
     routing: RoutingConfig = RoutingConfig()
     stages: StagesConfig = StagesConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
     optimizers: OptimizersConfig = OptimizersConfig()
 
 
 class StorageConfig(Section):
     """Where runs live."""
 
-    root: Place = "storage"  # a folder, or s3://bucket/prefix
+    root: Place = option("storage", "a folder, or s3://bucket/prefix", first=True)
 
 
 class TrackConfig(Section):
     """Where metrics go besides the log."""
 
-    tensorboard: bool = False  # event files under the run's folder
-    wandb: Text | None = (
-        None  # project of a W&B-compatible tracker (`pip install wandb` or a compatible client)
-    )
+    tensorboard: bool = option(False, "event files under the run's folder")
+    wandb: Text | None = option(None, "project of a tracker with the client of W&B")
 
 
 class Config(Section):
@@ -377,48 +390,64 @@ class Config(Section):
     track: TrackConfig = TrackConfig()
 
 
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All option names, dotted and sorted: ``data.max_tokens``, ``data.messages``, ...
-
-    Those of an item of a list stand below the list's name: ``data.sources.share``.
-    """
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        kind = field.annotation
-        kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return sorted(keys)
+def known_keys() -> list[str]:
+    """All option names, dotted and sorted: ``data.max_tokens``, ``data.messages``, ..."""
+    return sorted(name for name, _ in known_options(Config))
 
 
-def parse_config(tree: dict[str, Any], origin: str = "configuration") -> Config:
+def parse_config(tree: dict[str, Any], origin: str = "configuration", whole: bool = False) -> Config:
     """Validate a nested dict.
+
+    Parameters
+    ----------
+    tree : dict
+    origin : str
+        Named in errors.
+    whole : bool
+        Take values as well that are fixed in a user's configuration: the tree is not a user's.
 
     Raises
     ------
     InputError
-        Names the key or value, what is allowed, and for an unknown key the nearest known one; or options that
-        contradict each other.
+        Names the key or value, what is allowed, and for an unknown key the nearest known one, for one that was removed
+        what to do instead; or options that contradict each other.
     """
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)
-        told = [_explain(item) for item in wrong[:TOLD]]
+    wrong = [] if whole else list(_fixed_in(tree, Config))
+    if not wrong:
+        try:
+            config = Config.model_validate(tree)
+        except ValidationError as error:
+            wrong = [_explain(item) for item in error.errors(include_url=False)]
+        else:
+            wrong = list(contradictions(config))
+    if wrong:
         more = [f"and {len(wrong) - TOLD:,} more"] if len(wrong) > TOLD else []
-        raise InputError(f"{origin}: " + "; ".join([*told, *more])) from None
-    if wrong_together := list(contradictions(config)):
-        raise InputError(f"{origin}: " + "; ".join(wrong_together[:TOLD]))
+        raise InputError(f"{origin}: " + "; ".join([*wrong[:TOLD], *more]))
     return config
+
+
+def _fixed_in(tree: Any, section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """What of a tree is fixed, with what to do instead."""
+    if isinstance(tree, list | tuple) and issubclass(section, DataConfig):
+        tree = {"sources": tree}
+    for name in section.model_fields if isinstance(tree, dict) else ():
+        if name not in tree:
+            continue
+        field, value = section.model_fields[name], tree[name]
+        inner = section_of(field)
+        if (instead := instead_of(field)) is not None:
+            yield f"{prefix}{name} was removed: {instead}"
+        elif inner is not None:
+            many = isinstance(value, list | tuple) and not issubclass(inner, DataConfig)
+            for item in value if many else [value]:
+                yield from _fixed_in(item, inner, f"{prefix}{name}.")
 
 
 def _explain(item: Any) -> str:
     parts = [part for part in item["loc"] if part not in ("int", "literal['auto']", "constrained-int")]
     key = ".".join(part[:SHOWN] if isinstance(part, str) else shortened(part) for part in parts)
     plain = ".".join(part for part in key.split(".") if not part.isdigit())
-    if instead := REMOVED.get(f"{plain}={item['input']}"):
+    if isinstance(item["input"], str) and (instead := REMOVED.get(f"{plain}={item['input']}")):
         return f"{key} = {shortened(item['input'])} was removed: {instead}"
     if item["type"] == "extra_forbidden":
         if instead := REMOVED.get(plain):
@@ -439,3 +468,12 @@ def load_config(path: str | Path | None) -> Config:
             f"{path}: expected a mapping of sections such as 'model:' and 'data:', got {type(tree).__name__}"
         )
     return parse_config(tree, str(path))
+
+
+def configuration_page() -> str:
+    """``docs/configuration.md``."""
+    return PAGE + page(Config)
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

@@ -54,7 +54,7 @@ def run(*arguments: str) -> dict[str, Any]:
 def test_fidelity(qwen2: Path) -> None:
     tree = run(
         "benchmarks/fidelity.py", "--model", str(qwen2),
-        *"--samples 14 --max-tokens 24 --calibration 14 --segment 2".split(),
+        *"--samples 14 --max-tokens 64 --calibration 14 --segment 2".split(),
     )  # fmt: skip
     assert [goal["name"].split(":")[0] for goal in tree["goals"]] == ["act", "grad", "freq"]
     assert tree["figures"]["samples"] == 14

@@ -10,17 +10,17 @@ from itertools import count
 from pathlib import Path
 
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, ScoreConfig
+from tinyonn.config import SEED_WEIGHTS, ClusterConfig, ScoreConfig
 from tinyonn.score.stage import score_run
 
-PRESETS = ("default", "seed")
+SCORES = {"default": ScoreConfig(), "seed": ScoreConfig(weights=SEED_WEIGHTS)}
 CELLS = (7, 11)
 
 
 def main(folder: str, turn: int) -> None:
     """Print a line after each stage."""
     for number in count(turn):
-        score_run(folder, ScoreConfig(preset=PRESETS[number % 2]))
+        score_run(folder, list(SCORES.values())[number % 2])
         print("scored", flush=True)
         cluster_run(folder, ClusterConfig(cells=CELLS[number % 2], seed=number, tolerance=0.01), fresh=True)
         print("clustered", flush=True)

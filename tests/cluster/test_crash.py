@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cluster.crash_child import CELLS, PRESETS
+from tests.cluster.crash_child import CELLS, SCORES
 from tests.recorded import make_run, parameters
 from tinyonn.cluster.histogram import NO_CELL
-from tinyonn.config import ScoreConfig
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 
@@ -61,10 +60,10 @@ def check(folder: Path, expected: dict[float, dict[str, bytes]]) -> tuple[float 
 def test_killed_while_scoring_and_clustering(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     expected = {}
-    for preset in PRESETS:
+    for preset, score in SCORES.items():
         twin = tmp_path / preset
         shutil.copytree(folder, twin)
-        score_run(str(twin), ScoreConfig(preset=preset))
+        score_run(str(twin), score)
         expected[float(preset == "seed")] = rows_of(twin)
     chance = random.Random(2)
     seen = set()

@@ -188,7 +188,7 @@ def test_what_cannot_be_clustered_is_refused(tmp_path: Path) -> None:
     score_run(str(tmp_path), ScoreConfig())
     flat = dict.fromkeys(FeatureWeights.model_fields, 0)
     with pytest.raises(InputError, match=r"cluster\.features.*at least one"):
-        parse_config({"cluster": {"features": flat}})
+        parse_config({"cluster": {"features": flat}}, whole=True)
     with pytest.raises(InputError, match="takes all tensors"):
         cluster_run(str(tmp_path), ClusterConfig(trunk=("norm", "embedding", "head", "q_proj", "up_proj")))
     with RunLock(tmp_path), pytest.raises(StoreBusyError):
@@ -214,4 +214,4 @@ def test_distinct_rows_that_do_not_fit_are_refused_before_the_clustering(tmp_pat
 @pytest.mark.parametrize("value", [float("nan"), -1.0, float("inf"), "much"])
 def test_a_weight_of_a_feature_that_is_no_size_is_refused(value: object) -> None:
     with pytest.raises(InputError, match=r"cluster\.features\.act"):
-        parse_config({"cluster": {"features": {"act": value}}})
+        parse_config({"cluster": {"features": {"act": value}}}, whole=True)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.dense.conftest import ModelFactory
-from tinyonn.config import Config, DataConfig, ModelConfig, load_config
+from tinyonn.config import Config, DataConfig, ModelConfig, load_config, parse_config
 from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.files import stem_of
 from tinyonn.corpus.growth import Earlier, match_keys
@@ -167,7 +167,7 @@ def test_bad_options_of_sources(tmp_path: Path, data: str, said: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(f"data: {data}\n", "utf-8")
     with pytest.raises(InputError, match=said):
-        load_config(path)
+        parse_config(yaml.safe_load(path.read_text("utf-8")), whole=True)
 
 
 def test_a_list_is_short_for_sources(tmp_path: Path) -> None:

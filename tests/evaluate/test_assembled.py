@@ -12,10 +12,13 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from tests.experts.runs import clustered_run
+from tests.options import written
 from tinyonn.cli import app
-from tinyonn.config import EvaluateConfig, parse_config
+from tinyonn.config import EvaluateConfig
 from tinyonn.evaluate.stage import evaluate_options, held_out_corpus, samples_of
 from tinyonn.experts.folder import open_assembled
+
+FEW = ("--methods", "default", "--budgets", "0.315", "--samples", "6")
 
 
 def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> None:
@@ -24,9 +27,9 @@ def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> 
     rows += [{"text": f"It snowed on the {n}th night.", "kind": "prose"} for n in range(4)]
     (tmp_path / "held.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     data = config.data.model_copy(update={"path": str(tmp_path / "held.jsonl")})
-    wanted = EvaluateConfig(data=data, methods=("default",), budgets=(0.315,), samples=6)
+    wanted = EvaluateConfig(data=data)
     config = config.model_copy(update={"evaluate": wanted})
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), "utf-8")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written(config)), "utf-8")
     run, given = str(tmp_path / "run"), ["--config", str(tmp_path / "config.yaml")]
 
     def tinyonn(*arguments: str) -> dict[str, object]:
@@ -35,16 +38,18 @@ def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> 
         return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
     before = tinyonn("assemble", run)
-    evaluated = tinyonn("evaluate", run, "--allocate")
+    evaluated = tinyonn("evaluate", run, *FEW, "--allocate")
     assembled = tinyonn("assemble", run)  # anew, with the allocation that was found
     assert before["fresh"] and assembled["fresh"]
     assert before["assembly"] != assembled["assembly"]
-    again = tinyonn("evaluate", run)
+    again = tinyonn("evaluate", run, *FEW)
     assert (evaluated["evaluated"], again["evaluated"]) == (3, 0)
     assert isinstance(again["lines"], list)
     line = next(line for line in again["lines"] if line["method"] == "default")
 
-    settings = parse_config(yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8")))
+    settings = config.model_copy(
+        update={"evaluate": EvaluateConfig(data=data, methods=("default",), budgets=(0.315,), samples=6)}
+    )
     options = evaluate_options(run, settings)
     corpus = held_out_corpus(settings, options, tmp_path / "run")
     model = open_assembled(tmp_path / "run" / "experts")

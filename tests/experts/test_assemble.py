@@ -15,7 +15,7 @@ from tests.dense.architectures import make_model
 from tests.experts.independent_reader import read_weights
 from tests.experts.runs import CELLS, by_cells, clustered_run
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ScoreConfig
+from tinyonn.config import ACTIVATION_WEIGHTS, ClusterConfig, Config, ExpertsConfig, ScoreConfig
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts.assemble import assemble_run
@@ -133,7 +133,7 @@ def test_budgets_out_of_range(clustered: tuple[Path, Config], config: ExpertsCon
 def test_labels_missing_or_of_other_rows(tmp_path: Path) -> None:
     config = clustered_run(tmp_path)
     run = str(tmp_path / "run")
-    score_run(run, ScoreConfig(preset="activation"))
+    score_run(run, ScoreConfig(weights=ACTIVATION_WEIGHTS))
     with pytest.raises(
         InputError, match=r"labels .* were made from other rows .* run `tinyonn cluster` again"
     ):

@@ -16,7 +16,7 @@ import tinyonn.experts.cuts as cuts_module
 from tests.experts.arrays import CELLS, arrays, attributes, make_source
 from tests.recorded import make_run
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, ScoreConfig
+from tinyonn.config import SEED_WEIGHTS, ClusterConfig, ScoreConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.cuts import EVERY, NONE, Cutter, exact_cut, keys_of
@@ -290,7 +290,7 @@ def test_labels_that_are_missing_or_old_are_refused(tmp_path: Path) -> None:
         select(bare, SelectOptions(budget=0.3, score="wanda"))
     cluster_run(location, ClusterConfig(cells=6))
     assert RunSource(open_run(location)).identity != bare.identity
-    score_run(location, ScoreConfig(preset="seed"))
+    score_run(location, ScoreConfig(weights=SEED_WEIGHTS))
     with pytest.raises(InputError, match=r"other rows than the present .*weights of S act 1, grad 0.*grad 1"):
         RunSource(open_run(location))
 

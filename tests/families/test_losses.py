@@ -11,6 +11,7 @@ import torch
 
 from tests.dense.architectures import VOCAB, make_model
 from tests.experts.assembled import assembled
+from tests.train.defaults import loss_weights
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.dense import passes as recording
@@ -18,7 +19,6 @@ from tinyonn.dense.load import load_model
 from tinyonn.dense.passes import checked_head, forward_backward
 from tinyonn.evaluate.loss import batches_of, evaluate_routed, losses
 from tinyonn.train.data import collate
-from tinyonn.train.options import LossWeights
 from tinyonn.train.student import Student
 from tinyonn.train.teacher import Live
 
@@ -69,7 +69,7 @@ def test_evaluation_and_training_have_the_models_own_loss(name: str, tmp_path: P
     assert losses(dense, batches_of([sample])).mean == pytest.approx(own, rel=1e-5)
     batch = collate([sample])
     with torch.no_grad():
-        measured = Student(sparse, LossWeights(kl=1.0, ce=1.0, hidden=1.0), prompt_loss=True)(
+        measured = Student(sparse, loss_weights(kl=1.0, ce=1.0, hidden=1.0), prompt_loss=True)(
             batch, Live(dense)(batch)
         )
     parts = {part: float(total.total) / total.count for part, total in measured.parts.items()}

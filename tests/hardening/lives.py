@@ -69,22 +69,17 @@ class World:
             (self.folder / f"{name}.jsonl").write_text(text, "utf-8")
         data = {"path": str(self.folder / "rows.jsonl"), "slice": "kind", "max_tokens": 64}
         model = {"path": str(self.folder / "model"), "quantization": "none", "dtype": "float32"}
-        train = {"steps": 40, "batch": 4, "micro_batch": 2, "warm_start": 10, "precision": "float32"}
+        train = {"steps": 40, "batch": 4, "micro_batch": 2, "warm_start": 10}
         tree = {
             "model": {**model, "device": "cpu"},
             "data": data,
-            "record": {"segment": 2, "calibration": 8, "workers": 2},
+            "record": {"segment": 2, "workers": 2},
             "cluster": {"cells": 6},
             "experts": {"budget": 0.6, "count": 6},
             "profile": {"samples": 64},
-            "router": {"branches": 2, "width": 16, "top_k": 2},
+            "router": {"top_k": 2},
             "train": {**train, "checkpoint_every": 5, "routing": {"ks": [2, 4, 0]}},
-            "evaluate": {
-                "data": {**data, "path": str(self.folder / "heldout.jsonl")},
-                "samples": 16,
-                "methods": ["default", "wanda", "magnitude"],
-                "budgets": [0.6],
-            },
+            "evaluate": {"data": {**data, "path": str(self.folder / "heldout.jsonl")}},
         }
         self.config.write_text(json.dumps(tree), "utf-8")  # JSON is YAML
 

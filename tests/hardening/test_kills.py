@@ -58,6 +58,7 @@ def profiled(run: Path) -> Bits:
     return lives.files(run / "profile")
 
 
+EVALUATE = ("--methods", "default,wanda,magnitude", "--budgets", "0.6", "--samples", "16")
 RECORD = ("gcs", "raylet", "driver", "term", "worker", "raylet", "gcs", "term", "worker", "driver")
 CASES = [
     Case("record", (), RECORD, 20, lives.records, "score"),
@@ -76,7 +77,7 @@ CASES = [
     Case(
         "train", ("--workers", "2"), ("gcs", "worker", "raylet", "term", "driver"), 25, lives.training, None
     ),
-    Case("evaluate", (), ("driver", "term", "driver", "term"), 14, lives.losses, None),
+    Case("evaluate", EVALUATE, ("driver", "term", "driver", "term"), 14, lives.losses, None),
     Case("export", DENSE, ("driver", "term", "driver", "term"), 6, exported, None),
 ]
 NAMES = [f"{case.stage}-{'-'.join(w.strip('-') for w in case.arguments[:2]) or 'here'}" for case in CASES]

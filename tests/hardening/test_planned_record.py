@@ -30,7 +30,7 @@ def record(folder: Path, model: Path | str, rows: Path, **options: Any) -> dict[
     tree = {
         "model": {"path": str(model), "device": "cpu"},
         "data": {"path": str(rows), "max_tokens": options.pop("max_tokens")},
-        "record": {"workers": 1, "threads": 1, **options},
+        "record": {"workers": 1, **options},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     command = [

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.train.conftest import world  # noqa: F401
+from tests.train.defaults import optimizer_options
 from tests.train.runs import OPTIONS, World
 from tinyonn.config import ModelConfig
 from tinyonn.dense.parameters import Parameter
@@ -28,7 +29,6 @@ from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import TensorCalibration
 from tinyonn.store.repository import Store
 from tinyonn.train.need import StudentFacts, train_needs
-from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.stage import train_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -145,7 +145,7 @@ def test_a_checkpoint_has_the_bytes_of_masters_and_moments(world: World, tmp_pat
     from tinyonn.train.disk import router_weights, written
     from tinyonn.train.spec import read_student
 
-    rules = OptimizerOptions(norms_lr=1e-3)
+    rules = optimizer_options(norms_lr=1e-3)
     options = world.options(tmp_path, steps=2, optimizers=rules)
     train_run(world.run, world.config, options)
     tree = read_student(tmp_path / "model")

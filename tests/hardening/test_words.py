@@ -258,7 +258,7 @@ def test_a_recording_of_such_rows_into_such_a_folder(tmp_path: Path, ray_cluster
     tree = {
         "model": {"path": str(model), "quantization": "none", "dtype": "float32", "device": "cpu"},
         "data": {"path": str(path), "slice": "kind", "max_tokens": 64},
-        "record": {"segment": 10, "calibration": 4, "workers": 1},
+        "record": {"segment": 10, "workers": 1},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     run = str(tmp_path / "a[/b]c")

@@ -18,6 +18,7 @@ import torch
 
 from tests.conftest import HOME, free_ports
 from tests.experts.runs import clustered_run
+from tests.options import written
 from tests.record.runs import (
     assert_same_run,
     config_of,
@@ -87,7 +88,7 @@ def test_a_job_records_and_a_second_one_has_nothing_to_do(head: Head, tmp_path: 
     rows = write_rows(tmp_path / "rows.jsonl", SLICES)
     settings = config_of(model, tmp_path / "rows.jsonl")
     config, run = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(json.dumps(settings.model_dump(exclude_unset=True)), "utf-8")
+    config.write_text(json.dumps(written(settings)), "utf-8")
     job = ("python", "jobs/record.py", str(run), "--config", str(config))
 
     first = head.submit(*job)
@@ -115,9 +116,9 @@ def test_a_job_records_and_a_second_one_has_nothing_to_do(head: Head, tmp_path: 
 
 def test_a_job_assembles_and_then_trains(head: Head, tmp_path: Path) -> None:
     settings = clustered_run(tmp_path)
-    small = {"router": {"branches": 2, "top_k": 2, "width": 8}, "profile": {"samples": 12}}
+    small = {"router": {"top_k": 2}, "profile": {"samples": 12}}
     train = {"steps": 4, "batch": 4, "micro_batch": 2, "warm_start": 2, "routing": {"ks": [2, 0]}}
-    tree = settings.model_dump(exclude_unset=True) | small | {"train": train}
+    tree = written(settings) | small | {"train": train}
     (tmp_path / "config.yaml").write_text(json.dumps(tree), "utf-8")
     job = ("python", "jobs/assemble.py", str(tmp_path / "run"), "--config", str(tmp_path / "config.yaml"))
     done = head.submit(*job, "--then-train")

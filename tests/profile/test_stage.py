@@ -36,7 +36,7 @@ CHILD = """
 import json, sys
 from tinyonn.config import parse_config
 from tinyonn.profile.stage import profile_run
-profile_run(sys.argv[1], parse_config(json.loads(sys.argv[2])))
+profile_run(sys.argv[1], parse_config(json.loads(sys.argv[2]), whole=True))
 """
 
 
@@ -215,12 +215,12 @@ def test_other_options_are_refused(world: World, again: Path, options: dict[str,
 def test_another_model_and_another_corpus_are_refused(world: World, tmp_path: Path) -> None:
     run = world.copy(tmp_path / "run")
     tree = world.config.model_dump(exclude_unset=True)
-    other = parse_config({**tree, "model": {**tree["model"], "dtype": "bfloat16"}})
+    other = parse_config({**tree, "model": {**tree["model"], "dtype": "bfloat16"}}, whole=True)
     with pytest.raises(InputError, match=r"model\.dtype"):
         profile(run, replace(world, config=other))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "something else", "kind": "even"}\n' * 9, "utf-8")
-    other = parse_config({**tree, "data": {**tree["data"], "path": str(rows)}})
+    other = parse_config({**tree, "data": {**tree["data"], "path": str(rows)}}, whole=True)
     (run / "corpus.arrow").unlink()
     with pytest.raises(InputError, match="the corpus that was recorded"):
         profile(run, replace(world, config=other))

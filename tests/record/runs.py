@@ -100,8 +100,9 @@ def config_of(model: Path, rows: Path, **record: Any) -> Config:
         {
             "model": {"path": str(model), "quantization": "none", "dtype": "float32", "device": "cpu"},
             "data": {"path": str(rows), "slice": "kind", "max_tokens": 64},
-            "record": {"segment": 4, "calibration": 8, "workers": 2, **record},
-        }
+            "record": {"segment": 4, "workers": 2, **record},
+        },
+        whole=True,
     )
 
 

@@ -24,6 +24,7 @@ import pytest
 
 from tests.conftest import HOME
 from tests.invariants import check_live
+from tests.options import written
 from tests.record.runs import actors, assert_same_run, config_of, make_sick_model, serial_run, write_rows
 from tinyonn.record.driver import record
 from tinyonn.store.manifest import parse_segment
@@ -130,7 +131,7 @@ def write_config(folder: Path, model: Path, slices: dict[str, int], **options: i
     write_rows(folder / "rows.jsonl", slices)
     config = config_of(model, folder / "rows.jsonl", **options)
     path = folder / "config.yaml"
-    path.write_text(json.dumps(config.model_dump(exclude_unset=True)), "utf-8")  # JSON is YAML
+    path.write_text(json.dumps(written(config)), "utf-8")  # JSON is YAML
     return path
 
 

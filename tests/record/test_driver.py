@@ -285,7 +285,7 @@ def other_rows(world: World, tmp_path: Path) -> dict[str, Any]:
         ),
         (
             {"record": {"calibration": 9, "max_live": 2}},
-            [r"config\.calibration: 8 in the run, 9", "max_live: 3"],
+            [r"config\.calibration: 32 in the run, 9", "max_live: 3"],
         ),
         ({"model": {"dtype": "bfloat16"}}, [r"config\.dtype: 'float32' in the run, 'bfloat16' now"]),
         ({"model": {"quantization": "nf4"}}, [r"config\.quantization: 'none' in the run, 'nf4' now"]),
@@ -302,7 +302,7 @@ def test_going_on_with_something_else_is_refused(
     before = read_status(str(begun))
     corpus = (begun / "corpus.arrow").read_bytes()
     with pytest.raises(InputError) as refusal:
-        record(str(begun), parse_config(tree), progress=False)
+        record(str(begun), parse_config(tree, whole=True), progress=False)
     message = str(refusal.value)
     assert message.startswith(f"{begun} was begun with something else: ")
     assert all(re.search(part, message) for part in named), message
@@ -331,7 +331,7 @@ def test_what_a_killed_driver_left_half_done_is_removed(world: World, begun: Pat
     with pytest.raises(InputError, match="segment_size: 4 in the run, 5 now"):
         run(world, folder, segment=5)
     with pytest.raises(InputError, match=r"data\.corpus"):
-        record(str(folder), parse_config(changed(world, {"data": {"seed": 9}})), progress=False)
+        record(str(folder), parse_config(changed(world, {"data": {"seed": 9}}), whole=True), progress=False)
     assert (folder / "corpus.arrow").read_bytes() == (begun / "corpus.arrow").read_bytes()
     assert sorted(path.name for path in folder.iterdir()) == ["corpus.arrow", "lock", "store"]
 

@@ -45,7 +45,8 @@ class World:
                 },
                 "data": {"sources": files[:sources], "max_tokens": 64},
                 "record": {"segment": 4, "calibration": 4, "workers": 1, **record},
-            }
+            },
+            whole=True,
         )
 
 

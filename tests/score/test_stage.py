@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
-from tinyonn.config import ScoreConfig
+from tinyonn.config import SEED_WEIGHTS, ScoreConfig
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run, spread, task_groups
@@ -59,7 +59,7 @@ def test_the_same_again_is_nothing_to_do_and_new_segments_are(tmp_path: Path) ->
     commit_part(store, "code", 1)
     assert score_run(str(tmp_path), ScoreConfig()).fresh
     assert everything(tmp_path) != before
-    assert score_run(str(tmp_path), ScoreConfig(preset="seed")).fresh
+    assert score_run(str(tmp_path), ScoreConfig(weights=SEED_WEIGHTS)).fresh
 
 
 def test_slices_with_few_samples_are_named(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_damaged_chunk_is_named_and_nothing_is_committed(tmp_path: Path) -> No
     data[len(data) // 2] ^= 8
     damaged.write_bytes(bytes(data))
     with pytest.raises(StoreDamagedError, match=r"weight of segment .*chunk"):
-        score_run(str(tmp_path), ScoreConfig(preset="seed"))
+        score_run(str(tmp_path), ScoreConfig(weights=SEED_WEIGHTS))
     assert everything(tmp_path) == before
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from tests.experts.runs import by_cells, clustered_run
+from tests.train.defaults import loss_weights, optimizer_options, routing_options, stage_options, training
 from tinyonn.config import Config
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.profile.stage import ProfileOptions, profile_run
-from tinyonn.train.options import TrainOptions
+from tinyonn.train.options import (
+    ScheduleOptions,
+)
 from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import TrainStageOptions
 
-OPTIONS = TrainOptions(
+OPTIONS = training(
     steps=12,
     batch=4,
     micro_batch=2,
@@ -24,6 +27,12 @@ OPTIONS = TrainOptions(
     prompt_tokens=4,
     precision="float32",
     checkpoint_every=4,
+    prompt_loss=False,
+    weights=loss_weights(balance=0.01),
+    routing=routing_options(ks=(), bias_rate=0.001),
+    stages=stage_options(first=0.5),
+    schedule=ScheduleOptions(decay=0.2),
+    optimizers=optimizer_options(router_lr=2e-3, experts="adamw", experts_lr=1e-4, norms_lr=0.0),
 )
 ROUTER = RouterShape(branches=2, width=16, top_k=2)
 

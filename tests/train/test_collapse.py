@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.train.defaults import optimizer_options
 from tests.train.trained import changed, load_models, make_corpus, make_models
 from tinyonn.train.monitor import FILE, Monitor, StepFacts, read_lines
-from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer
 
@@ -31,7 +31,7 @@ def test_collapse(tmp_path: Path, balanced: bool) -> None:
         routing=routing | {"bias_rate": 0.05 if balanced else 0.0},
         weights={"balance": 0.05 if balanced else 0.0, "ce": 0.0},
         stages={"first": 0.0, "min_k": None, "grow": 0.0, "integrity": False},
-        optimizers=OptimizerOptions(router_lr=0.03, experts="muon", experts_lr=1e-3),
+        optimizers=optimizer_options(router_lr=0.03, experts="muon", experts_lr=1e-3, norms_lr=0.0),
     )
     monitor = Monitor(tmp_path / "train", window=WINDOW)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.defaults import optimizer_options
 from tests.train.runs import OPTIONS, World
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.plan.demands import ModelFacts, Need
 from tinyonn.sizes import GiB, MiB
 from tinyonn.train.need import StudentFacts, check_needs, train_needs
-from tinyonn.train.optimizers import OptimizerOptions
 
 BASE = ModelFacts("big", 40, 2560, 6912, 151_936, "nf4", 2)
 PARAMETERS = [
@@ -49,16 +49,19 @@ def test_a_teacher_of_another_size_needs_its_own() -> None:
 
 def test_a_billion_trained_weights_need_what_masters_and_moments_take() -> None:
     assert bytes_of()["experts, trained"] == 1_000_000_000 * (4 + 4 + 8 + 2)
-    assert bytes_of(optimizers=OptimizerOptions(experts="muon"))["experts, trained"] == 14_000_000_000
-    assert bytes_of(optimizers=OptimizerOptions(experts="frozen"))["experts"] == 4_000_000_000
+    assert (
+        bytes_of(optimizers=optimizer_options(experts="muon", norms_lr=0.0))["experts, trained"]
+        == 14_000_000_000
+    )
+    assert bytes_of(optimizers=optimizer_options(experts="frozen", norms_lr=0.0))["experts"] == 4_000_000_000
 
 
 def test_a_trunk_that_is_trained_needs_masters_and_moments() -> None:
     matrices = 2 * 151_936 * 2560 - 10_000
     for options, bytes_each, of_norms in (
-        (OptimizerOptions(), 2, 2),
-        (OptimizerOptions(norms_lr=1e-3), 2, 16),
-        (OptimizerOptions(trunk_lr=1e-3), 16, 2),
+        (optimizer_options(norms_lr=0.0), 2, 2),
+        (optimizer_options(norms_lr=1e-3), 2, 16),
+        (optimizer_options(trunk_lr=1e-3, norms_lr=0.0), 16, 2),
     ):
         found = bytes_of(optimizers=options)["trunk and head of the student"]
         assert found == matrices * bytes_each + 10_000 * of_norms

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from tests.train.defaults import optimizer_options
 from tests.train.layers import GROUPS, Model, bits, group_slices, sparse_layer
 from tinyonn.errors import InputError
 from tinyonn.model.linear_tinyonn import ExpertLinear
@@ -24,13 +25,15 @@ RULES = ["adamw", "muon"]
 
 def options(experts: str = "adamw", **changes: object) -> OptimizerOptions:
     given: dict[str, object] = {
+        "router_lr": 2e-3,
         "experts": experts,
+        "experts_lr": 1e-4,
         "experts_decay": 0.1,
         "trunk_lr": 1e-3,
         "trunk_decay": 0.1,
         "norms_lr": 2e-3,
     }
-    return OptimizerOptions(**{**given, **changes})  # type: ignore[arg-type]
+    return optimizer_options(**{**given, **changes})
 
 
 def step(model: Model, optimizers: list[Optimizer], seed: int, allowed: torch.Tensor | None = None) -> None:
@@ -126,25 +129,25 @@ def test_parts_of_a_model_get_their_rules() -> None:
 def test_what_is_frozen_requires_no_gradient_and_is_in_no_optimizer() -> None:
     model = Model()
     before = {name: bits(parameter) for name, parameter in model.named_parameters()}
-    optimizers = build_optimizers(model, OptimizerOptions(experts="frozen"))
+    optimizers = build_optimizers(model, optimizer_options(router_lr=2e-3, experts="frozen", norms_lr=0.0))
     assert {group["name"].partition(".")[0] for one in optimizers for group in one.param_groups} == {"router"}
     step(model, optimizers, 0)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == name.startswith("router")
         assert (bits(parameter) != before[name]) == name.startswith("router")
-    again = build_optimizers(model, OptimizerOptions(router="frozen"))
+    again = build_optimizers(model, optimizer_options(router="frozen", experts="adamw", norms_lr=0.0))
     assert [group["name"] for one in again for group in one.param_groups] == ["experts"]
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
         "up.values",
         "down.values",
     }
-    build_optimizers(model, OptimizerOptions(router="frozen", experts="frozen", norms_lr=1e-3))
+    build_optimizers(model, optimizer_options(router="frozen", experts="frozen", norms_lr=1e-3))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
         "norm.weight",
         "norm.bias",
     }
     with pytest.raises(InputError, match="nothing would be trained"):
-        build_optimizers(model, OptimizerOptions(router="frozen", experts="frozen"))
+        build_optimizers(model, optimizer_options(router="frozen", experts="frozen", norms_lr=0.0))
 
 
 def test_a_model_without_experts_trains_its_trunk() -> None:
@@ -164,7 +167,7 @@ def test_a_model_without_experts_trains_its_trunk() -> None:
 )
 def test_options_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        OptimizerOptions(**changes)  # type: ignore[arg-type]
+        optimizer_options(**changes)
 
 
 def test_rates_are_peaks_times_factors_or_as_given() -> None:
@@ -246,7 +249,10 @@ def test_gradients_of_a_real_model_move_the_experts_that_ran(tmp_path: Path) -> 
     from tests.experts.assembled import assembled
 
     _, model = assembled(make_model("qwen2", tmp_path / "model"), experts=4)
-    optimizers = build_optimizers(model, OptimizerOptions(experts_decay=0.1))
+    optimizers = build_optimizers(
+        model,
+        optimizer_options(router_lr=2e-3, experts="adamw", experts_lr=1e-4, experts_decay=0.1, norms_lr=0.0),
+    )
     layers = [module for module in model.modules() if isinstance(module, ExpertLinear)]
     before = [layer.values.detach().clone() for layer in layers]
     ids = torch.arange(24).view(1, -1)

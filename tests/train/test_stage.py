@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.dense.architectures import make_model
+from tests.train.defaults import loss_weights, optimizer_options
 from tests.train.runs import OPTIONS, ROUTER, World
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.evaluate.loss import evaluate_routed
@@ -35,8 +36,6 @@ from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import read_curve
 from tinyonn.train.data import held_out_batches
 from tinyonn.train.monitor import read_lines
-from tinyonn.train.optimizers import OptimizerOptions
-from tinyonn.train.options import LossWeights
 from tinyonn.train.report import TrainReport
 from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import train_run
@@ -181,9 +180,9 @@ def test_other_options_are_refused_until_told_to_begin_anew(
 
 
 def test_a_dense_and_a_static_model_are_trained_by_the_same_code(world: World, tmp_path: Path) -> None:
-    trunk = OptimizerOptions(trunk_lr=1e-4, norms_lr=1e-4)
+    trunk = optimizer_options(router_lr=2e-3, experts="adamw", experts_lr=1e-4, trunk_lr=1e-4, norms_lr=1e-4)
     dense = world.options(tmp_path / "dense", student=world.folder / "model", router=None, warm_start=0,
-                          steps=3, optimizers=trunk, weights=LossWeights(kl=0, ce=1, hidden=0))  # fmt: skip
+                          steps=3, optimizers=trunk, weights=loss_weights(kl=0, ce=1, hidden=0))  # fmt: skip
     report = train_run(world.run, world.config, dense)
     assert (report.loads, report.active_weights) == ({}, None)
     assert list(report.losses) == ["loss", "ce"]
@@ -194,7 +193,7 @@ def test_a_dense_and_a_static_model_are_trained_by_the_same_code(world: World, t
 
 
 def test_a_cached_teacher_is_cached_once(world: World, tmp_path: Path) -> None:
-    options = world.options(tmp_path, teacher_k=8, steps=3, warm_start=0, weights=LossWeights(hidden=0))
+    options = world.options(tmp_path, teacher_k=8, steps=3, warm_start=0, weights=loss_weights(hidden=0))
     first = train_run(world.run, world.config, options)
     (cache,) = (tmp_path / "train" / "teacher").iterdir()
     parts = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
@@ -247,7 +246,7 @@ def test_another_model_teaches(
     deeper = make_model("qwen2", tmp_path / "deeper", seed=1, num_hidden_layers=3)
     with pytest.raises(InputError, match=r"of width \d+ and its teacher .* 3 of \d+"):
         taught_by(deeper, "b")
-    losses = taught_by(deeper, "c", weights=LossWeights(hidden=0)).losses
+    losses = taught_by(deeper, "c", weights=loss_weights(hidden=0)).losses
     assert losses["kl"] > trained[1].losses["kl"]
     with pytest.raises(InputError, match=r"teacher.* --fresh"):
         taught_by(make_model("qwen2", tmp_path / "other", seed=2), "a")
@@ -261,7 +260,7 @@ def test_another_model_teaches(
         ({"workers": 0}, r"train\.workers = 0; give at least 1"),
         ({"threads": 0}, r"train\.threads = 0; give at least 1"),
         (
-            {"warm_start": 0, "optimizers": OptimizerOptions(router_lr=0.0)},
+            {"warm_start": 0, "optimizers": optimizer_options(router_lr=0.0)},
             "leave a new router as it was drawn",
         ),
         ({"router": None}, "need a router and the model has none"),
@@ -296,7 +295,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(world: World, tm
 
 
 def test_a_loss_that_is_not_a_number_stops_at_the_last_checkpoint(world: World, tmp_path: Path) -> None:
-    wild = OptimizerOptions(experts_lr=1e30)
+    wild = optimizer_options(router_lr=2e-3, experts="adamw", experts_lr=1e30, norms_lr=0.0)
     with pytest.raises(
         InputError, match=r"step \d+: .*(is the last good checkpoint|there is no checkpoint yet); lower"
     ):

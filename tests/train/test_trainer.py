@@ -16,12 +16,13 @@ import torch
 
 from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
+from tests.train.defaults import loss_weights, routing_options, stage_options, training
 from tests.train.trained import EXPERTS, OPTIONS, changed, load_models, make_corpus, make_models
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.train.checkpoint import read_curve
 from tinyonn.train.monitor import StepFacts
-from tinyonn.train.options import LossWeights, RoutingOptions, StageOptions, TrainOptions
+from tinyonn.train.options import TrainOptions
 from tinyonn.train.targets import ProfileTargets
 from tinyonn.train.teacher import Live, cache_teacher
 from tinyonn.train.trainer import Trainer, TrainingDivergedError
@@ -449,17 +450,17 @@ def test_layers_that_cannot_be_compared_are_refused(tmp_path: Path, corpus: Corp
         ({"steps": 0}, "steps = 0"),
         ({"precision": "float16"}, "precision = 'float16'"),
         ({"temperature": 0.0}, "temperature"),
-        ({"stages": StageOptions(first=1.5)}, "share of the steps"),
-        ({"routing": RoutingOptions(dropout=1.0)}, "dropout"),
+        ({"stages": stage_options(first=1.5)}, "share of the steps"),
+        ({"routing": routing_options(dropout=1.0)}, "dropout"),
     ],
 )
 def test_options_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TrainOptions(**changes)
+        training(**changes)
 
 
 def test_losses_of_weight_zero_leave_no_gradient(train: Callable[..., Trainer]) -> None:
-    nothing = LossWeights(kl=0.0, ce=0.0, hidden=0.0, balance=0.0, z=0.0)
+    nothing = loss_weights(kl=0.0, ce=0.0, hidden=0.0, balance=0.0, z=0.0)
     trainer = train("nothing", changed(weights=vars(nothing), optimizers={"router_decay": 0.0}))
     before = weights(trainer)
     trainer.run(2)

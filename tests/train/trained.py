@@ -10,22 +10,30 @@ import numpy as np
 
 from tests.dense.architectures import make_model
 from tests.experts.assembled import assemble, dense_model, random_groups
+from tests.train.defaults import loss_weights, optimizer_options, routing_options, stage_options, training
 from tinyonn.corpus.file import Corpus, Header, write_corpus
 from tinyonn.experts import TinyONNForCausalLM
-from tinyonn.train.options import LossWeights, RoutingOptions, StageOptions, TrainOptions
+from tinyonn.train.options import (
+    ScheduleOptions,
+    TrainOptions,
+)
 
 EXPERTS = 6
 BRANCHES = [[0, 1, 2], [3, 4, 5]]
-OPTIONS = TrainOptions(
+OPTIONS = training(
     steps=6,
     batch=4,
     micro_batch=2,
     prompt_tokens=4,
     precision="float32",
     checkpoint_every=2,
-    weights=LossWeights(ce=0.5, balance=0.05),
-    routing=RoutingOptions(ks=(2, 4), noise=0.1, dropout=0.1, capacity=2.0, bias_rate=0.01),
-    stages=StageOptions(first=0.5, min_k=3, grow=0.5, integrity=True),
+    warm_start=0,
+    prompt_loss=False,
+    schedule=ScheduleOptions(decay=0.2),
+    optimizers=optimizer_options(router_lr=2e-3, experts="adamw", experts_lr=1e-4, norms_lr=0.0),
+    weights=loss_weights(ce=0.5, balance=0.05),
+    routing=routing_options(ks=(2, 4), noise=0.1, dropout=0.1, capacity=2.0, bias_rate=0.01),
+    stages=stage_options(first=0.5, min_k=3, grow=0.5, integrity=True),
 )
 
 

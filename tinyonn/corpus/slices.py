@@ -21,8 +21,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.feature_extraction.text import HashingVectorizer
 
 from tinyonn.config import DataConfig
 from tinyonn.corpus.file import SetAside
@@ -93,6 +91,8 @@ def fit_slices(texts: Sequence[str], count: int, seed: int) -> Slicer:
         Slices wanted, 1 to 16; fewer come back if the texts are fewer or alike.
     seed : int
     """
+    from sklearn.cluster import MiniBatchKMeans  # a second and a half, and few stages derive slices
+
     raw = _counts(texts)
     documents = np.bincount(raw.indices, minlength=FEATURES)
     idf = (np.log((1 + len(texts)) / (1 + documents)) + 1).astype(np.float32)
@@ -164,6 +164,8 @@ def _words(text: str) -> list[str]:
 
 
 def _counts(texts: Sequence[str]) -> Any:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     vectorizer = HashingVectorizer(
         n_features=FEATURES, token_pattern=TOKEN, alternate_sign=False, norm=None, dtype=np.float32
     )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Int32 = np.ndarray[Any, np.dtype[np.int32]]
 UNLABELLED = -100
+PROMPT_TOKENS = 64  # of a text from which experts are chosen
 BATCH = 64
 CHARACTERS = 16  # of a token, to begin with: only so much of a text is encoded, and more if that falls short
 MARGIN = 64  # tokens before a cut that may depend on what was cut off

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tinyonn.config import Config
+from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.errors import InputError
 from tinyonn.evaluate.demand import state, trained_needs
 from tinyonn.evaluate.dense import DenseWeights
@@ -178,7 +179,7 @@ def _measured(
         state("evaluating the dense model", config.model, dense_needs),
         state("evaluating the trained model", on_cpu, sparse_needs),
     )
-    batches = held_out_batches(samples_of(corpus), prompt_tokens=config.profile.prompt_tokens)
+    batches = held_out_batches(samples_of(corpus), prompt_tokens=PROMPT_TOKENS)
     lines: list[TrainedLine] = []
 
     def measure(name: str, one: Any, k: Experts, all_weights: float) -> None:

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from tinyonn.config import SCORE_PRESETS
+from tinyonn.config import ACTIVATION_WEIGHTS, SEED_WEIGHTS
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.experts.source import Band, Float32, Source
@@ -330,8 +330,8 @@ def _weights(band: Band) -> Float32:
 
 SCORES: dict[str, Score] = {
     "S": _of_table(),
-    "seed": _of_table(SCORE_PRESETS["seed"]),
-    "activation": _of_table(SCORE_PRESETS["activation"]),
+    "seed": _of_table(SEED_WEIGHTS),
+    "activation": _of_table(ACTIVATION_WEIGHTS),
     "magnitude": Score(frozenset({"weights"}), _magnitude),
     "wanda": Score(frozenset({"records", "weights"}), _wanda),
     "energy": Score(frozenset({"records", "weights"}), _energy),

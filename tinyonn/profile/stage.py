@@ -17,6 +17,7 @@ from functools import partial
 from tinyonn.config import Config
 from tinyonn.corpus.corpus import even_shares
 from tinyonn.corpus.file import Corpus
+from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
 from tinyonn.experts.selection import check_base
@@ -79,7 +80,7 @@ class ProfileOptions:
 
     groups: Wanted = "auto"
     samples: int | None = None
-    prompt_tokens: int = 64
+    prompt_tokens: int = PROMPT_TOKENS
     excerpt: int = 160
     workers: int | None = None
     memory: int | None = None

@@ -160,7 +160,7 @@ def check_recorded(store: Store) -> list[Segment]:
 
 def describe_score(config: ScoreConfig, segments: Sequence[Segment]) -> dict[str, Any]:
     """What decides the bits of rows and affinity, as the attributes of both groups."""
-    weights = config.weights()
+    weights = config.weights
     return {
         "weights": {"act": weights[0], "grad": weights[1], "freq": weights[2]},
         "segments": {segment.name: segment.samples for segment in segments},
@@ -198,7 +198,7 @@ def _score(
     own = OWN_BYTES + codec_bytes(parameter.shape for parameter in manifest.parameters)
     fit = options.fit(task_needs(groups, len(placed)), "scoring", own)
     workers = fit.workers
-    weights = ScoreWeights(*config.weights())
+    weights = ScoreWeights(*config.weights)
     tasks = [
         ScoreTask(tuple(group), {p.name: calibration[p.name] for p in group}, placed, len(names), weights)
         for group in groups

@@ -98,7 +98,7 @@ def tune_run(location: str, config: Config, trials: int) -> Tuned:
         sampler=optuna.samplers.TPESampler(seed=0),
         load_if_exists=True,
     )
-    default = np.array(ScoreConfig().weights())
+    default = np.array(ScoreConfig().weights)
 
     def objective(trial: optuna.Trial) -> float:
         weights = {name: trial.suggest_float(name, *limits) for name, limits in RANGES.items()}
@@ -108,7 +108,7 @@ def tune_run(location: str, config: Config, trials: int) -> Tuned:
     if left > 0:
         study.optimize(objective, n_trials=left)
     best = study.best_params
-    tuned = config.score.model_copy(update={name: best[name] for name in RANGES})
+    tuned = ScoreConfig(weights=(best["act"], best["grad"], best["freq"]))
     act, grad, freq = (float(value) for value in default)
     return Tuned(
         tuned, float(study.best_value), _mean_agreement(profiles, (act, grad, freq)), trials - min(left, 0)

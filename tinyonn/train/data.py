@@ -20,11 +20,10 @@ import numpy as np
 import torch
 
 from tinyonn.corpus.file import Corpus, Sample
-from tinyonn.corpus.tokens import UNLABELLED, prompt_length
+from tinyonn.corpus.tokens import PROMPT_TOKENS, UNLABELLED, prompt_length
 from tinyonn.errors import InputError
 
 WINDOW = 16  # batches within which samples of like length are put together
-PROMPT_TOKENS = 64  # of a text from which gates are chosen
 
 
 @dataclass(frozen=True)

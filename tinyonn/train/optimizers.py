@@ -40,7 +40,7 @@ __all__ = [
 Rule = Literal["adamw", "muon", "frozen"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """What is trained by which rule.
 
@@ -66,14 +66,14 @@ class OptimizerOptions:
     """
 
     router: Rule = "muon"
-    router_lr: float = 2e-3
+    router_lr: float = 0.0
     router_decay: float = 0.01
-    experts: Rule = "adamw"
-    experts_lr: float = 1e-4
+    experts: Rule = "muon"
+    experts_lr: float
     experts_decay: float = 0.0
-    trunk_lr: float = 0.0
+    trunk_lr: float
     trunk_decay: float = 0.0
-    norms_lr: float = 0.0
+    norms_lr: float
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = 0.95
 

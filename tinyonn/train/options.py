@@ -1,4 +1,7 @@
-"""How a model is trained: everything that decides the result, as one frozen tree."""
+"""How a model is trained: everything that decides the result, as one frozen tree.
+
+What has no default here is an option and has it in `tinyonn.config`; what has one is set by no configuration.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.errors import InputError
-from tinyonn.train.data import PROMPT_TOKENS
 from tinyonn.train.optimizers import OptimizerOptions
 
 PRECISIONS = ("bfloat16", "float32")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """What each part of the loss counts; a part of weight 0 is not computed.
 
@@ -30,14 +33,14 @@ class LossWeights:
     """
 
     kl: float = 1.0
-    ce: float = 0.1
-    hidden: float = 0.1
-    balance: float = 0.01
+    ce: float
+    hidden: float
+    balance: float
     z: float = 0.001
     profile: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
     """How experts are chosen while training.
 
@@ -55,14 +58,14 @@ class RoutingOptions:
         Step of the bias that balances the load without a loss.
     """
 
-    ks: tuple[int, ...] = ()
-    noise: float = 0.0
-    dropout: float = 0.0
-    capacity: float | None = None
-    bias_rate: float = 0.001
+    ks: tuple[int, ...]
+    noise: float
+    dropout: float
+    capacity: float | None
+    bias_rate: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageOptions:
     """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.smk`.
 
@@ -85,28 +88,28 @@ class StageOptions:
         Of predictive integrity.
     """
 
-    first: float = 0.5
-    act_k: int | None = None
-    min_k: int | None = None
-    grow: float = 0.0
+    first: float
+    act_k: int | None
+    min_k: int | None
+    grow: float
     least: float = 0.5
     most: float = 2.0
-    integrity: bool = False
+    integrity: bool
     alpha: float = 1.0
     gamma: float = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
     """Shares of the steps, as of `tinyonn.train.schedule.Schedule.of_shares`."""
 
     warmup: float = 0.05
-    decay: float = 0.2
+    decay: float = 0.5
     floor: float = 0.0
     form: Literal["linear", "root", "exponential"] = "linear"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """One training.
 
@@ -141,27 +144,27 @@ class TrainOptions:
     weights, routing, stages, schedule, optimizers
     """
 
-    steps: int = 400
-    batch: int = 8
-    micro_batch: int = 4
+    steps: int
+    batch: int
+    micro_batch: int
     seed: int = 0
     prompt_tokens: int = PROMPT_TOKENS
-    prompt_loss: bool = False
+    prompt_loss: bool = True
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     temperature: float = 1.0
-    warm_start: int = 0
+    warm_start: int
     warm_start_batch: int = 64
     warm_start_lr: float = 3e-3
     checkpointing: bool = False
     clip: float = 1.0
     spike: float = 10.0
-    checkpoint_every: int = 50
+    checkpoint_every: int
     keep: int = 2
-    weights: LossWeights = field(default_factory=LossWeights)
-    routing: RoutingOptions = field(default_factory=RoutingOptions)
-    stages: StageOptions = field(default_factory=StageOptions)
+    weights: LossWeights
+    routing: RoutingOptions
+    stages: StageOptions
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
-    optimizers: OptimizerOptions = field(default_factory=OptimizerOptions)
+    optimizers: OptimizerOptions
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch": 1, "micro_batch": 1, "warm_start": 0, "checkpoint_every": 1, "keep": 1}

@@ -67,7 +67,7 @@ class TrainStageOptions:
         Forget the checkpoints.
     """
 
-    train: TrainOptions = field(default_factory=TrainOptions)
+    train: TrainOptions
     router: RouterShape | None = field(default_factory=RouterShape)
     targets: TargetOptions = field(default_factory=TargetOptions)
     teacher_k: int | None = None

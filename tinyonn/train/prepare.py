@@ -67,7 +67,7 @@ def check_fit(
         raise InputError(f"top_k = {top_k} but there are {student.experts} experts; give at most as many")
 
 
-def prepare_model(model: Any, options: TrainOptions) -> None:
+def prepare_model(model: Any, precision: str, checkpointing: bool) -> None:
     """Bring a model into the state that it is trained in, in place; parameters stay the same objects.
 
     What is trained is held in float32, all of it with ``precision: float32``. The model is in evaluation mode, so that
@@ -79,9 +79,9 @@ def prepare_model(model: Any, options: TrainOptions) -> None:
     if hasattr(model, "forget"):
         model.forget()
     for parameter in model.parameters():
-        if parameter.requires_grad or options.precision == "float32":
+        if parameter.requires_grad or precision == "float32":
             parameter.data = parameter.data.float()
-    if options.precision == "float32":
+    if precision == "float32":
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
@@ -91,7 +91,7 @@ def prepare_model(model: Any, options: TrainOptions) -> None:
             learns = any(parameter.requires_grad for parameter in own) and "router" not in name.split(".")
             if learns and (isinstance(module, torch.nn.Embedding) or all(one.dim() < 2 for one in own)):
                 module.register_forward_hook(_as_autocast)
-    if options.checkpointing:
+    if checkpointing:
         _checkpoint_layers(model)
 
 

@@ -11,7 +11,6 @@ from tinyonn.train.optimizers import OptimizerOptions
 from tinyonn.train.options import (
     LossWeights,
     RoutingOptions,
-    ScheduleOptions,
     StageOptions,
     TrainOptions,
 )
@@ -31,18 +30,16 @@ def train_options(config: Config) -> TrainOptions:
     """
     given = config.train
     plain = given.model_dump(
-        exclude={"data", "teacher", "teacher_model", "loss", "routing", "stages", "schedule", "optimizers"}
+        exclude={"data", "teacher", "teacher_model", "loss", "routing", "stages", "optimizers"}
     )
     stages = given.stages.model_dump()
     stages |= {name: stages[name] or None for name in ("act_k", "min_k")}  # 0 stands for all
     return TrainOptions(
         **plain,
-        prompt_tokens=config.profile.prompt_tokens,
         checkpointing=config.model.checkpointing,
         weights=LossWeights(**given.loss.model_dump()),
         routing=RoutingOptions(**_routing(config)),
         stages=StageOptions(**stages),
-        schedule=ScheduleOptions(**given.schedule.model_dump()),
         optimizers=OptimizerOptions(**given.optimizers.model_dump()),
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tinyonn.config import ModelConfig, TrackConfig
+from tinyonn.config import ModelConfig, RouterConfig, TrackConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import read_settings
 from tinyonn.model.router_options_tinyonn import RouterOptions
@@ -20,6 +20,7 @@ from tinyonn.train.options import TrainOptions, flat
 if TYPE_CHECKING:
     from tinyonn.profile.profile import Profile
 
+ROUTER = RouterConfig()
 TINY_ONN = "tiny_onn"  # model_type of an assembled model
 
 
@@ -41,8 +42,8 @@ class RouterShape:
 
     branches: int = 10
     width: int = 128
-    top_k: int | None = 10
-    shared: int = 0
+    top_k: int | None = ROUTER.top_k
+    shared: int = ROUTER.shared
 
     def options(self, profile: Profile, prompt_tokens: int) -> RouterOptions:
         """With the branches of a profile.

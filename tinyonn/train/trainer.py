@@ -116,7 +116,7 @@ class Trainer:
         self.student = Student(model, options.weights, options.temperature, options.prompt_loss)
         check_fit(self.student, teacher, targets, options)
         self.optimizers = build_optimizers(model, options.optimizers)
-        prepare_model(model, options)
+        prepare_model(model, options.precision, options.checkpointing)
         self.workers = Workers.found()
         self.observe = observe or (lambda facts: None)
         self.steps = options.warm_start + options.steps

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -40,8 +41,8 @@ profile_run(sys.argv[1], parse_config(json.loads(sys.argv[2]), whole=True))
 """
 
 
-def profile(run: Path, world: World, **options: object) -> ProfileReport:
-    return profile_run(str(run), world.config, ProfileOptions(**options))  # type: ignore[arg-type]
+def profile(run: Path, world: World, **options: Any) -> ProfileReport:
+    return profile_run(str(run), world.config, ProfileOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -229,9 +230,10 @@ def test_another_model_and_another_corpus_are_refused(world: World, tmp_path: Pa
 
 
 def test_what_cannot_be_is_refused(world: World, again: Path) -> None:
-    for options in ({"samples": 0}, {"workers": 0}, {"excerpt": -1}):
+    refused: list[dict[str, Any]] = [{"samples": 0}, {"workers": 0}, {"excerpt": -1}]
+    for options in refused:
         with pytest.raises(InputError, match="must be at least"):
-            ProfileOptions(**options)  # type: ignore[arg-type]
+            ProfileOptions(**options)
     with pytest.raises(CapacityError, match=r"profiling needs .* of RAM and .* are there .*; use"):
         profile(again, world, memory=1 << 20, fresh=True)
     with RunLock(again), pytest.raises(StoreBusyError):

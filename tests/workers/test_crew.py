@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -24,7 +25,7 @@ class Thread:
 
 
 @pytest.fixture
-def worker(ray_cluster: str) -> Iterator[object]:
+def worker(ray_cluster: str) -> Iterator[Any]:
     ray.init(address=ray_cluster, log_to_driver=False, logging_level="ERROR")
     try:
         yield ray.remote(num_cpus=1, **THREADS)(Thread).remote()
@@ -32,9 +33,9 @@ def worker(ray_cluster: str) -> Iterator[object]:
         ray.shutdown()
 
 
-def test_work_stays_in_one_thread_and_another_says_how_far_it_is(worker: object) -> None:
-    work = [worker.record.remote(0.05) for _ in range(8)]  # type: ignore[attr-defined]
-    long = worker.record.remote(600.0)  # type: ignore[attr-defined]
+def test_work_stays_in_one_thread_and_another_says_how_far_it_is(worker: Any) -> None:
+    work = [worker.record.remote(0.05) for _ in range(8)]
+    long = worker.record.remote(600.0)
     looks = ray.get([use_of(worker) for _ in range(8)], timeout=60)
     done = ray.get(work, timeout=60)
     looks += ray.get([use_of(worker) for _ in range(8)], timeout=60)

@@ -37,7 +37,6 @@ TOKEN = r"[^\W\d_]{2,}|\d|[^\w\s]"  # a word, a digit or a sign: signs tell code
 BATCH = 1024
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
-Int16 = np.ndarray[Any, np.dtype[np.int16]]
 BAD_SHARE = 0.05  # more rows than this that are malformed, or that the template garbles, are not bad luck
 
 

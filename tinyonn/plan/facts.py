@@ -201,11 +201,11 @@ def _parquet_rows(config: SourceConfig) -> int | None:
 
         files = [REFERENCE_CORPUS / f"{config.split}.parquet"]
     else:
-        from tinyonn.corpus.files import find_files, kind_of
+        from tinyonn.corpus.files import content_of, find_files
 
         path = Path(config.path).expanduser()
         files = find_files(path, config.split)[0] if path.is_dir() else [path]
-        if any(kind_of(file) != "parquet" for file in files):
+        if any(content_of(file) != "parquet" for file in files):
             return None
     if not files or not all(file.is_file() for file in files):
         return None

@@ -80,16 +80,7 @@ class Slicer:
 
 
 def fit_slices(texts: Sequence[str], count: int, seed: int) -> Slicer:
-    """Find slices in a sample of the corpus.
-
-    Parameters
-    ----------
-    texts : sequence of str
-        At most a few thousand; at least one.
-    count : int
-        Slices wanted, 1 to 16; fewer come back if the texts are fewer or alike.
-    seed : int
-    """
+    """Find slices in a sample of the corpus."""
     from sklearn.cluster import MiniBatchKMeans  # a second and a half, and few stages derive slices
 
     raw = _counts(texts)

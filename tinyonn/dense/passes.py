@@ -141,20 +141,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def head_backward(head: Head, hidden: torch.Tensor, sample: Labelled) -> torch.Tensor:
-    """Loss of a sample, and its gradient on what the head reads.
-
-    Parameters
-    ----------
-    head : Head
-    hidden : [1, T, H]
-        What its output embeddings read: a leaf that requires a gradient; its ``grad`` is filled.
-    sample : Labelled
-
-    Returns
-    -------
-    float64 []
-        Mean cross entropy of the labelled tokens, in nats; on the device.
-    """
+    """Loss of a sample, and its gradient on what the head reads."""
     following = sample.labels[1:].astype(np.int64)
     places = np.flatnonzero(following != -100)
     labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)

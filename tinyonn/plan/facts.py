@@ -141,13 +141,7 @@ def describe_data(config: DataConfig, folder: Path) -> DataFacts:
 
 
 def describe_machine(device: str, folder: Path, limits: dict[str, int]) -> Machine:
-    """What is free on this machine, or what `limits` says instead.
-
-    Raises
-    ------
-    InputError
-        ``cuda`` is asked for, there is none and `limits` has no ``vram``.
-    """
+    """What is free on this machine, or what `limits` says instead."""
     import torch
 
     found = [] if device == "cpu" or "vram" in limits or torch.version.cuda is None else gpus()

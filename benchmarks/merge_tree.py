@@ -57,7 +57,7 @@ def merge(node: Node, leaves: list[Part], root_nearest: bool, root: bool = True)
     average_records(
         tuple(part.records for part in parts),
         weighted_values([part.books for part in parts], weights),
-        *value_tables(books),
+        value_tables(books),
         np.uint64(node.first * 1000 + node.last),
         np.uint64(0),
         root and root_nearest,

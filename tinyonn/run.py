@@ -146,7 +146,7 @@ class Run:
             tables = value_tables(codebooks)
             for first, last, parts in self._parts(reader, parameter, slice):
                 flat = out[first:last].reshape(-1)
-                average_records(parts, values, *tables, np.uint64(0), np.uint64(0), True, flat)
+                average_records(parts, values, tables, np.uint64(0), np.uint64(0), True, flat)
             return out
 
         return self._steadily(compute)

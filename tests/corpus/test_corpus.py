@@ -1,10 +1,9 @@
+"""The corpus: every row once, in its order, labelled, and again only when something changes."""
+
 from __future__ import annotations
 
-import json
 import pickle
 import random
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,74 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.corpus.sources import CHAT, MARKED, REWRITING, SAID, Room, everything, texts
 from tests.dense.architectures import CHAT_TEMPLATE
-from tests.dense.conftest import ModelFactory
-from tinyonn.config import Config, DataConfig, ModelConfig
-from tinyonn.corpus.corpus import Corpus, even_shares, prepare_corpus, stored_order
-from tinyonn.corpus.rows import REFERENCE_CORPUS, Row
-from tinyonn.corpus.slices import even_sample
-from tinyonn.dense.load import load_tokenizer
+from tinyonn.corpus.corpus import Corpus
+from tinyonn.corpus.rows import REFERENCE_CORPUS
 from tinyonn.errors import InputError, StoreDamagedError
-
-CHAT = [
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "\n  Hi there"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "Ciao"},
-]
-SAID = ["\n  Hi there<|im_end|>", "Ciao<|im_end|>"]
-MARKED = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\n"
-    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-REWRITING = "{{ messages | string | length }}" + CHAT_TEMPLATE
-
-
-class Room:
-    """A folder to put sources into, a model's tokenizer, and the way to prepare."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder = folder
-        self.model = ModelConfig(path=str(model), device="cpu")
-        self.tokenizer = load_tokenizer(self.model)
-
-    def jsonl(self, rows: list[Any], name: str = "rows.jsonl") -> Path:
-        path = self.folder / name
-        path.write_bytes(
-            b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
-        )
-        return path
-
-    def parquet(self, columns: dict[str, Any], name: str = "rows.parquet") -> Path:
-        path = self.folder / name
-        pq.write_table(pa.table(columns), path)
-        return path
-
-    def prepare(self, path: Path | str, out: str = "corpus.arrow", **options: Any) -> Corpus:
-        data = DataConfig(path=str(path), **options)
-        return prepare_corpus(Config(model=self.model, data=data), self.tokenizer, self.folder / out)
-
-    def text(self, ids: Any) -> str:
-        return str(self.tokenizer.decode([int(token) for token in ids]))
-
-
-@pytest.fixture
-def room(tmp_path: Path, model_of: ModelFactory) -> Room:
-    return Room(tmp_path, model_of("qwen2"))
-
-
-def texts(count: int) -> list[dict[str, str]]:
-    return [
-        {"text": f"text number {number}", "kind": "even" if number % 2 == 0 else "odd"}
-        for number in range(count)
-    ]
-
-
-def everything(corpus: Corpus) -> dict[str, list[int]]:
-    return {name: [s.index for s in corpus.range(name, 0, count)] for name, count in corpus.slices.items()}
 
 
 def test_texts_are_labelled_whole_and_every_row_is_there_once(room: Room) -> None:
@@ -328,108 +264,6 @@ def test_positions_and_slices_that_are_not_there(room: Room) -> None:
         corpus.sample("odd", 5)
 
 
-def test_max_tokens_beyond_the_context(room: Room) -> None:
-    path = room.jsonl(texts(4))
-    with pytest.raises(InputError, match=r"max_tokens = 129 is beyond the context.*128 tokens.*128 or less"):
-        room.prepare(path, max_tokens=129)
-    assert room.prepare(path).max_tokens == 128  # left out, it follows the model
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"text": "body"}, r"data\.text = 'body' is not a column.*\['text', 'kind'\]"),
-        ({"messages": "chat"}, r"data\.messages = 'chat' is not a column"),
-        ({"slice": "topic"}, r"data\.slice = 'topic' is not a column"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_missing_columns_name_those_that_exist(
-    room: Room, kind: str, options: dict[str, str], message: str
-) -> None:
-    rows = texts(4)
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    path = room.jsonl(rows) if kind == "jsonl" else room.parquet(columns)
-    with pytest.raises(InputError, match=message):
-        room.prepare(path, **options)
-
-
-def test_no_known_column(room: Room) -> None:
-    with pytest.raises(InputError, match=r"neither a 'text' nor a 'messages' column but \['body'\]"):
-        room.prepare(room.jsonl([{"body": "some"}]))
-
-
-def test_truncated_parquet(room: Room) -> None:
-    path = room.parquet({"text": [f"some text {number}" for number in range(5000)]})
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-200])
-    with pytest.raises(InputError, match=r"not a readable Parquet file, perhaps truncated"):
-        room.prepare(path)
-    path.write_bytes(whole[:2000] + bytes(2000) + whole[4000:])
-    with pytest.raises(InputError, match=r"unreadable from row|malformed"):
-        room.prepare(path)
-
-
-def test_parquet_text_that_is_not_utf8(room: Room) -> None:
-    good = [b"plain text"] * 60
-    good[7] = b"\xff\xfe\xfd"
-    strings = pa.array(good, pa.binary()).view(pa.string())  # what a careless writer leaves behind
-    for columns, name in (({"text": pa.array(good, pa.binary())}, "a"), ({"text": strings}, "b")):
-        corpus = room.prepare(room.parquet(columns, f"{name}.parquet"), f"{name}.arrow", slices=1)
-        assert [item.index for item in corpus.set_aside] == [7]
-        assert "not UTF-8" in corpus.set_aside[0].reason
-        assert len(corpus) == 59
-
-
-def test_many_malformed_lines_are_refused(room: Room) -> None:
-    rows: list[Any] = [*texts(40)]
-    rows[5] = rows[9] = b"{"
-    assert len(room.prepare(room.jsonl(rows), slice="kind").set_aside) == 2  # 5 %
-    rows[11] = b"{"
-    with pytest.raises(InputError, match=r"3 of 40 rows are malformed, row 5 first"):
-        room.prepare(room.jsonl(rows), slice="kind")
-
-
-def test_nothing_left(room: Room) -> None:
-    with pytest.raises(InputError, match=r"no usable row among 3: empty text \(3 times\)"):
-        room.prepare(room.jsonl([{"text": " "}] * 3))
-    with pytest.raises(InputError, match=r"no usable row left: 1 token\(s\)"):
-        room.prepare(room.jsonl([{"text": "x"}] * 3))
-    with pytest.raises(InputError, match="no readable rows"):
-        room.prepare(room.jsonl([]))
-
-
-def test_too_many_slices(room: Room) -> None:
-    rows = [{"text": "some text", "kind": number} for number in range(20)]
-    with pytest.raises(InputError, match="more than 16 different values"):
-        room.prepare(room.jsonl(rows), slice="kind")
-
-
-@pytest.mark.parametrize("path", ["./none.jsonl", "none.parquet", "/none/such"])
-def test_a_source_that_is_not_there(room: Room, path: str) -> None:
-    with pytest.raises(InputError, match=r"does not exist.*\.jsonl or \.parquet"):
-        room.prepare(path)
-
-
-def test_sources_of_another_kind(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    (room.folder / "data.yaml").write_text("text\n")
-    with pytest.raises(InputError, match=r"neither \.jsonl nor \.parquet.*write it as JSONL"):
-        room.prepare(room.folder / "data.yaml")
-    (room.folder / "empty").mkdir()
-    with pytest.raises(InputError, match="a folder without"):
-        room.prepare(room.folder / "empty")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"'nobody/nothing'.*(hub|cannot be loaded)"):
-        room.prepare("nobody/nothing")
-
-
-def test_a_tokenizer_of_another_model(room: Room) -> None:
-    room.tokenizer.add_tokens([f"<extra{number}>" for number in range(20)])
-    with pytest.raises(InputError, match=r"gives token 27\d and its vocabulary ends at 263"):
-        room.prepare(room.jsonl([{"text": "some <extra15> text"}]), slices=1)
-
-
 def test_the_shipped_corpus_needs_no_options(room: Room) -> None:
     corpus = room.prepare("reference", split="heldout", samples=70)
     raw = pq.read_table(REFERENCE_CORPUS / "heldout.parquet", columns=["slice"])["slice"].to_pylist()
@@ -439,35 +273,3 @@ def test_the_shipped_corpus_needs_no_options(room: Room) -> None:
         assert {raw[index] for index in indices} == {name}
     with pytest.raises(InputError, match=r"data\.split = 'test'.*heldout.*train"):
         room.prepare("reference", split="test")
-
-
-def test_the_sample_that_slices_are_fitted_on_is_even() -> None:
-    rows = [Row(number, text=str(number), fault="bad" if number % 2 else None) for number in range(400)]
-    drawn = Counter(text for seed in range(300) for text in even_sample(rows, 20, seed))
-    assert sum(drawn.values()) == 300 * 20
-    assert set(drawn) == {str(number) for number in range(0, 400, 2)}
-    assert max(drawn.values()) < 60  # 30 each on average
-    first, last = (sum(drawn[str(n)] for n in part) for part in (range(0, 200, 2), range(200, 400, 2)))
-    assert abs(first - last) < 400
-    assert len(even_sample(rows, 500, 0)) == 200
-
-
-def test_shares_are_even_and_use_up_the_total() -> None:
-    generator = random.Random(0)
-    for _ in range(300):
-        sizes = [generator.randrange(40) for _ in range(generator.randrange(1, 9))]
-        total = generator.randrange(200)
-        shares = even_shares(sizes, total)
-        assert sum(shares) == min(total, sum(sizes))
-        assert all(share <= size for share, size in zip(shares, sizes, strict=True))
-        free = [share for share, size in zip(shares, sizes, strict=True) if share < size]
-        assert not free or max(shares) - min(free) <= 1
-    assert even_shares([5, 7], None) == [5, 7]
-
-
-def test_a_slices_order_does_not_depend_on_the_other_slices() -> None:
-    alone = stored_order([9], ["b"], 4)[0]
-    among = stored_order([3, 9], ["a", "b"], 4)[1]
-    assert np.array_equal(alone, among)
-    assert Counter(alone.tolist()) == Counter(range(9))
-    assert not np.array_equal(alone, stored_order([9], ["b"], 5)[0])

@@ -1,3 +1,5 @@
+"""Forms of data: which columns make a text or a conversation."""
+
 from __future__ import annotations
 
 import contextlib
@@ -9,28 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.corpus.records import ANSWERED, ASKED, CALL, EARLIER, PAIR, SHAREGPT, SYSTEM, rows_of, source_of
 from tinyonn.config import DataConfig, DataFormat
 from tinyonn.corpus.forms import FORMS, recognise
-from tinyonn.corpus.messages import Fault, read_messages, read_tools
-from tinyonn.corpus.rows import Row, Source
+from tinyonn.corpus.messages import Fault
+from tinyonn.corpus.rows import Source
 from tinyonn.errors import InputError
-
-ASKED, ANSWERED = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
-EARLIER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-SYSTEM = {"role": "system", "content": "Be brief."}
-PAIR = [ASKED, ANSWERED]
-CALL = {"type": "function", "function": {"name": "sky", "arguments": {"city": "Lima"}}}
-SHAREGPT = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
-
-
-def rows_of(folder: Path, *records: Any, **options: Any) -> list[Row]:
-    return list(source_of(folder, *records, **options))
-
-
-def source_of(folder: Path, *records: Any, **options: Any) -> Source:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    return Source(DataConfig(path=str(path), **options))
 
 
 @pytest.mark.parametrize(
@@ -274,146 +260,6 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, str], messag
 def test_a_column_may_be_named_for_messages_of_either_kind(tmp_path: Path) -> None:
     for options in ({}, {"format": "sharegpt"}, {"format": "messages"}):
         assert rows_of(tmp_path, {"turns": SHAREGPT}, messages="turns", **options)[0].messages == tuple(PAIR)
-
-
-@pytest.mark.parametrize(
-    ("name", "role"),
-    [
-        *((name, "assistant") for name in ("gpt", "Model", "bot", " assistant", "Bing", "bard")),
-        *((name, "user") for name in ("human", "USER", "prompter")),
-        *((name, "tool") for name in ("tool", "function", "observation", "ipython")),
-        ("developer", "system"),
-        ("critic", "critic"),
-    ],
-)
-@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value")])
-def test_roles(name: str, role: str, keys: tuple[str, str]) -> None:
-    assert read_messages([dict(zip(keys, (name, "x"), strict=True))]) == [{"role": role, "content": "x"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ([{"type": "text", "text": "The "}, {"type": "text", "text": "end"}], "The end"),
-        ([{"type": "text", "value": "hi"}], "hi"),
-        ([{"type": "text", "text": "a", "image_url": None}, "b", {"text": "c"}], "abc"),
-        ([{"type": "input_text", "text": "a"}, {"type": "text", "text": 1}], "a1"),
-        ({"type": "text", "text": "hi"}, "hi"),
-        (7, "7"),
-        (2.5, "2.5"),
-        (True, "true"),
-        ([], ""),
-    ],
-)  # fmt: skip
-def test_contents(content: Any, text: str) -> None:
-    assert read_messages([{"role": "user", "content": content}]) == [{"role": "user", "content": text}]
-
-
-@pytest.mark.parametrize(
-    ("message", "reason"),
-    [
-        (
-            {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-            "part of type 'image_url': only text",
-        ),
-        (
-            {"content": [{"type": "text", "text": "a"}, {"type": "image", "text": None}]},
-            "part of type 'image'",
-        ),
-        ({"content": [{"image": "x.png"}]}, "part of type 'image'"),
-        ({"content": [{"type": "input_audio", "input_audio": {}}]}, "part of type 'input_audio'"),
-        ({"content": [["nested"]]}, "part of type 'list'"),
-        ({"content": None}, "a user message without a text as 'content'"),
-        ({"content": "a \ud800"}, "not valid Unicode"),
-        ({"content": "", "tool_calls": [{"function": {}}]}, "a tool call without a name"),
-        (
-            {"content": "", "tool_calls": [{"function": {"name": "a", "arguments": "\ud800"}}]},
-            "not valid Unicode",
-        ),
-        ({"content": "", "tool_calls": 3}, "tool calls are int, not a list"),
-    ],
-)
-def test_messages_that_are_set_aside(tmp_path: Path, message: dict[str, Any], reason: str) -> None:
-    rows = rows_of(tmp_path, {"messages": [{"role": "user", **message}]}, {"messages": PAIR})
-    assert [row.index for row in rows] == [0, 1]
-    assert reason in str(rows[0].fault)
-    assert (rows[0].messages, rows[0].malformed, rows[1].fault) == (None, False, None)
-
-
-TOLD = {"name": "sky", "arguments": {"city": "Lima"}}
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "assistant", "tool_calls": json.dumps([CALL])},
-        {"role": "assistant", "content": "", "tool_calls": [TOLD]},
-        {
-            "role": "assistant",
-            "tool_calls": [{"function": {**TOLD, "arguments": json.dumps(TOLD["arguments"])}}],
-        },
-        {"role": "assistant", "content": None, "function_call": TOLD},
-        {"from": "function_call", "value": json.dumps(TOLD)},
-        {"from": "function_call", "value": json.dumps([TOLD])},
-        {"role": "tool_call", "content": TOLD},
-        {
-            "role": "assistant",
-            "content": [{"type": "tool_use", "id": "a", "name": "sky", "input": TOLD["arguments"]}],
-        },
-    ],
-)
-def test_calls_of_tools(message: dict[str, Any]) -> None:
-    assert read_messages([message]) == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
-
-
-def test_what_a_message_says_besides_is_kept() -> None:
-    message = {"role": "assistant", "content": "So.", "reasoning_content": "Hm.", "weight": 0, "name": None}
-    assert read_messages([message]) == [{key: value for key, value in message.items() if key != "name"}]
-    parts = [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "So."}]
-    assert read_messages([{"role": "assistant", "content": parts}]) == [
-        {**ANSWERED, "reasoning_content": "Hm."}
-    ]
-    call = {"from": "function_call", "value": "weather of Lima"}
-    assert read_messages([call]) == [{"role": "assistant", "content": "weather of Lima"}]
-    told = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "mist"}]}
-    assert read_messages([told]) == [{"role": "tool", "content": "mist"}]
-    thinking = {"role": "assistant", "content": "So.", "thinking": "Hm."}
-    assert read_messages([thinking]) == [{**thinking, "reasoning_content": "Hm."}]
-    result = {"role": "tool", "content": {"sky": "mist"}, "tool_call_id": "a"}
-    assert read_messages([result]) == [{**result, "content": '{"sky": "mist"}'}]
-
-
-SCHEMA = {"name": "sky", "description": "Of a city", "parameters": {"type": "object", "properties": {}}}
-TOOL = {"type": "function", "function": SCHEMA}
-
-
-@pytest.mark.parametrize(
-    ("tools", "wanted"),
-    [
-        ([TOOL], (TOOL,)),
-        (json.dumps([TOOL]), (TOOL,)),
-        ([json.dumps(SCHEMA)], (TOOL,)),
-        (SCHEMA, (TOOL,)),
-        (None, None),
-        ("", None),
-        ("[]", None),
-        (" [] ", None),
-        ([], None),
-    ],
-)
-def test_tools_travel_with_the_row(tmp_path: Path, tools: Any, wanted: Any) -> None:
-    source = source_of(tmp_path, {"conversations": SHAREGPT, "tools": tools})
-    assert [row.tools for row in source] == [wanted]
-    assert source.form == "sharegpt: conversations (with tools)"
-
-
-@pytest.mark.parametrize("tools", ["not JSON", ["not JSON"], [3], 3])
-def test_bad_tools_set_the_row_aside(tmp_path: Path, tools: Any) -> None:
-    (row,) = rows_of(tmp_path, {"messages": PAIR, "tools": tools})
-    assert "tool" in str(row.fault)
-    with pytest.raises(Fault):
-        read_tools(tools)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -19,13 +20,14 @@ import pytest
 
 from tests.profile.runs import CELLS, SLICES, World, assemble, contents
 from tests.record.runs import expected_aside
+from tests.store.machines import beating
 from tinyonn.config import parse_config
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.load import load_model
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.profile import open_profile
 from tinyonn.profile.groups import find_groups
-from tinyonn.profile.measure import Measurer
+from tinyonn.profile.measure import Measurer, PartProfile, ProfileWorker
 from tinyonn.profile.profile import ProfileReport
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.run import open_run
@@ -40,8 +42,8 @@ profile_run(sys.argv[1], parse_config(json.loads(sys.argv[2]), whole=True))
 """
 
 
-def profile(run: Path, world: World, **options: object) -> ProfileReport:
-    return profile_run(str(run), world.config, ProfileOptions(**options))  # type: ignore[arg-type]
+def profile(run: Path, world: World, **options: Any) -> ProfileReport:
+    return profile_run(str(run), world.config, ProfileOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +231,31 @@ def test_another_model_and_another_corpus_are_refused(world: World, tmp_path: Pa
 
 
 def test_what_cannot_be_is_refused(world: World, again: Path) -> None:
-    for options in ({"samples": 0}, {"workers": 0}, {"excerpt": -1}):
+    refused: list[dict[str, Any]] = [{"samples": 0}, {"workers": 0}, {"excerpt": -1}]
+    for options in refused:
         with pytest.raises(InputError, match="must be at least"):
-            ProfileOptions(**options)  # type: ignore[arg-type]
+            ProfileOptions(**options)
     with pytest.raises(CapacityError, match=r"profiling needs .* of RAM and .* are there .*; use"):
         profile(again, world, memory=1 << 20, fresh=True)
     with RunLock(again), pytest.raises(StoreBusyError):
         profile(again, world)
+
+
+def test_nothing_is_written_once_another_machine_holds_the_run(
+    world: World, again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the run over while the first part is measured, as when this one slept."""
+    real = ProfileWorker.measure
+
+    def late(self: ProfileWorker, *arguments: Any) -> PartProfile:
+        result = real(self, *arguments)
+        with beating(again / "lock"):
+            return result
+
+    monkeypatch.setattr(ProfileWorker, "measure", late)
+    with pytest.raises(StoreBusyError, match="elsewhere"):
+        profile(again, world, fresh=True)
+    assert not list((again / "profile").rglob("*.parquet"))
 
 
 def unsealed(text: str) -> str:

@@ -12,9 +12,10 @@ import pytest
 import ray
 
 from tests.record.runs import assert_same_run, make_sick_model, records_of, write_rows
+from tests.store.machines import beating
 from tinyonn.config import Config, parse_config
 from tinyonn.corpus.file import Corpus
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, StoreBusyError
 from tinyonn.record.driver import _Recording, record
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.status import read_status
@@ -140,6 +141,24 @@ def test_grown_before_it_was_complete_it_ends_in_the_same_bits(
             record(str(tmp_path / "run"), world.config(1), progress=False)
     record(str(tmp_path / "run"), world.config(2, workers=2), progress=False)
     assert_same_run(Store.open(grown / "store"), Store.open(tmp_path / "run" / "store"))
+
+
+def test_nothing_is_committed_once_another_machine_holds_the_run(
+    world: World, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the run over after the first worker has written, as when this one slept."""
+    run = Path(shutil.copytree(begun, tmp_path / "run"))
+    real = _Recording._commit
+
+    def late(self: _Recording, task: Any) -> None:
+        with beating(run / "lock"):
+            real(self, task)
+
+    monkeypatch.setattr(_Recording, "_commit", late)
+    with pytest.raises(StoreBusyError, match="elsewhere"):
+        record(str(run), world.config(2), progress=False)
+    before, after = Store.open(begun / "store"), Store.open(run / "store")
+    assert [s.name for s in after.segments()] == [s.name for s in before.segments()]
 
 
 def test_a_source_that_was_recorded_cannot_go(world: World, grown: Path) -> None:

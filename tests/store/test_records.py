@@ -153,7 +153,7 @@ def merged(
 ) -> list[UInt8]:
     out = np.empty_like(parts[0])
     values = weighted_values([BOOKS] * len(parts), np.full(len(parts), 1 / len(parts)))
-    average_records(tuple(parts), values, *value_tables(BOOKS), np.uint64(seed), np.uint64(0), nearest, out)
+    average_records(tuple(parts), values, value_tables(BOOKS), np.uint64(seed), np.uint64(0), nearest, out)
     return list(unpack(out))
 
 

@@ -82,6 +82,25 @@ def test_sparse_muon_of_all_entries_is_muon(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(dense(layer, layer.values.detach()), plain.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_gpus_step_of_muon_is_the_step_by_slices() -> None:
+    found = []
+    for way in ("update_runs", "update_together"):
+        layer = sparse_layer(24, 16)
+        optimizer = SparseMuon([("layer", layer)], 0.02, 0.9, weight_decay=0.1)
+        optimizer.state[layer.values]["momentum_buffer"] = torch.zeros_like(layer.values)
+        resting = group_slices(layer)[1]
+        before = layer.values.detach()[resting].clone()
+        for seed in range(3):
+            grad = torch.randn(layer.values.shape, generator=torch.Generator().manual_seed(seed))
+            grad[resting] = 0
+            sizes = [part.stop - part.start for part in group_slices(layer)]
+            with torch.no_grad():
+                getattr(optimizer, way)(layer.values, grad, sizes, optimizer.param_groups[0])
+        assert torch.equal(layer.values.detach()[resting], before)
+        found.append((layer.values.detach(), optimizer.state[layer.values]["momentum_buffer"]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("kept", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
 def test_sparse_muons_updates_have_the_size_of_adamws(kept: float, masked: bool) -> None:

@@ -87,7 +87,7 @@ ENCODINGS = (  # by mark; then by where the zeros of the first two characters li
 )
 
 
-def kind_of(path: Path) -> str | None:
+def content_of(path: Path) -> str | None:
     """What a file holds by its name: json, csv, text, parquet, arrow; None for something else."""
     if path.name.lower().endswith(TABLES):
         return path.name.lower().rpartition(".")[2]
@@ -97,7 +97,7 @@ def kind_of(path: Path) -> str | None:
 
 def stem_of(path: Path) -> str:
     """A file's name without the endings that say what it holds; of a folder or a data set the last part."""
-    if kind_of(path) is None:
+    if content_of(path) is None:
         return path.name
     return Path(_unpacked(path)).stem
 
@@ -111,7 +111,7 @@ def _unpacked(path: Path) -> str:
 
 
 def remedy_of(path: Path) -> str:
-    """What to do with a file that `kind_of` does not know."""
+    """What to do with a file that `content_of` does not know."""
     name = _unpacked(path).lower()
     return next(
         (remedy for endings, remedy in REMEDIES.items() if name.endswith(endings)), "convert it to one"
@@ -140,7 +140,7 @@ def find_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
     files, skipped = [], []
     for path in sorted(folder.rglob("*")):
         archive = path.name.lower().endswith(ARCHIVES) or ".tar." in path.name.lower()
-        if (kind_of(path) is None and not archive) or path.name in ABOUT or not path.is_file():
+        if (content_of(path) is None and not archive) or path.name in ABOUT or not path.is_file():
             continue
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in inside.parts)
@@ -148,7 +148,7 @@ def find_files(folder: Path, split: str) -> tuple[list[Path], list[str]]:
             skipped.append(str(inside))
         else:
             files.append(path)
-    data = [path for path in files if kind_of(path) != "text"]  # a text beside data is about them
+    data = [path for path in files if content_of(path) != "text"]  # a text beside data is about them
     return data or files, skipped
 
 
@@ -167,7 +167,7 @@ def _is_saved(path: Path) -> bool:
 
 def file_columns(path: Path) -> list[str]:
     """Name the columns of a file: of a table all, else those of its first 1,000 rows."""
-    if kind_of(path) in ("parquet", "arrow"):
+    if content_of(path) in ("parquet", "arrow"):
         with _table(path) as (names, _):
             return names
     found: dict[str, None] = {}
@@ -197,7 +197,7 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
     InputError
         Not a readable file.
     """
-    kind = kind_of(path)
+    kind = content_of(path)
     if kind in ("parquet", "arrow"):
         yield from _table_rows(path, columns)
         return
@@ -235,7 +235,7 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         begin = stream.read(512)
         stream.seek(0)
         marks = (
-            FOREIGN if kind_of(path) not in ("parquet", "arrow") else FOREIGN.keys() - {b"PAR1", b"ARROW1"}
+            FOREIGN if content_of(path) not in ("parquet", "arrow") else FOREIGN.keys() - {b"PAR1", b"ARROW1"}
         )
         foreign = next((FOREIGN[mark] for mark in marks if begin.startswith(mark)), None)
         if foreign or begin[TAR] == b"ustar":
@@ -310,7 +310,7 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kind = kind_of(path)
+    kind = content_of(path)
     try:
         if kind == "parquet":
             table = pq.ParquetFile(path)

@@ -339,7 +339,9 @@ def _element(buffer: str, start: int, keys: tuple[str, ...], ended: bool) -> _Re
     Where a whole array stands on one line and a string of a row is not closed, the brackets behind tell nothing: the
     row ends before the next one that has the same keys as the last one that was read.
     """
-    begin = SPACE.match(buffer, start).end()  # type: ignore[union-attr]
+    space = SPACE.match(buffer, start)
+    assert space is not None  # it matches nothing, too
+    begin = space.end()
     try:
         value, end = DECODE(buffer, begin)
     except json.JSONDecodeError as error:

@@ -16,10 +16,10 @@ from tinyonn.config import SourceConfig
 from tinyonn.corpus.files import (
     BATCH,
     KNOWN,
+    content_of,
     file_columns,
     file_rows,
     find_files,
-    kind_of,
     remedy_of,
     table_records,
 )
@@ -125,7 +125,7 @@ class Source:
         """One line about what was read."""
         texts = any(reading.form == "text" for reading in self._all_readings())
         what = "rows" if texts and self.chats else "texts" if texts else "conversations"
-        if any(kind_of(path) == "text" for path in self.files):
+        if any(content_of(path) == "text" for path in self.files):
             what += " (a line each)"
         line = f"{self.form}; {rows:,} {what}" + (f", {aside:,} set aside" if aside else "")
         if self.skipped:
@@ -206,7 +206,7 @@ def _files(config: SourceConfig) -> tuple[list[Path], list[str]]:
             hidden = f" (hidden: {', '.join(skipped[:NAMED])})" if skipped else ""
             raise InputError(f"data.path = {config.path!r} is a folder without {KNOWN} files{hidden}")
         return files, skipped
-    if kind_of(path) is not None:
+    if content_of(path) is not None:
         if not path.is_file():
             raise InputError(
                 f"data.path = {config.path!r} does not exist; give a .jsonl or .parquet file, or another of {KNOWN}"

@@ -37,7 +37,6 @@ TOKEN = r"[^\W\d_]{2,}|\d|[^\w\s]"  # a word, a digit or a sign: signs tell code
 BATCH = 1024
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
-Int16 = np.ndarray[Any, np.dtype[np.int16]]
 BAD_SHARE = 0.05  # more rows than this that are malformed, or that the template garbles, are not bad luck
 
 
@@ -81,16 +80,7 @@ class Slicer:
 
 
 def fit_slices(texts: Sequence[str], count: int, seed: int) -> Slicer:
-    """Find slices in a sample of the corpus.
-
-    Parameters
-    ----------
-    texts : sequence of str
-        At most a few thousand; at least one.
-    count : int
-        Slices wanted, 1 to 16; fewer come back if the texts are fewer or alike.
-    seed : int
-    """
+    """Find slices in a sample of the corpus."""
     from sklearn.cluster import MiniBatchKMeans  # a second and a half, and few stages derive slices
 
     raw = _counts(texts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tinyonn.corpus.json_rows import ROW_BYTES, TOO_LONG, Numbered, lines_of
 
@@ -62,7 +62,7 @@ def csv_rows(stream: BinaryIO, tabs: bool) -> Iterator[Numbered]:
         text.detach()
 
 
-def _rows(reader: Iterator[list[str]], names: list[str]) -> Iterator[Numbered]:
+def _rows(reader: Any, names: list[str]) -> Iterator[Numbered]:
     number = line = 0
     while True:
         try:
@@ -70,7 +70,7 @@ def _rows(reader: Iterator[list[str]], names: list[str]) -> Iterator[Numbered]:
             reason = None
         except csv.Error as error:
             fields, reason = [], f"malformed CSV ({error})"
-        last, line = line, reader.line_num  # type: ignore[attr-defined]
+        last, line = line, reader.line_num
         if fields is None:
             return
         if reason is not None:

@@ -281,17 +281,7 @@ class Tokens:
 
 
 class Specials:
-    """The special tokens of a tokenizer.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-
-    Attributes
-    ----------
-    words : tuple of str
-        As they are written.
-    """
+    """The special tokens of a tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

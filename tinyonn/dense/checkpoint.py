@@ -57,13 +57,7 @@ def _first(folder: Path) -> Path | None:
 
 
 def named_files(index: Path) -> list[str]:
-    """Names that an index gives to the files beside it, sorted.
-
-    Raises
-    ------
-    InputError
-        It is no index, or names something else than files of its kind beside it.
-    """
+    """Names that an index gives to the files beside it, sorted."""
     return sorted(set(_weight_map(index).values()))
 
 

@@ -339,18 +339,7 @@ class _Assumed(TorchDispatchMode):
 
 
 def check_calls(model: Any) -> None:
-    """Check that every module with parameters is called once in a forward pass, which is all that can be recorded.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        On the meta device, not quantized. One that cannot be run there is left to the recorder, which looks too.
-
-    Raises
-    ------
-    InputError
-        Names a module that is called several times, not at all, or without a tensor first.
-    """
+    """Check that every module with parameters is called once in a forward pass, which is all that can be recorded."""
     modules = {use.module_name: use.module for use in list_uses(model)}
     calls = dict.fromkeys(modules, 0)
     bare: list[str] = []

@@ -128,8 +128,8 @@ def repeatable(device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         yield
         return
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    options: Any = torch.utils.deterministic
+    filled, options.fill_uninitialized_memory = options.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
@@ -137,24 +137,11 @@ def repeatable(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        options.fill_uninitialized_memory = filled
 
 
 def head_backward(head: Head, hidden: torch.Tensor, sample: Labelled) -> torch.Tensor:
-    """Loss of a sample, and its gradient on what the head reads.
-
-    Parameters
-    ----------
-    head : Head
-    hidden : [1, T, H]
-        What its output embeddings read: a leaf that requires a gradient; its ``grad`` is filled.
-    sample : Labelled
-
-    Returns
-    -------
-    float64 []
-        Mean cross entropy of the labelled tokens, in nats; on the device.
-    """
+    """Loss of a sample, and its gradient on what the head reads."""
     following = sample.labels[1:].astype(np.int64)
     places = np.flatnonzero(following != -100)
     labels = torch.from_numpy(following[places]).to(hidden.device, non_blocking=True)

@@ -142,22 +142,7 @@ class BaseWeights:
 
 
 def checkpoint_names(model: Any, keys: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:
-    """Map the model's tensors to a checkpoint's, those left out that are made of several stored ones.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        On the meta device, not quantized.
-    keys : iterable of str
-        Of the checkpoint.
-    mapping : mapping of str to str
-        Patterns of further names.
-
-    Returns
-    -------
-    dict of str to str
-        A name in the model's ``state_dict()`` -> in the checkpoint. Tied tensors go by any of their names.
-    """
+    """Map the model's tensors to a checkpoint's, those left out that are made of several stored ones."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

@@ -141,13 +141,7 @@ def describe_data(config: DataConfig, folder: Path) -> DataFacts:
 
 
 def describe_machine(device: str, folder: Path, limits: dict[str, int]) -> Machine:
-    """What is free on this machine, or what `limits` says instead.
-
-    Raises
-    ------
-    InputError
-        ``cuda`` is asked for, there is none and `limits` has no ``vram``.
-    """
+    """What is free on this machine, or what `limits` says instead."""
     import torch
 
     found = [] if device == "cpu" or "vram" in limits or torch.version.cuda is None else gpus()
@@ -201,11 +195,11 @@ def _parquet_rows(config: SourceConfig) -> int | None:
 
         files = [REFERENCE_CORPUS / f"{config.split}.parquet"]
     else:
-        from tinyonn.corpus.files import find_files, kind_of
+        from tinyonn.corpus.files import content_of, find_files
 
         path = Path(config.path).expanduser()
         files = find_files(path, config.split)[0] if path.is_dir() else [path]
-        if any(kind_of(file) != "parquet" for file in files):
+        if any(content_of(file) != "parquet" for file in files):
             return None
     if not files or not all(file.is_file() for file in files):
         return None

@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tinyonn.sizes import format_size
 
@@ -362,9 +362,9 @@ def _kind(pid: int) -> Kind:
 
 def _ray_session() -> str:
     """The folder of the Ray session that this process is a driver of; empty without one."""
-    ray = sys.modules.get("ray")
+    ray: Any = sys.modules.get("ray")
     try:
-        worker = ray._private.worker  # type: ignore[union-attr]
+        worker = ray._private.worker
         if worker.global_worker.mode != worker.SCRIPT_MODE:
             return ""
         return str(worker._global_node.get_session_dir_path())

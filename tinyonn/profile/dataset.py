@@ -201,16 +201,7 @@ class Dataset:
 
 
 def write_part(folder: Path, part: Part, found: PartProfile, groups: str) -> None:
-    """Write a part; once it returns, the part is on the disk.
-
-    Parameters
-    ----------
-    folder : Path
-    part : Part
-    found : PartProfile
-    groups : str
-        Id of the groups, for the files' metadata.
-    """
+    """Write a part; once it returns, the part is on the disk."""
     known = {GROUPS: groups.encode()}
     _write_table(part.path(folder, "experts"), experts_table(found), known)
     known[SET_ASIDE] = json.dumps(found.set_aside).encode()

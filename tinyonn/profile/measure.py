@@ -61,23 +61,7 @@ class Measured:
 
 
 class Measurer:
-    """Profiles samples on one device.
-
-    Parameters
-    ----------
-    dense : DenseModel
-        Loaded by `tinyonn.dense.load.load_model`.
-    groups : WeightGroups
-    calibration : mapping of str to TensorCalibration
-        The run's, of every tensor that has groups.
-    threads : int
-        CPU threads. They decide how products are rounded, so all workers of a profile use the same number.
-
-    Raises
-    ------
-    InputError
-        The model has no such tensor, or does more after its head than a scale or a soft cap; the groups cannot be read.
-    """
+    """Profiles samples on one device; its CPU threads decide how products are rounded: the same for a whole profile."""
 
     def __init__(
         self,

@@ -313,23 +313,7 @@ def measure_here(job: Job, corpus: Corpus, parts: Sequence[Part], done: Done, se
 
 
 class Dealer:
-    """Parts in their order to whoever is idle, on the Ray cluster that this process is connected to.
-
-    Parameters
-    ----------
-    crew : Crew
-        Its actors are `ProfileWorker`s.
-    corpus : Corpus
-    parts : sequence of Part
-    workers : int or None
-        How many; None takes one per GPU or CPU share of the cluster, also of machines that join.
-    most : int
-        Workers that fit.
-    done : callable
-        Takes each part as it comes back.
-    seen : callable
-        Is told now and then what is done of the others.
-    """
+    """Parts in their order to whoever is idle, on the Ray cluster that this process is connected to."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The recorder's kernels for CUDA, tested in Triton's interpreter only; not yet measured on a GPU.
+"""The recorder's kernels for CUDA, measured on an H100: docs/decisions/020.
 
 Each gives the bits of its twin for the CPU or of plain Torch: levels are integer arithmetic, float sums keep the
 CPU's order, and nothing is contracted to fused multiply-adds. None waits for the device: what was not finite is left

@@ -22,7 +22,6 @@ LEVELS = 16
 MEDIAN_LEVEL = 7
 SUM_SAMPLES = 17  # 17 samples of level 15 fill a uint8
 FLOAT32_SHIFT = 22
-BFLOAT16_SHIFT = 6
 HALF_OCTAVES = 512  # distinct values of bits >> 22 for a non-negative float32
 FINITE_HALF_OCTAVES = 510  # shifted bits from here on are infinity or NaN
 

@@ -138,7 +138,7 @@ def _averaged_bands(
     seed: int,
     nearest: bool,
 ) -> Iterator[tuple[int, UInt16]]:
-    tables, low, scale = value_tables(codebooks)
+    tables = value_tables(codebooks)
     width = parameter.size // parameter.shape[0]
     for first, last in bands(parameter.shape):
         parts = tuple(read_together(arrays, first, last))
@@ -151,8 +151,6 @@ def _averaged_bands(
             flat,
             values,
             tables,
-            low,
-            scale,
             np.uint64(seed),
             np.uint64(first * width),
             nearest,

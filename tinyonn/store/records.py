@@ -232,9 +232,7 @@ def value_tables(codebooks: Float64) -> tuple[UInt16, Float64, Float64]:
 def average_records(
     parts: tuple[UInt16, ...],
     values: Float64,
-    tables: UInt16,
-    first: Float64,
-    scale: Float64,
+    tables: tuple[UInt16, Float64, Float64],
     seed: np.uint64,
     offset: np.uint64,
     nearest: bool,
@@ -248,7 +246,7 @@ def average_records(
         Records of the same weights, one array per segment, in a fixed order.
     values : float64 [len(parts), 3, 16]
         Each part's codebooks times its share of the samples; the shares sum to 1.
-    tables, first, scale
+    tables : tuple
         From `value_tables` of the result's codebooks.
     seed, offset : uint64
         Dither seed of the result, flat index of the first weight.
@@ -256,6 +254,7 @@ def average_records(
         Round to the nearest code instead of dithering: for a result that is not averaged again.
     out : uint16 [n]
     """
+    positions_of, first, scale = tables
     for i in range(out.size):
         bits = dither_bits(seed, offset + np.uint64(i))
         record = np.uint64(0)
@@ -266,7 +265,7 @@ def average_records(
                 mean += values[p, s, (np.uint64(parts[p][i]) >> shift) & np.uint64(15)]
             index = min(max(int((mean - first[s]) * scale[s]), 0), VALUE_STEPS - 1)
             noise = np.uint64(128) if nearest else (bits >> np.uint64(8 * s)) & np.uint64(255)
-            code = (np.uint64(tables[s, index]) + noise) >> np.uint64(8)
+            code = (np.uint64(positions_of[s, index]) + noise) >> np.uint64(8)
             record |= code << shift
         out[i] = np.uint16(record)
 

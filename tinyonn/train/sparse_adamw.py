@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyonn.train.value_groups import Run, runs, touched
+from tinyonn.train.value_groups import Run, group_of_entries, runs, touched
 from tinyonn.train.values_optimizer import Named, ValuesOptimizer
 
 
@@ -77,9 +77,7 @@ def update_together(
     count = count_G.double()
     below_G = torch.where(live_G, (1 - beta2**count).sqrt(), 1).to(values.dtype)
     rate_G = torch.where(live_G, lr / (1 - beta1**count), 0).to(values.dtype)
-    lengths = torch.tensor(sizes, device=values.device)
-    numbers = torch.arange(len(sizes), dtype=torch.int32, device=values.device)
-    group_E = numbers.repeat_interleave(lengths, output_size=len(values))
+    group_E = group_of_entries(sizes, values.device)
     live_E = live_G[group_E]
     w, m, v, g = values, state["exp_avg"], state["exp_avg_sq"], grad.to(values.dtype)
     torch.where(live_E, m.lerp(g, 1 - beta1), m, out=m)

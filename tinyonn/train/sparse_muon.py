@@ -11,7 +11,7 @@ from torch import nn
 
 from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train.newton_schulz import orthogonalised
-from tinyonn.train.value_groups import runs, touched
+from tinyonn.train.value_groups import group_of_entries, runs, touched
 from tinyonn.train.values_optimizer import Named, ValuesOptimizer
 
 
@@ -55,9 +55,19 @@ class SparseMuon(ValuesOptimizer):
     def _update(
         self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
     ) -> None:
-        layer, state = self._layers[values], self.state[values]
+        state = self.state[values]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(values)
+        if values.is_cuda:
+            self.update_together(values, grad, sizes, group)
+        else:
+            self.update_runs(values, grad, sizes, group)
+
+    def update_runs(
+        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
+    ) -> None:
+        """A step of the groups that have a gradient, by slices."""
+        layer, momenta = self._layers[values], self.state[values]["momentum_buffer"]
         parts = [run.entries for run in runs(touched(grad, sizes).tolist(), sizes)]
         if not parts:
             return
@@ -65,7 +75,7 @@ class SparseMuon(ValuesOptimizer):
         places = _places(layer)
         dense = values.new_zeros(layer.out_features * layer.in_features)
         for part in parts:
-            buffer, g = state["momentum_buffer"][part], grad[part].to(values.dtype)
+            buffer, g = momenta[part], grad[part].to(values.dtype)
             buffer.lerp_(g, 1 - momentum)
             dense[places[part]] = g.lerp(buffer, momentum) if group["nesterov"] else buffer
         U_OI = orthogonalised(dense.view(layer.out_features, layer.in_features), group["ns_steps"])
@@ -74,6 +84,25 @@ class SparseMuon(ValuesOptimizer):
         for part in parts:
             values[part].mul_(1 - lr * group["weight_decay"])
             values[part].add_(U_OI.reshape(-1)[places[part]].to(values.dtype), alpha=-lr * size)
+
+    def update_together(
+        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
+    ) -> None:
+        """The same step of all groups at once, for a GPU: see `tinyonn.train.sparse_adamw.update_together`."""
+        layer, buffer = self._layers[values], self.state[values]["momentum_buffer"]
+        lr, momentum = float(group["lr"]), group["momentum"]
+        live_G = touched(grad, sizes)
+        live_E = live_G[group_of_entries(sizes, values.device)]
+        g = grad.to(values.dtype)
+        torch.where(live_E, buffer.lerp(g, 1 - momentum), buffer, out=buffer)
+        moved = torch.where(live_E, g.lerp(buffer, momentum) if group["nesterov"] else buffer, 0)
+        places = _places(layer)
+        dense = values.new_zeros(layer.out_features * layer.in_features).index_copy_(0, places, moved)
+        U_OI = orthogonalised(dense.view(layer.out_features, layer.in_features), group["ns_steps"])
+        updated = (live_G * torch.tensor(sizes, device=values.device)).sum()
+        size = 0.2 * (updated / min(layer.out_features, layer.in_features)).sqrt()
+        step = U_OI.reshape(-1)[places].to(values.dtype).mul_(lr * size)
+        torch.where(live_E, values.mul(1 - lr * group["weight_decay"]).sub_(step), values, out=values)
 
 
 def _places(layer: ExpertLinear) -> torch.Tensor:

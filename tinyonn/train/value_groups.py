@@ -69,6 +69,12 @@ def touched(grad: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     return seen > 0
 
 
+def group_of_entries(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The group of every entry, int32 [entries], without waiting for the device."""
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device=device)
+    return numbers.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))
+
+
 @dataclass(frozen=True)
 class Run:
     """Neighbouring groups that are updated together.

@@ -61,6 +61,23 @@ def test_an_independent_reader_finds_every_kept_weight_once_in_its_expert(
     assert report.sizes[-1] == round(by_cells().core * report.budget)
 
 
+def test_the_configuration_says_how_large_experts_are_and_what_goes_through_them(
+    clustered: tuple[Path, Config], tmp_path: Path
+) -> None:
+    folder, config = clustered
+    report = assemble_run(str(folder), config.model, by_cells(budget=0.4), folder=tmp_path / "a")
+    run, shares = open_run(folder), []
+    for module, (experts, rows, columns, _) in read_weights(tmp_path / "a"):
+        scored: Any = run.rows(f"{module}.weight")
+        record, book = np.asarray(scored[:]), np.array(scored.attrs["fields"]["act"]["codebook"])
+        energy = 2.0 ** book[record >> 12]  # two levels to the octave of |W| rms x
+        own = np.bincount(experts, weights=energy[rows, columns], minlength=CELLS + 1)
+        shares.append(own[:CELLS] / energy.sum())
+    tree = json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    assert tree["expert_sizes"] == report.sizes
+    np.testing.assert_allclose(tree["expert_prior"], np.mean(shares, axis=0), rtol=1e-6)
+
+
 def test_sizes_on_disk_are_those_of_the_arithmetic(clustered: tuple[Path, Config]) -> None:
     folder, config = clustered
     report = assemble_run(str(folder), config.model, by_cells(budget=0.4))

@@ -18,8 +18,8 @@ from tinyonn.errors import CapacityError, InputError
 from tinyonn.experts import assemble as assembly
 from tinyonn.experts import need_passes
 from tinyonn.experts.assemble import assemble_run
-from tinyonn.experts.need import DEPTH, HEIGHT, POWER, ByNeed, NeedOptions, find_centres, needed_budgets
-from tinyonn.experts.need_passes import label_path
+from tinyonn.experts.need import DEPTH, HEIGHT, ByNeed, NeedOptions, find_centres, needed_budgets
+from tinyonn.experts.need_passes import BINS, LOWEST, STEPS, label_path
 from tinyonn.experts.select import allocate, groups_of, select
 from tinyonn.experts.selection import select_options
 from tinyonn.experts.source import RunSource
@@ -63,7 +63,7 @@ def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
         log_W = np.log2(np.maximum(np.abs(W).reshape(-1).astype(np.float64), 1e-30))
         own = []
         for slice in run.slices:
-            need = log_W + POWER / 2 * run.mean(parameter.name, slice)[1].reshape(-1)
+            need = log_W + 0.7 / 2 * run.mean(parameter.name, slice)[1].reshape(-1)
             rank = np.empty(need.size)
             rank[np.argsort(-need, kind="stable")] = (np.arange(need.size) + 0.5) / need.size
             shares = counts_LT[:, number] / parameter.size
@@ -83,6 +83,19 @@ def test_labels_are_those_of_the_nearest_needs(made: Any) -> None:
     needs_SK = np.array([needs.needs()[name] for name in run.slices])
     sampled = np.abs(np.log(needs_SK.T) - centres_KS)  # bins in the place of exact ranks
     assert sampled.mean() < 0.1 < np.abs(np.log(needs_SK[::-1].T) - centres_KS).mean()
+
+
+def test_a_need_is_the_weight_times_the_seven_tenths_power_of_its_gradient(made: Any) -> None:
+    needs, _ = made
+    assert needs.data.slices == tuple(needs.run.slices)
+    for parameter in needs.tensors[:4]:
+        W = needs.source.band(parameter.name, 0, parameter.shape[0], ("weights",)).weights
+        bins_SOI = needs.data.tensor(parameter.name).bins(0, parameter.shape[0], W)
+        for slice, bins_OI in zip(needs.data.slices, bins_SOI, strict=True):
+            grad_OI = needs.run.mean(parameter.name, slice)[1].reshape(W.shape) / 2  # levels are half octaves
+            wanted_OI = (np.log2(np.maximum(np.abs(W), 1e-30)) + 0.7 * grad_OI - LOWEST) * STEPS
+            off_OI = np.abs(bins_OI + 0.5 - np.clip(wanted_OI, 0, BINS - 1))
+            assert off_OI[W != 0].max() < 0.75
 
 
 def test_groups_and_counts_fit(made: Any) -> None:

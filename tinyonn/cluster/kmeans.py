@@ -402,13 +402,7 @@ def stored_centres(stored: dict[str, Any], space: Space, cells: int) -> Float64 
 
 
 def match_numbers(centres: Float64, old: Float64, space: Space) -> np.ndarray:
-    """The old number for every new cell, so that the centres' squared distances sum to the least (Hungarian method).
-
-    Returns
-    -------
-    int64 [k]
-        New cell ``c`` gets number ``result[c]``.
-    """
+    """The old number for every new cell, so that the centres' squared distances sum to the least (Hungarian method)."""
     scaled, before = centres * space.scale, old * space.scale
     cost = ((scaled[:, None, :] - before[None, :, :]) ** 2).sum(2)
     new, numbers = linear_sum_assignment(cost)

@@ -140,13 +140,7 @@ def _weights(call: Call) -> float:
 
 
 class _Settling:
-    """Iterations on a bar: how many there will be, by the line that the logarithm of what still moves follows.
-
-    Parameters
-    ----------
-    bar : Bar
-    config : ClusterConfig
-    """
+    """Iterations on a bar: how many there will be, by the line that the logarithm of what still moves follows."""
 
     def __init__(self, bar: Bar, config: ClusterConfig) -> None:
         self._bar, self._most = bar, config.iterations

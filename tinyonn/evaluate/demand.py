@@ -42,14 +42,7 @@ REMEDY = (
 
 
 def dense_needs(parameters: Sequence[Parameter], model: ModelFacts) -> list[Need]:
-    """Of a model whose matrices can be cut and restored.
-
-    Parameters
-    ----------
-    parameters : sequence of Parameter
-        All of the model.
-    model : ModelFacts
-    """
+    """Of a model whose matrices can be cut and restored."""
     b = model.dtype_bytes
     cut = [p.size for p in parameters if p.kind == "linear" and p.layer is not None]
     packed = [p.size for p in parameters if is_quantized(p, model)]
@@ -69,15 +62,7 @@ def pass_needs(model: ModelFacts, tokens: int) -> list[Need]:
 
 
 def cut_needs(parameters: Sequence[Parameter], model: ModelFacts, select: int) -> list[Need]:
-    """Of a cut: the tensor at hand, its groups and its mask, and the task that finds them.
-
-    Parameters
-    ----------
-    parameters, model
-        As of `dense_needs`.
-    select : int
-        Of `tinyonn.experts.select.select_bytes`.
-    """
+    """Of a cut: the tensor at hand, its groups and its mask, and the task that finds them."""
     largest = _largest(parameters)
     return [
         Need("a matrix while it is cut", largest * (2 * model.dtype_bytes + 2)),
@@ -105,19 +90,7 @@ def evaluate_needs(
     updates: bool = False,
     original: bool = True,
 ) -> list[Need]:
-    """Of a whole evaluation.
-
-    Parameters
-    ----------
-    parameters, model, select
-        As of `cut_needs`.
-    longest : int
-        Tokens of the longest sample.
-    updates : bool
-        A method updates weights.
-    original : bool
-        The model as it was published is evaluated too; before the other is loaded.
-    """
+    """Of a whole evaluation; before it, perhaps, of the `original`, the model as it was published."""
     needs = dense_needs(parameters, model)
     plain = sum(need.bytes for need in dense_needs(parameters, replace(model, quantization="none"))[:1])
     more = plain - sum(need.bytes for need in needs) if original else 0
@@ -150,17 +123,7 @@ def allocate_needs(
 def trained_needs(
     parameters: Sequence[Parameter], model: ModelFacts, sparse: int, longest: int
 ) -> tuple[list[Need], list[Need]]:
-    """Of the dense model, and of a sparse one: one is there at a time.
-
-    Parameters
-    ----------
-    parameters, model
-        As of `dense_needs`.
-    sparse : int
-        Bytes of a sparse model.
-    longest : int
-        Tokens of the longest sample.
-    """
+    """Of the dense model, and of a sparse one: one is there at a time."""
     largest = _largest(parameters) * model.dtype_bytes
     whole = model.dtype_bytes * sum(p.size for p in parameters if p.kind != "linear" or p.layer is None)
     routed = [

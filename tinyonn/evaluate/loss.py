@@ -68,19 +68,7 @@ class Batch:
 
 
 def batches_of(samples: Sequence[Sample], tokens: int = BATCH_TOKENS) -> list[Batch]:
-    """Put samples of like lengths together; the same batches for the same samples in any order.
-
-    Parameters
-    ----------
-    samples : sequence of Sample
-    tokens : int
-        Of a batch at most, padding counted; a longer sample is a batch alone.
-
-    Raises
-    ------
-    InputError
-        No sample has a labelled token after its first.
-    """
+    """Put samples of like lengths together; the same batches for the same samples in any order."""
     usable = [sample for sample in samples if (sample.labels[1:] != -100).any()]
     if not usable:
         raise InputError(
@@ -211,15 +199,7 @@ def evaluate_routed(model: Any, batches: Iterable[PromptedBatch], k: Experts = N
 
 
 def gates_of(model: Any, batch: PromptedBatch, k: Experts = None) -> torch.Tensor | None:
-    """Gates of every sample, float32 [B, E] (or [E] for all); None for a model without experts, or its own rule.
-
-    Parameters
-    ----------
-    model, k
-        As of `evaluate_routed`.
-    batch : PromptedBatch
-        On the model's device.
-    """
+    """Gates of every sample, float32 [B, E] (or [E] for all); None for a model without experts, or its own rule."""
     if not hasattr(model, "sparse_layers"):
         if k is not None:
             raise InputError(f"k = {k!r} but {type(model).__name__} has no experts; leave k out")

@@ -51,18 +51,7 @@ class Line:
 
 
 class Results:
-    """A file of lines by a digest of what decides them.
-
-    Parameters
-    ----------
-    path : Path
-        Made with its folder at the first `put`; one of another version is replaced.
-
-    Raises
-    ------
-    StoreDamagedError
-        It is there and not what was written.
-    """
+    """A file of lines by a digest of what decides them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,19 +165,7 @@ def cell_of(line: Line | None) -> str:
 
 
 def plot_lines(lines: Sequence[Line], path: Path) -> None:
-    """Draw mean loss against kept share, one curve per method, the dense loss as a level.
-
-    Parameters
-    ----------
-    lines : sequence of Line
-    path : Path
-        A PNG; its folder is made.
-
-    Raises
-    ------
-    InputError
-        The extra is not installed.
-    """
+    """Draw mean loss against kept share, one curve per method, the dense loss as a level."""
     try:
         import matplotlib
     except ImportError:

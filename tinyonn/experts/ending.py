@@ -25,17 +25,10 @@ GENERATION = "generation_config.json"
 
 
 def turn_ends(tokenizer: Any) -> list[int]:
-    """The tokens that end an assistant's turn.
+    """The tokens that end an assistant's turn; none of a template that ends turns with text, or of no template.
 
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-
-    Returns
-    -------
-    list of int
-        The special token right behind an answer; and the last one behind a call of a function, if none of those that
-        end a text or an answer stands there too. None of a template that ends turns with text, or of no template.
+    That is the special token right behind an answer, and the last one behind a call of a function, if none of those
+    that end a text or an answer stands there too.
     """
     if not tokenizer.chat_template:
         return []
@@ -78,18 +71,7 @@ def _special(tokenizer: Any, text: str) -> Iterator[tuple[int, int]]:
 
 
 def with_turn_ends(eos: int | list[int] | None, tokenizer: Any) -> int | list[int] | None:
-    """End tokens of a model, as ``generation_config.json`` has them, and those of its chat template.
-
-    Parameters
-    ----------
-    eos : int, list of int or None
-    tokenizer : transformers.PreTrainedTokenizerBase
-
-    Returns
-    -------
-    int, list of int or None
-        `eos` as it was if nothing is missing.
-    """
+    """End tokens as ``generation_config.json`` has them, and those of the chat template; `eos` if none is missing."""
     known = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     missing = [number for number in turn_ends(tokenizer) if number not in known]
     if not missing:

@@ -114,14 +114,7 @@ COUNTS = "counts.json"  # beside the labels, once all else is there: weights of 
 
 @dataclass(frozen=True)
 class NeedOptions:
-    """What decides the experts beside the selection.
-
-    Attributes
-    ----------
-    experts : int
-    seed : int
-        Of the sample and of k-means.
-    """
+    """What decides the experts beside the selection; `seed` is of the sample and of k-means."""
 
     experts: int = 100
     seed: int = 0
@@ -132,18 +125,7 @@ class NeedOptions:
 
 
 class NeedSource:
-    """A run's source whose labels are experts by need.
-
-    Parameters
-    ----------
-    source : RunSource
-        Without labels.
-    folder : Path
-        Of the labels; all workers must reach it.
-    experts : int
-    identity : str
-        Digest of what labels and records were made from.
-    """
+    """A run's source whose labels are experts by need."""
 
     trunk: tuple[str, ...] = ()
 
@@ -203,6 +185,14 @@ class ByNeed:
     def tensors(self) -> tuple[Parameter, ...]:
         """What is cut."""
         return tensors_outside(self.source.parameters)
+
+    @property
+    def data(self) -> NeedData:
+        """What weights' needs are made of."""
+        reader = self.run.store.reader()
+        filled = {segment.slice for segment in reader.segments if segment.samples}
+        slices = tuple(name for name in self.run.slices if name in filled)
+        return NeedData(reader, self.source, slices, POWER / 2)
 
     @property
     def task_bytes(self) -> list[int]:
@@ -284,10 +274,7 @@ class ByNeed:
         return dict(tree.get("counts", tree))
 
     def _label(self, plain: Selection, curves: Curves, own: Path, compute: Compute) -> dict[str, list[int]]:
-        reader = self.run.store.reader()
-        filled = {segment.slice for segment in reader.segments if segment.samples}
-        slices = tuple(name for name in self.run.slices if name in filled)
-        data = NeedData(reader, self.source, slices, POWER / 2)
+        data = self.data
         groups = task_groups(self.tensors)
         names = [parameter.name for group in groups for parameter in group]
 
@@ -308,7 +295,7 @@ class ByNeed:
         weights_K1 = counts_TK.sum(0)[:, None]
         logs_KS = np.where(weights_K1 > 0, sums_KS / np.maximum(weights_K1, 1), HEIGHT)
         needs_KS = np.exp(np.pad(logs_KS, ((0, missing), (0, 0)), constant_values=HEIGHT))
-        needs = {name: needs_KS[:, number].tolist() for number, name in enumerate(slices)}
+        needs = {name: needs_KS[:, number].tolist() for number, name in enumerate(data.slices)}
         write_json(own / NEEDS, {"needs": needs})
         counts_TK = np.pad(counts_TK, ((0, 0), (0, missing)))
         return dict(zip(labelled, counts_TK.tolist(), strict=True))

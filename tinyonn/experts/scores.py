@@ -219,15 +219,7 @@ def score_named(name: str) -> Score:
 
 
 def score_table(attributes: Any, weights: tuple[float, float, float] | None = None) -> Float32:
-    """S of every 12-bit code of a tensor: float32 [4096].
-
-    Parameters
-    ----------
-    attributes : mapping
-        Of the tensor's rows.
-    weights : (float, float, float), optional
-        Of act, grad (which counts against) and freq; by default those that the run was scored with.
-    """
+    """S of every 12-bit code of a tensor, float32 [4096]; by default with the weights that the run was scored with."""
     field = attributes["fields"]["score"]
     signed = field["weight"] if weights is None else ScoreWeights(*weights).signed
     index = np.arange(TRIPLES)

@@ -224,13 +224,7 @@ def groups_of(
 
 
 def parameter_named(source: Source, name: str) -> Parameter:
-    """A tensor of the source.
-
-    Raises
-    ------
-    InputError
-        There is none of this name.
-    """
+    """A tensor of the source."""
     found = next((parameter for parameter in source.parameters if parameter.name == name), None)
     if found is None:
         raise InputError(f"the model has no tensor {name}")

@@ -69,13 +69,7 @@ class SelectOptions:
     seed: int = DEFAULT.seed
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range.
-
-        Raises
-        ------
-        InputError
-            Names the option, its value and what is allowed.
-        """
+        """Refuse what is out of range."""
         if self.allocation not in ALLOCATIONS:
             raise InputError(f"allocation = {self.allocation!r} is unknown; choose {', '.join(ALLOCATIONS)}")
         if not (math.isfinite(self.budget) and self.budget > 0):

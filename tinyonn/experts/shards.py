@@ -111,16 +111,7 @@ def stored_bytes(out: int, inputs: int, groups: int, entries: int, value_bytes: 
 
 
 def sums_by_group(group: UInt8, codes: np.ndarray, worth: Float64, groups: int) -> Float64:
-    """What the weights of each group are worth together, and those of no group last: float64 [groups + 1].
-
-    Parameters
-    ----------
-    group : uint8 [...]
-    codes : uint16 [...]
-        Records; the act code decides the worth.
-    worth : float64 [16]
-    groups : int
-    """
+    """What the weights of each group are worth together, and those of no group last: float64 [groups + 1]."""
     counts = np.zeros((256, 16), np.int64)
     _count_codes(group.reshape(-1), codes.reshape(-1), counts)
     worths = counts @ worth

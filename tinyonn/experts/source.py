@@ -184,16 +184,7 @@ class RunSource:
 
 @dataclass(frozen=True)
 class ArraySource:
-    """The same from arrays in memory.
-
-    Attributes
-    ----------
-    parameters : tuple of Parameter
-    arrays : dict of str to dict
-        By tensor: ``records``, ``labels``, ``weights``, whichever there are, of the tensor's shape.
-    attribute : dict of str to dict
-        By tensor, as of the store's rows.
-    """
+    """The same from arrays in memory: by tensor ``records``, ``labels``, ``weights``, whichever there are."""
 
     parameters: tuple[Parameter, ...]
     arrays: Mapping[str, Mapping[str, np.ndarray]]
@@ -218,12 +209,7 @@ class ArraySource:
 
 
 def check_labels(labels: UInt8, cells: int, name: str) -> None:
-    """Refuse labels that are no cell's.
-
-    Raises
-    ------
-    InputError
-    """
+    """Refuse labels that are no cell's."""
     if (top := int(labels.max())) >= cells:
         raise InputError(
             f"{name} has a weight with the label {top}, but there are {cells} cells; run `tinyonn cluster` again"

@@ -84,18 +84,7 @@ class ScoreReport:
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """Some tensors, scored by one task.
-
-    Attributes
-    ----------
-    parameters : tuple of Parameter
-    calibration : dict of str to TensorCalibration
-    segments : tuple of (Segment, int)
-        Those with samples, and the number of each one's slice; a slice's together.
-    slices : int
-        How many slices there are.
-    weights : ScoreWeights
-    """
+    """Some tensors, scored by one task."""
 
     parameters: tuple[Parameter, ...]
     calibration: dict[str, TensorCalibration]

@@ -46,11 +46,11 @@ from tinyonn.run import open_run
 from tinyonn.store.arrays import codebooks_of, read_rows
 from tinyonn.train.checkpoint import Checkpoints, read_curve
 from tinyonn.train.data import held_out_batches
-from tinyonn.train.loop import USE
 from tinyonn.train.monitor import read_lines
 from tinyonn.train.plan import make_spec, training_corpus
 from tinyonn.train.stage import TrainStageOptions, _starts, _stored, train_run
 from tinyonn.train.teacher import Cached
+from tinyonn.train.worker import USE
 
 T = TypeVar("T")
 EXPERTS = ExpertsConfig(budget=0.6)

@@ -18,7 +18,7 @@ from tinyonn.errors import InputError
 from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train import optimizers as built
 from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
-from tinyonn.train.smk import mask_value_gradients
+from tinyonn.train.stages import mask_value_gradients
 
 RULES = ["adamw", "muon"]
 

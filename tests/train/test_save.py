@@ -15,7 +15,7 @@ from tests.experts.assembled import dense_model
 from tests.train.trained import make_models
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import open_assembled
-from tinyonn.train.save import save_model
+from tinyonn.train.checkpoint import save_model
 
 IDS = torch.arange(20).view(2, 10)
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.train.layers import EXPERTS, GROUPS, Model, bits, group_slices, sparse_layer
 from tinyonn.train import smk
-from tinyonn.train.running import RunningMean
+from tinyonn.train.stages import RunningMean
 
 ALL_ON = torch.ones(EXPERTS, dtype=torch.bool)
 

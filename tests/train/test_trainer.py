@@ -23,7 +23,7 @@ from tinyonn.errors import InputError
 from tinyonn.train.checkpoint import read_curve
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.routing import ProfileTargets
 from tinyonn.train.teacher import Live, cache_teacher
 from tinyonn.train.trainer import Trainer, TrainingDivergedError
 

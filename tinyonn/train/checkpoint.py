@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
+from tinyonn.dense.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
+from tinyonn.experts.folder import seal_model
+from tinyonn.experts.source import digest
 from tinyonn.files import file_checksum, line_of, read_json, read_log, sync, write_json, write_whole
+from tinyonn.model.digests_tinyonn import seal_file
 from tinyonn.store.faults import is_full
+from tinyonn.train.optimizers import load_state_tensors, state_tensors
+from tinyonn.train.stages import Rules
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
@@ -192,3 +200,144 @@ class Curve:
 def read_curve(path: str | Path) -> list[dict[str, Any]]:
     """Figures of all steps so far; damaged lines are left out with a warning, one that a kill cut off without."""
     return list(read_log(Path(path)))
+
+
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that learn, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def take(
+    model: Any, optimizers: Sequence[Optimizer], rules: Rules
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON for `Checkpoints.save`."""
+    state, settings = state_tensors(optimizers)
+    tensors = {f"model/{name}": tensor for name, tensor in _changing(model).items()}
+    tensors |= {f"optimizers/{name}": tensor for name, tensor in state.items()}
+    tensors |= {f"rules/{name}": tensor for name, tensor in rules.state().items()}
+    return tensors, {"optimizers": settings}
+
+
+@torch.no_grad()
+def put_back(found: Checkpoint, model: Any, optimizers: Sequence[Optimizer], rules: Rules) -> None:
+    """Bring a training into the state that was taken, bit for bit.
+
+    Raises
+    ------
+    InputError
+        Of other parameters.
+    """
+    load_state_tensors(optimizers, _below("optimizers/", found.tensors), found.state["optimizers"])
+    own = _changing(model)
+    for name, tensor in _below("model/", found.tensors).items():
+        own[name].copy_(tensor)
+    rules.load_state(_below("rules/", found.tensors))
+
+
+def _changing(model: Any) -> dict[str, torch.Tensor]:
+    """Trained parameters, and the router's bias, which has no gradient."""
+    found: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in trained(model)}
+    router = getattr(model, "router", None)
+    if router is not None:
+        found |= {f"router.{name}": buffer for name, buffer in router.named_buffers()}
+    return found
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save_model(
+    model: Any,
+    folder: str | Path,
+    training: Mapping[str, Any],
+    source: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write a model; the folder is whole or what it was before. The model in memory stays as it is.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Trained; sparse or not.
+    folder : path
+        Replaced if it is there.
+    training : mapping
+        Steps, options, losses: what a reader of ``config.json`` should know, JSON. A sparse model has it in
+        ``config.assembly["training"]`` and gets a new ``id`` from it, so that its shards are not mixed up with those of
+        the assembled model, whose id is kept as ``assembled``; another model has it in ``config.training``.
+    source : path, optional
+        Folder whose tokenizer is copied.
+    dtype : torch.dtype
+        Of all weights but the router's, which stay in float32.
+
+    Raises
+    ------
+    CapacityError
+        The disk is full.
+    """
+    target = Path(folder)
+    side, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(side, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _marked(model, dict(training)), _cast(model, dtype):
+            model.save_pretrained(side)
+    except Exception as error:
+        shutil.rmtree(side, ignore_errors=True)
+        if is_full(error):
+            raise CapacityError(
+                f"{target}: no space left for the trained model; free some and run again"
+            ) from None
+        raise
+    if not hasattr(model, "sparse_layers"):
+        for path in side.glob("model*.safetensors"):
+            seal_file(path)
+    for path in tokenizer_files(Path(source)) if source is not None else ():
+        copy_file(path, side)
+    seal_model(side)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    side.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _marked(model: Any, training: dict[str, Any]) -> Iterator[None]:
+    config = model.config
+    if not hasattr(model, "sparse_layers"):
+        config.training = training
+        yield
+        return
+    before = config.assembly
+    known = before.get("assembled", before.get("id"))
+    config.assembly = {
+        **before,
+        "id": digest([known, training]),
+        "assembled": known,
+        "training": training,
+    }
+    try:
+        yield
+    finally:
+        config.assembly = before
+
+
+@contextmanager
+def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Weights in another dtype while inside."""
+    masters: dict[str, torch.Tensor] = {}
+    named = dict(model.named_parameters())
+    before = model.config.dtype
+    try:
+        for name, parameter in named.items():
+            if "router" not in name.split(".") and parameter.dtype != dtype:
+                masters[name] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, master in masters.items():
+            named[name].data = master
+        model.config.dtype = before

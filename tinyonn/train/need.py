@@ -10,7 +10,7 @@ counted), hidden width ``H``, inner width ``I``, ``L`` layers and vocabulary ``V
 - activations as in `tinyonn.plan.demands`, of a micro batch, norms of queries and keys counted; with checkpointing
   those of one layer. Norms that are trained keep their inputs, too;
 - logits ``b T V`` and a gradient as large for each loss that is taken of them; chunks of them in float32
-  (`tinyonn.train.token_losses`), of one token at least;
+  (`tinyonn.train.chunked_losses`), of one token at least;
 - at a checkpoint, when activations are gone, a copy of the optimizer's state.
 """
 
@@ -33,8 +33,8 @@ from tinyonn.plan.demands import (
     is_quantized,
 )
 from tinyonn.sizes import MiB, format_size
+from tinyonn.train.chunked_losses import CHUNK_BYTES
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.token_losses import CHUNK_BYTES
 
 MASTER, GRADIENT = 4, 4
 STATES = {"adamw": 8, "muon": 4, "frozen": 0}

@@ -21,9 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from tinyonn.errors import InputError
 from tinyonn.train.clipping import Clipped, SpikeWatch, clip_gradients, first_non_finite
-from tinyonn.train.sparse_adamw import SparseAdamW
-from tinyonn.train.sparse_muon import SparseMuon
-from tinyonn.train.value_groups import expert_layers
+from tinyonn.train.expert_optimizers import SparseAdamW, SparseMuon, expert_layers
 
 __all__ = [
     "Clipped",

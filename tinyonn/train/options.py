@@ -5,8 +5,8 @@ What has no default here is an option and has it in `tinyonn.config`; what has o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from tinyonn.corpus.tokens import PROMPT_TOKENS
@@ -67,7 +67,7 @@ class RoutingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.smk`.
+    """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.stages`.
 
     Attributes
     ----------
@@ -200,3 +200,36 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def option_of(options: TrainOptions, name: str) -> Any:
+    """An option by its dotted name.
+
+    Raises
+    ------
+    InputError
+        There is none, or it is not a number.
+    """
+    found: Any = options
+    for part in name.split("."):
+        if not is_dataclass(found) or part not in {f.name for f in fields(found)}:
+            raise InputError(
+                f"train.{name} is no option of a training; give such as optimizers.router_lr or weights.ce"
+            )
+        found = getattr(found, part)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise InputError(f"train.{name} = {found!r} is no number, so it has no range; leave it out")
+    return found
+
+
+def with_options(options: TrainOptions, values: Mapping[str, float]) -> TrainOptions:
+    """The options with some changed, by dotted names; whole numbers stay whole."""
+    for name, value in values.items():
+        whole = isinstance(option_of(options, name), int)
+        options = _changed(options, name.split("."), round(value) if whole else value)
+    return options
+
+
+def _changed(tree: Any, path: list[str], value: float) -> Any:
+    first, *rest = path
+    return replace(tree, **{first: _changed(getattr(tree, first), rest, value) if rest else value})

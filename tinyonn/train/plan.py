@@ -19,7 +19,6 @@ from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import Need, Tier
 from tinyonn.plan.facts import describe_model
-from tinyonn.train.build import cached_bytes, is_cached
 from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
 from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
@@ -33,6 +32,7 @@ from tinyonn.train.spec import (
     identity_of,
     read_student,
 )
+from tinyonn.train.worker import cached_bytes, is_cached
 from tinyonn.workers.ray import Places, alone, cluster_address, cluster_device, connected, places_of
 
 TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, if another model teaches

@@ -8,8 +8,8 @@ import torch
 
 from tinyonn.errors import InputError
 from tinyonn.train.options import TrainOptions
+from tinyonn.train.routing import ProfileTargets
 from tinyonn.train.student import Student
-from tinyonn.train.targets import ProfileTargets
 from tinyonn.train.teacher import Cached, Teacher
 
 

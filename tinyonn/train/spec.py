@@ -71,7 +71,7 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How the profile becomes the router's targets; see `tinyonn.train.targets.ProfileTargets`.
+    """How the profile becomes the router's targets; see `tinyonn.train.routing.ProfileTargets`.
 
     Attributes
     ----------

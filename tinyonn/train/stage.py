@@ -26,12 +26,11 @@ from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints, without_removed
-from tinyonn.train.follow import Follower, Progress
-from tinyonn.train.loop import STARTS, USE, train_loop
 from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
-from tinyonn.train.report import TrainReport, ends
+from tinyonn.train.report import Follower, Progress, TrainReport, ends
 from tinyonn.train.spec import Spec
+from tinyonn.train.worker import STARTS, USE, train_loop
 from tinyonn.workers.alive import Waiting
 from tinyonn.workers.group import GroupOptions, run_group
 from tinyonn.workers.ray import Places

@@ -5,7 +5,7 @@ A step, for all its samples together:
 1. every worker routes the whole batch (`routing`);
 2. each runs its own samples, some at a time: teacher, student, loss parts over the tokens of the whole batch; backward;
 3. gradients are summed over workers, so that one and two workers take the same step up to rounding;
-4. stage rules (`rules`), clipping, learning rates, optimizers, the bias that balances the load;
+4. stage rules (`stages`), clipping, learning rates, optimizers, the bias that balances the load;
 5. a line for the curve and the monitors; every so many steps a checkpoint.
 
 What is random is a function of the seed and the step. So a training that was killed and resumed goes through the same
@@ -27,24 +27,28 @@ import torch
 
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
-from tinyonn.train.checkpoint import Checkpoints, Curve
+from tinyonn.train.checkpoint import Checkpoints, Curve, put_back, take, trained
 from tinyonn.train.clipping import clip_gradients, first_non_finite
 from tinyonn.train.data import Batch, Order
-from tinyonn.train.diagnosis import weight_not_finite
-from tinyonn.train.figures import active_experts, load_of, loss_of, sparsity
 from tinyonn.train.monitor import StepFacts
 from tinyonn.train.optimizers import build_optimizers, set_rates
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.prepare import check_fit, prepare_model
-from tinyonn.train.routing import Growth, Routed, choose_experts
-from tinyonn.train.rules import Rules
-from tinyonn.train.samples import PARTS, Sums, run_samples
+from tinyonn.train.routing import ProfileTargets, Routed, choose_experts
+from tinyonn.train.samples import (
+    PARTS,
+    Sums,
+    Workers,
+    active_experts,
+    load_of,
+    loss_of,
+    run_samples,
+    sparsity,
+)
 from tinyonn.train.schedule import Schedule
-from tinyonn.train.student import Student
-from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.stages import Growth, Rules
+from tinyonn.train.student import Student, weight_not_finite
 from tinyonn.train.teacher import Teacher
-from tinyonn.train.training_state import put_back, take, trained
-from tinyonn.train.workers import Workers
 
 LOG = logging.getLogger(__name__)
 LONG_STEP = 20.0  # seconds, of which what was compiled is a small part

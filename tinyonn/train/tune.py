@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from tinyonn.errors import InputError
 from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.sheet import Sheet, whole
+from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
-from tinyonn.train.build import build_trainer
 from tinyonn.train.checkpoint import without_removed
-from tinyonn.train.dotted import option_of, with_options
 from tinyonn.train.monitor import StepFacts
+from tinyonn.train.options import option_of, with_options
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
-from tinyonn.train.tune_report import TuneReport
+from tinyonn.train.worker import build_trainer
 from tinyonn.workers.ray import Places
 
 STUDY = "train"
@@ -249,3 +250,43 @@ def _report(
         options.steps,
         seconds,
     )
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a search found.
+
+    Attributes
+    ----------
+    best : dict of str to float
+        By dotted names of `TrainOptions`.
+    loss, first_loss : float
+        Of the best trial, and of the options as they were given (NaN if they are out of range or were given up), nats.
+    finished, pruned : int
+        Trials.
+    """
+
+    location: str
+    best: dict[str, float]
+    loss: float
+    first_loss: float | None
+    finished: int
+    pruned: int
+    steps: int
+    tune_seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def table(self) -> Sheet:
+        """For people."""
+        given = "" if self.first_loss is None else f", {self.first_loss:.4f} with the options as given"
+        notes = [
+            f"{self.loss:.4f} nats after {self.steps:,} steps{given}",
+            f"{self.finished:,} trials and {self.pruned:,} that were given up, in {format_seconds(self.tune_seconds)}",
+        ]
+        sheet = Sheet(f"tuned {whole(self.location)}", notes).text("option").number("best")
+        for name, value in self.best.items():
+            sheet.add(f"train.{name}", f"{value:.3g}")
+        return sheet

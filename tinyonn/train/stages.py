@@ -16,12 +16,70 @@ Shape suffixes: E experts, G groups (experts and, last, the core), B samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from tinyonn.train.running import RunningMean
-from tinyonn.train.value_groups import expert_layers, group_sizes
+from tinyonn.train.clipping import SpikeWatch
+from tinyonn.train.expert_optimizers import expert_layers, group_sizes
+from tinyonn.train.options import StageOptions
+
+
+class RunningMean:
+    """Exponential mean of one or more numbers, each over the times that it was seen.
+
+    m <- decay * m + (1 - decay) * x,  w <- decay * w + (1 - decay),  mean = m / w  (as Adam corrects its moments)
+
+    Parameters
+    ----------
+    size : int
+        Numbers.
+    decay : float
+        0..1; the mean looks back over some 1 / (1 - decay) values.
+    """
+
+    def __init__(self, size: int = 1, decay: float = 0.9) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of a running mean is {decay}; it lies from 0 to below 1")
+        self.decay = decay
+        self.moments = torch.zeros(size, dtype=torch.float64)
+        self.weights = torch.zeros(size, dtype=torch.float64)
+
+    def update(self, values: torch.Tensor | float, seen: torch.Tensor | None = None) -> None:
+        """Take in new values; those that are not finite, or not `seen` (bool [size]), leave their mean alone."""
+        new = torch.as_tensor(values, dtype=torch.float64).detach().cpu().reshape(-1)
+        taken = new.isfinite() if seen is None else new.isfinite() & seen.cpu()
+        step = torch.where(taken, 1 - self.decay, 0.0)
+        self.moments += step * (torch.where(taken, new, 0.0) - self.moments)
+        self.weights += step * (1 - self.weights)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Float64 [size]; nan where nothing was seen."""
+        return self.moments / self.weights
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return {"moments": self.moments.clone(), "weights": self.weights.clone()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint.
+
+        Raises
+        ------
+        ValueError
+            Of another number of values.
+        """
+        for name in ("moments", "weights"):
+            if state[name].shape != self.moments.shape:
+                raise ValueError(
+                    f"a running mean of {state[name].numel()} values does not fit {self.moments.numel()}"
+                )
+        self.moments = state["moments"].to(torch.float64).clone()
+        self.weights = state["weights"].to(torch.float64).clone()
 
 
 def expert_norms(grad: torch.Tensor, row_pointer: torch.Tensor, out: int, groups: int) -> torch.Tensor:
@@ -250,3 +308,134 @@ def integrity_scale(integrity: float, mean: float, lo: float = 0.5, hi: float = 
     if not (math.isfinite(mean) and mean > 0):
         return 1.0
     return min(max(integrity / mean, lo), hi) if math.isfinite(integrity) else lo
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How surprise changes the number of experts on; see `tinyonn.train.stages.dynamic_k`.
+
+    Attributes
+    ----------
+    surprise, mean : float
+        Of the step before: the gradient's norm, and its running mean.
+    power : float
+    least, most : float
+        Bounds of the factor.
+    """
+
+    surprise: float
+    mean: float
+    power: float
+    least: float
+    most: float
+
+    def of(self, k: int, experts: int) -> int:
+        """What becomes of a number of experts; all stay all."""
+        if k >= experts:
+            return experts
+        lo, hi = max(1, round(k * self.least)), min(experts, round(k * self.most))
+        return int(dynamic_k(torch.tensor([self.surprise]), self.mean, k, min(lo, k), max(hi, k), self.power))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say of a step.
+
+    Attributes
+    ----------
+    scale : float
+        Of the learning rates.
+    integrity : float
+        Predictive integrity.
+    """
+
+    scale: float
+    integrity: float
+
+
+class Rules:
+    """Running means of surprise, of the gradient's norm and of predictive integrity.
+
+    Parameters
+    ----------
+    options : StageOptions
+    groups : int
+        Experts and the core; 0 for a model without.
+    spike : float
+        As of `SpikeWatch`.
+    """
+
+    def __init__(self, options: StageOptions, groups: int, spike: float) -> None:
+        self.options, self.groups = options, groups
+        self.surprise = Surprise(groups)
+        self.norm, self.integrity = RunningMean(), RunningMean()
+        self.spikes = SpikeWatch(spike)
+        self._last = RunningMean(decay=0.0)
+
+    @property
+    def growth(self) -> Growth | None:
+        """For the step to come; None if the number of experts does not depend on surprise."""
+        if self.options.grow == 0:
+            return None
+        last, mean = float(self._last.mean), float(self.norm.mean)
+        return Growth(last, mean, self.options.grow, self.options.least, self.options.most)
+
+    def sort_out(self, model: torch.nn.Module, stage: int, active_E: torch.Tensor) -> float:
+        """Observe every group's gradient, and in stage 1 zero those that are not to be updated.
+
+        Parameters
+        ----------
+        model : module
+            With the gradients of the whole batch.
+        stage : int
+        active_E : bool [E]
+            Experts that were on for any sample.
+
+        Returns
+        -------
+        float
+            Mean surprise of the groups that got a gradient; nan if none did.
+        """
+        now_G = self.surprise.observe(model)
+        options = self.options
+        if stage == 1 and (options.act_k is not None or options.min_k is not None):
+            min_k = self.groups - 1 if options.min_k is None else options.min_k
+            allowed_E = stage1_mask(now_G[:-1], active_E.cpu(), options.act_k, min_k)
+            mask_value_gradients(model, torch.cat([allowed_E, torch.ones(1, dtype=torch.bool)]))
+        seen_G = now_G > 0
+        return float(now_G[seen_G].mean()) if seen_G.any() else math.nan
+
+    def judge(self, stage: int, loss: float, entropy: float, norm: float) -> Verdict:
+        """Predictive integrity of a step, and what it does to the learning rates; takes the step in.
+
+        Parameters
+        ----------
+        stage : int
+        loss, entropy : float
+            Per token, nats.
+        norm : float
+            Of all gradients.
+        """
+        usual = float(self.norm.mean)
+        surprise = norm / usual if math.isfinite(usual) and usual > 0 else 1.0
+        found = predictive_integrity(loss, entropy, surprise, self.options.alpha, self.options.gamma)
+        scaled = self.options.integrity and stage == 2
+        scale = integrity_scale(found, float(self.integrity.mean)) if scaled else 1.0
+        self.norm.update(norm)
+        self._last.update(norm)
+        self.integrity.update(found)
+        return Verdict(scale, found)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return {f"{name}/{key}": value for name, part in self._parts() for key, value in part.state().items()}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+        for name, part in self._parts():
+            own = {key.partition("/")[2]: value for key, value in state.items() if key.startswith(f"{name}/")}
+            part.load_state(own)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        named = {"surprise": self.surprise, "norm": self.norm, "last": self._last}
+        return list({**named, "integrity": self.integrity, "spikes": self.spikes}.items())

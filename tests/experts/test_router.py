@@ -10,7 +10,7 @@ import torch
 from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
 from tests.experts.routers import decide
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]

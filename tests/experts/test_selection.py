@@ -11,8 +11,7 @@ import torch
 
 from tests.dense.architectures import make_model
 from tests.experts.assembled import dense_model
-from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits, limit_load
-from tinyonn.model.selection_tinyonn import slopes
+from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits, limit_load, slopes
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]
 

@@ -23,7 +23,7 @@ from tinyonn.evaluate.loss import Experts, Losses, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.folder import open_assembled
 from tinyonn.files import read_derived, write_json
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
 from tinyonn.progress import Bar

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tinyonn.config import ModelConfig, RouterConfig, TrackConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import read_settings
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.train.branches import find_branches, shared_experts
 from tinyonn.train.options import TrainOptions, flat
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
+from tests.model.assembled import dense_model
 from tests.train.trained import make_models
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import open_assembled

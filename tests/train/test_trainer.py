@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
+from tests.model.assembled import dense_model
 from tests.train.defaults import loss_weights, routing_options, stage_options, training
 from tests.train.trained import EXPERTS, OPTIONS, changed, load_models, make_corpus, make_models
 from tinyonn.corpus.file import Corpus

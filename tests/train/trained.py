@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assemble, dense_model, random_groups
+from tests.model.assembled import assemble, dense_model, random_groups
 from tests.train.defaults import loss_weights, optimizer_options, routing_options, stage_options, training
 from tinyonn.corpus.file import Corpus, Header, write_corpus
 from tinyonn.experts import TinyONNForCausalLM

@@ -2,7 +2,6 @@
 
     <train>/checkpoint-00000123/state.safetensors   trained weights, optimizers' state, running means
     <train>/checkpoint-00000123/state.json          step, what the training is of, sizes and checksums; written last
-    <train>/curve.jsonl                             a line for every step
 
 A checkpoint is written into a folder with another name, synced, and renamed; a kill leaves the older ones. Random
 numbers are functions of seed and step, so none of their state is kept.
@@ -28,7 +27,7 @@ from tinyonn.dense.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
 from tinyonn.experts.folder import seal_model
 from tinyonn.experts.source import digest
-from tinyonn.files import file_checksum, line_of, read_json, read_log, sync, write_json, write_whole
+from tinyonn.files import file_checksum, read_json, sync, write_json
 from tinyonn.model.digests_tinyonn import seal_file
 from tinyonn.store.faults import is_full
 from tinyonn.train.optimizers import load_state_tensors, state_tensors
@@ -159,47 +158,15 @@ class Checkpoints:
                 )
 
     def clear(self) -> None:
-        """Remove all checkpoints and the curve."""
+        """Remove all checkpoints."""
         for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*.part")):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / "curve.jsonl").unlink(missing_ok=True)
 
 
 def without_removed(identity: Mapping[str, Any]) -> dict[str, Any]:
     """What a training was of, without options that are no more and that it did without."""
     unused = {name for name, value in REMOVED.items() if value is None or identity.get(name) == value}
     return {name: value for name, value in identity.items() if name not in unused}
-
-
-class Curve:
-    """The figures of every step, a line of JSON each.
-
-    Parameters
-    ----------
-    path : path
-    step : int
-        Steps done: lines of this step and later ones are dropped, they will be written again.
-    """
-
-    def __init__(self, path: str | Path, step: int = 0) -> None:
-        self.path = Path(path)
-        kept = [line for line in read_curve(self.path) if line["step"] < step]
-        write_whole(self.path, "".join(map(line_of, kept)))
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append the figures of a step."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line_of(line))
-
-    def sync(self) -> None:
-        """Bring it to the disk, before a checkpoint that counts on it."""
-        if self.path.exists():
-            sync(self.path)
-
-
-def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """Figures of all steps so far; damaged lines are left out with a warning, one that a kill cut off without."""
-    return list(read_log(Path(path)))
 
 
 def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -1,9 +1,9 @@
 """What a training shows while it runs: JSON lines, a tracker, alarms, and the load of every expert over time.
 
-``monitor.jsonl`` has a line for each step: its values, the samples that chose each expert (``load``), and what is taken
-over the last steps (the window): ``load_cv``, the coefficient of variation std / mean of the load over experts;
-``load_dead``, the share of experts that nothing chose; ``load_entropy``, the load's entropy over its largest possible
-value. One process writes it, the first of a group.
+``steps.jsonl`` has a line for each step, from 1 on: its values, the samples that chose each expert (``load``), and what
+is taken over the last steps (the window): ``load_cv``, the coefficient of variation std / mean of the load over
+experts; ``load_dead``, the share of experts that nothing chose; ``load_entropy``, the load's entropy over its largest
+possible value. One process writes it, the first of a group.
 
 Alarms follow from the window alone: numbers in, sentences out. With ``n_e`` the samples of the window that chose
 expert ``e``, ``S`` its samples and ``k = sum_e n_e / S``:
@@ -27,9 +27,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tinyonn.files import line_of, read_log, write_whole
+from tinyonn.files import line_of, read_log, sync, write_whole
 
-FILE = "monitor.jsonl"
+FILE = "steps.jsonl"
+FORMER = (
+    "monitor.jsonl",
+    "curve.jsonl",
+)  # of earlier versions: the same lines; their values alone, steps from 0
 HEAT_MAP = "load.png"
 SPIKES = ("loss", "gradient_norm")  # values whose jumps are alarms
 PNG_DPI = 110
@@ -116,7 +120,7 @@ class Monitor:
         resumed: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
+        self.path = steps_file(folder)
         self._tracker, self._tell, self._shared, self._window = tracker, tell, tuple(shared), window
         self._loads: deque[tuple[Int64, int]] = deque(maxlen=window)
         self._values: dict[str, deque[float]] = {name: deque(maxlen=window) for name in SPIKES}
@@ -127,7 +131,6 @@ class Monitor:
         cut_lines(self.path, resumed)
         for line in read_lines(self.path):
             self._remember(_facts(line))
-        self._file = self.path.open("a", encoding="utf-8")
 
     def record(self, facts: StepFacts) -> list[Alarm]:
         """Write a step down, send it on; the alarms that are new with it."""
@@ -159,8 +162,8 @@ class Monitor:
             line["load"] = [int(count) for count in facts.load_E]
         if new:
             line["alarms"] = [alarm.message for alarm in new]
-        self._file.write(line_of(line))
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line_of(line))
         if self._tracker is not None:
             self._tracker.log(
                 facts.step, {name: value for name, value in values.items() if math.isfinite(value)}
@@ -180,9 +183,13 @@ class Monitor:
         values = self._values[name]
         return float(np.mean(values)) if values else math.nan
 
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint that counts on them."""
+        if self.path.exists():
+            sync(self.path)
+
     def close(self) -> Path | None:
-        """Close the file and draw the heat map, if matplotlib is there and experts were chosen; its path."""
-        self._file.close()
+        """Draw the heat map, if matplotlib is there and experts were chosen; its path."""
         return plot_load(self.path, self.path.with_name(HEAT_MAP))
 
     def _enter(self, stage: float | None) -> None:
@@ -215,8 +222,16 @@ class Monitor:
         return tokens / seconds if seconds > 0 else 0.0
 
 
+def steps_file(folder: Path) -> Path:
+    """Where a training's lines are; those of an earlier version take that name first."""
+    path, lines = folder / FILE, folder / FORMER[0]
+    if lines.is_file() and not path.exists():
+        lines.rename(path)
+    return path
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a monitor's file; damaged ones are left out with a warning, one that a kill cut off without."""
+    """The lines of a training's steps; damaged ones are left out with a warning, one that a kill cut off without."""
     return read_log(path)
 
 

@@ -117,7 +117,7 @@ def step_facts(line: Mapping[str, Any]) -> str:
     Parameters
     ----------
     line : mapping
-        Of ``monitor.jsonl``.
+        Of ``steps.jsonl``.
     """
     values = line["values"]
     shown = [f"{name} {values[name]:.3f}" for name in ("loss", "kl", "ce") if values.get(name) is not None]
@@ -205,7 +205,7 @@ class Follower:
     Parameters
     ----------
     path : Path
-        Of ``monitor.jsonl``. Lines that are there already are not told.
+        Of ``steps.jsonl``. Lines that are there already are not told.
     progress : Progress
     tell : callable
         Gets the alarms.

@@ -91,7 +91,7 @@ class Spec:
     Attributes
     ----------
     folder : str
-        ``<run>/train``: checkpoints, curve, monitor.
+        ``<run>/train``: checkpoints, steps.
     student : str
         Folder of what is trained: an assembled model, or any causal language model.
     model : ModelConfig

@@ -1,7 +1,7 @@
 """``tinyonn train``: distil the dense model into the assembled one, its router and its experts.
 
 Data flow: assembled model, profile, corpus of the run → checks, memory → `Spec` → `train_loop` in this process, or in
-every worker of a Ray Train group → checkpoints, curve and monitor in ``<run>/train`` → ``<run>/model``. Killed at any
+every worker of a Ray Train group → checkpoints and steps in ``<run>/train`` → ``<run>/model``. Killed at any
 moment and called again it goes on from the newest checkpoint; a second trainer on the same folder is refused.
 """
 
@@ -26,7 +26,7 @@ from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints, without_removed
-from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
+from tinyonn.train.monitor import FILE, FORMER, HEAT_MAP, read_lines, steps_file
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.report import Follower, Progress, TrainReport, ends
 from tinyonn.train.spec import Spec
@@ -101,7 +101,7 @@ def train_run(
                 group = GroupOptions(places.workers, places.threads, places.device)
                 since = f", going on from step {resumed}" if resumed else ""
                 tell(f"starting {places.workers} worker(s) on {places.device}{since}")
-                with progress, Follower(folder / FILE, progress, tell):
+                with progress, Follower(steps_file(folder), progress, tell):
                     waiting = Waiting(tell, lambda: _held(folder))
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell, waiting)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
@@ -161,7 +161,7 @@ def _is_damaged(folder: Path) -> bool:
 
 def _forget(folder: Path) -> None:
     Checkpoints(folder, {}).clear()
-    for name in (FILE, HEAT_MAP, DONE, STARTS, USE):
+    for name in (FILE, *FORMER, HEAT_MAP, DONE, STARTS, USE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -6,7 +6,7 @@ A step, for all its samples together:
 2. each runs its own samples, some at a time: teacher, student, loss parts over the tokens of the whole batch; backward;
 3. gradients are summed over workers, so that one and two workers take the same step up to rounding;
 4. stage rules (`stages`), clipping, learning rates, optimizers, the bias that balances the load;
-5. a line for the curve and the monitors; every so many steps a checkpoint.
+5. a line of the monitor; every so many steps a checkpoint.
 
 What is random is a function of the seed and the step. So a training that was killed and resumed goes through the same
 numbers as one that was not: on CPUs with one worker bit for bit.
@@ -27,10 +27,10 @@ import torch
 
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
-from tinyonn.train.checkpoint import Checkpoints, Curve, put_back, take, trained
+from tinyonn.train.checkpoint import Checkpoints, put_back, take, trained
 from tinyonn.train.clipping import clip_gradients, first_non_finite
 from tinyonn.train.data import Batch, Order
-from tinyonn.train.monitor import StepFacts
+from tinyonn.train.monitor import Monitor, StepFacts
 from tinyonn.train.optimizers import build_optimizers, set_rates
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.prepare import check_fit, prepare_model
@@ -60,9 +60,9 @@ class TrainingDivergedError(InputError):
 
 @dataclass(frozen=True)
 class _Done:
-    """A step that was taken: its line of the curve, and what the monitors get besides."""
+    """A step that was taken: its values, and what the monitor gets besides."""
 
-    line: dict[str, float]
+    values: dict[str, float]
     load_E: np.ndarray[Any, np.dtype[np.int64]] | None
     samples: int
     tokens: int
@@ -78,7 +78,7 @@ class Trainer:
     corpus : Corpus
     options : TrainOptions
     folder : path
-        For checkpoints and the curve; all workers must reach it.
+        For checkpoints and the steps' lines; all workers must reach it.
     teacher : Teacher, optional
         Needed unless the weights of ``kl`` and ``hidden`` are 0.
     targets : ProfileTargets, optional
@@ -89,7 +89,7 @@ class Trainer:
     places : sequence of (str, int), optional
         Slices and positions to train on; the whole corpus by default.
     observe : callable, optional
-        Called with the `StepFacts` of every step, on the first worker.
+        Called with the line of every step, see `tinyonn.train.monitor`, on the first worker.
 
     Attributes
     ----------
@@ -97,6 +97,8 @@ class Trainer:
         Steps done, those of the warm start counted.
     steps : int
         In all.
+    monitor : Monitor or None
+        Of the first worker, which has one from its first step on; another may be set before that.
 
     Raises
     ------
@@ -114,7 +116,7 @@ class Trainer:
         targets: ProfileTargets | None = None,
         identity: Mapping[str, Any] | None = None,
         places: Sequence[tuple[str, int]] | None = None,
-        observe: Callable[[StepFacts], None] | None = None,
+        observe: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.options, self.teacher, self.targets = options, teacher, targets
         self.student = Student(model, options.weights, options.temperature, options.prompt_loss)
@@ -122,7 +124,8 @@ class Trainer:
         self.optimizers = build_optimizers(model, options.optimizers)
         prepare_model(model, options.precision, options.checkpointing)
         self.workers = Workers.found()
-        self.observe = observe or (lambda facts: None)
+        self.observe = observe or (lambda line: None)
+        self.monitor: Monitor | None = None
         self.steps = options.warm_start + options.steps
         self.schedule = Schedule.of_shares(options.steps, **vars(options.schedule))
         self.order = Order(corpus, options.batch, options.seed, places, options.prompt_tokens)
@@ -153,19 +156,20 @@ class Trainer:
             No space for a checkpoint.
         """
         last = self.steps if until is None else min(until, self.steps)
-        curve = Curve(self.folder / "curve.jsonl", self.step) if self.workers.first else None
+        if self.monitor is None and self.workers.first:
+            self.monitor = Monitor(self.folder, shared=self.shared, resumed=self.step)
         while self.step < last:
             started = time.monotonic()
             done = self._warm_step(self.step) if self.stage_of(self.step) == 0 else self._full_step(self.step)
             self.step += 1
-            if curve is not None:
-                curve.add(done.line)
-                values = {name: value for name, value in done.line.items() if name != "step"}
+            if self.monitor is not None:
                 seconds = time.monotonic() - started
-                self.observe(StepFacts(self.step, values, done.load_E, done.samples, done.tokens, seconds))
+                facts = StepFacts(self.step, done.values, done.load_E, done.samples, done.tokens, seconds)
+                self.monitor.record(facts)
+                self.observe(self.monitor.line)
             if self.step % self.options.checkpoint_every == 0 or self.step == self.steps:
-                if curve is not None:
-                    curve.sync()
+                if self.monitor is not None:
+                    self.monitor.sync()
                 self.save()
         return self.step
 
@@ -191,8 +195,13 @@ class Trainer:
         self._forget_gradients()
         return seconds
 
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Experts that are always on, beside the core."""
+        return () if self.student.router is None else tuple(self.student.router.options.shared)
+
     def stage_of(self, step: int) -> int:
-        """0 in the warm start, then 1 or 2."""
+        """Of the step after so many: 0 in the warm start, then 1 or 2."""
         if step < self.options.warm_start:
             return 0
         return 1 if step - self.options.warm_start < self.options.first_stage else 2
@@ -207,11 +216,7 @@ class Trainer:
         )
         self._check_loss(step, sums, routed)
         self.workers.add(self._gradients())
-        line: dict[str, float] = {
-            "step": step,
-            "stage": stage,
-            "loss": loss_of(sums, routed, self.options.weights),
-        }
+        line: dict[str, float] = {"stage": stage, "loss": loss_of(sums, routed, self.options.weights)}
         line |= {name: sums.mean(name) for name in PARTS if name in sums.counts}
         if self._learns("values"):
             active_E = active_experts(routed, self.student.model.config)
@@ -240,7 +245,7 @@ class Trainer:
         norm = self._clip(step)
         set_rates(self.optimizers, 1.0, {"router": self.options.warm_start_lr})
         self._update(routed)
-        line = {"step": step, "stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
+        line = {"stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
         return _Done(line, load_of(routed), len(batch), int(batch.prompts_B.sum()))
 
     def _route(self, batch: Batch, step: int, growth: Growth | None, warm: bool = False) -> Routed | None:
@@ -263,7 +268,7 @@ class Trainer:
             lost = weight_not_finite(self.student.model)
             self._diverged(step, lost or f"the gradient of {first_non_finite(named)} is not finite")
         if self.stage_of(step) and self.rules.spikes.observe(clipped.norm):
-            LOG.warning("step %d: the norm of the gradients jumped to %.3g", step, clipped.norm)
+            LOG.warning("step %d: the norm of the gradients jumped to %.3g", step + 1, clipped.norm)
         return clipped.norm
 
     def _update(self, routed: Routed | None) -> None:
@@ -305,7 +310,7 @@ class Trainer:
         kept = self.checkpoints.paths()
         where = f"{kept[-1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
         raise TrainingDivergedError(
-            f"step {step}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
+            f"step {step + 1}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
         )
 
     def _learns(self, what: str) -> bool:

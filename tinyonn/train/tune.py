@@ -28,7 +28,6 @@ from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import without_removed
-from tinyonn.train.monitor import StepFacts
 from tinyonn.train.options import option_of, with_options
 from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
@@ -185,10 +184,10 @@ def short_run(spec: Spec, report: Report) -> float:
     steps = spec.train.steps
     every = max(1, steps // REPORTS)
 
-    def observe(facts: StepFacts) -> None:
-        if facts.values.get("stage") == 0:  # the warm start
+    def observe(line: Mapping[str, Any]) -> None:
+        if line["values"]["stage"] == 0:  # the warm start
             return
-        losses.append(facts.values["ce"])
+        losses.append(line["values"]["ce"])
         recent = losses[-max(1, steps // LAST) :]
         if len(losses) % every == 0 and report(len(losses), math.fsum(recent) / len(recent)):
             raise _GivenUp

@@ -25,7 +25,7 @@ from tinyonn.files import line_of, write_json
 from tinyonn.plan.usage import Meter, measured
 from tinyonn.track import Tracker
 from tinyonn.train.checkpoint import save_model
-from tinyonn.train.monitor import Monitor, StepFacts
+from tinyonn.train.monitor import Monitor
 from tinyonn.train.routing import ProfileTargets, find_profiled
 from tinyonn.train.samples import Workers
 from tinyonn.train.spec import Spec, assembled_id, experts_of, read_student
@@ -225,20 +225,13 @@ def _loop(spec: Spec, report: Report, tell: Tell, observe: Observe, meter: Meter
         trainer.workers.wait()  # the model is written
         return
     folder = Path(spec.folder)
-    router = trainer.student.router
-    shared = () if router is None else router.options.shared
     with (folder / STARTS).open("a", encoding="utf-8") as file:
         start = {"step": trainer.step, "workers": trainer.workers.world, "step_seconds": seconds}
         file.write(line_of(start))
     tracker = Tracker(spec.track, folder, f"{folder.absolute().parent.name}-{folder.name}")
     try:
-        monitor = Monitor(folder, tracker, spec.window, tell, shared, trainer.step)
-
-        def record(facts: StepFacts) -> None:
-            monitor.record(facts)
-            observe(monitor.line)
-
-        trainer.observe = record
+        monitor = Monitor(folder, tracker, spec.window, tell, trainer.shared, trainer.step)
+        trainer.monitor, trainer.observe = monitor, observe
         try:
             _train(trainer, report)
         finally:

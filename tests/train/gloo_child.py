@@ -37,7 +37,9 @@ def main(folder: Path, rank: int, world: int, kill: int = 0, steps: int = OPTION
 
     base, student = load_models(folder / "model")
     corpus, options = Corpus(folder / "corpus.arrow"), changed(steps=steps)
-    Trainer(student, corpus, options, folder / "train", Live(base), observe=observe).run()
+    trainer = Trainer(student, corpus, options, folder / "train", Live(base))
+    trainer.observe = observe
+    trainer.run()
 
 
 if __name__ == "__main__":

@@ -272,7 +272,8 @@ def test_stage_one_updates_the_least_surprised_and_the_core(train: Callable[...,
 def test_stage_two_updates_those_that_are_on(train: Callable[..., Trainer]) -> None:
     seen: list[Mapping[str, Any]] = []
     options = changed(batch=2, stages={"first": 0.0, "grow": 0.0}, routing={"ks": (1,), "capacity": None})
-    trainer = train("two", options, observe=seen.append)
+    trainer = train("two", options)
+    trainer.observe = seen.append
     before = weights(trainer)
     trainer.run(1)
     (line,) = seen
@@ -353,7 +354,9 @@ def test_the_bias_evens_the_load(train: Callable[..., Trainer]) -> None:
         options = changed(
             steps=16, batch=8, micro_batch=8, routing={**plain, "bias_rate": rate}, optimizers=still
         )
-        train(f"bias {rate}", options, observe=seen.append).run()
+        trainer = train(f"bias {rate}", options)
+        trainer.observe = seen.append
+        trainer.run()
         load = np.sum([line["load"] for line in seen[-8:] if "load" in line], axis=0)
         return float(load.std() / load.mean())
 

@@ -88,8 +88,6 @@ class Trainer:
         any of it differs is refused.
     places : sequence of (str, int), optional
         Slices and positions to train on; the whole corpus by default.
-    observe : callable, optional
-        Called with the line of every step, see `tinyonn.train.monitor`, on the first worker.
 
     Attributes
     ----------
@@ -97,6 +95,8 @@ class Trainer:
         Steps done, those of the warm start counted.
     steps : int
         In all.
+    observe : callable
+        Called with the line of every step, see `tinyonn.train.monitor`, on the first worker; may be set.
     monitor : Monitor or None
         Of the first worker, which has one from its first step on; another may be set before that.
 
@@ -116,7 +116,6 @@ class Trainer:
         targets: ProfileTargets | None = None,
         identity: Mapping[str, Any] | None = None,
         places: Sequence[tuple[str, int]] | None = None,
-        observe: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self.options, self.teacher, self.targets = options, teacher, targets
         self.student = Student(model, options.weights, options.temperature, options.prompt_loss)
@@ -124,7 +123,7 @@ class Trainer:
         self.optimizers = build_optimizers(model, options.optimizers)
         prepare_model(model, options.precision, options.checkpointing)
         self.workers = Workers.found()
-        self.observe = observe or (lambda line: None)
+        self.observe: Callable[[Mapping[str, Any]], None] = lambda line: None
         self.monitor: Monitor | None = None
         self.steps = options.warm_start + options.steps
         self.schedule = Schedule.of_shares(options.steps, **vars(options.schedule))

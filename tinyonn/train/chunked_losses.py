@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a chunk in float32: for the cache, and for few launches
+from tinyonn.plan.training import CHUNK_BYTES
 
 
 class Targets(Protocol):

@@ -19,9 +19,18 @@ from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import Need, Tier
 from tinyonn.plan.facts import describe_model
+from tinyonn.plan.training import (
+    CACHED,
+    SYSTEM,
+    StudentFacts,
+    check_disk,
+    check_needs,
+    disk_needs,
+    router_weights,
+    train_needs,
+    written,
+)
 from tinyonn.train.checkpoint import Checkpoints
-from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
-from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
 from tinyonn.train.options import TrainOptions
 from tinyonn.train.spec import (
     RouterShape,

@@ -36,8 +36,7 @@ from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
-from tinyonn.train.plan import TrainStageOptions
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import TrainStageOptions, train_stage_options
 from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import train_run
 

@@ -30,7 +30,7 @@ from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import train_stage_options
 from tinyonn.train.stage import train_run
 
 ROOT = Path(__file__).parents[2]

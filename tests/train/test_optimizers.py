@@ -17,7 +17,8 @@ from tests.train.layers import GROUPS, Model, bits, group_slices, sparse_layer
 from tinyonn.errors import InputError
 from tinyonn.model.linear_tinyonn import ExpertLinear
 from tinyonn.train import optimizers as built
-from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
+from tinyonn.train.optimizers import build_optimizers
+from tinyonn.train.options import OptimizerOptions
 from tinyonn.train.stages import mask_value_gradients
 
 RULES = ["adamw", "muon"]

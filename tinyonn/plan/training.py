@@ -44,8 +44,7 @@ from tinyonn.plan.demands import (
 from tinyonn.sizes import MiB, format_size
 
 if TYPE_CHECKING:
-    from tinyonn.train.optimizers import OptimizerOptions
-    from tinyonn.train.options import TrainOptions
+    from tinyonn.train.options import OptimizerOptions, TrainOptions
 
 MASTER, GRADIENT = 4, 4
 STATES = {"adamw": 8, "muon": 4, "frozen": 0}

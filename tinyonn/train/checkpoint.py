@@ -37,7 +37,12 @@ LOG = logging.getLogger(__name__)
 FORMAT = 1
 NAME = "checkpoint-{:08d}"
 # Of options that were: the value at which a training did without, None being any. Older checkpoints are of such ones.
-REMOVED: dict[str, Any] = {"router.max_k": None, "router.gate": "one", "weights.specificity": 0.0}
+REMOVED: dict[str, Any] = {
+    "router.max_k": None,
+    "router.gate": "one",
+    "weights.specificity": 0.0,
+    "schedule.form": "linear",
+}
 TENSORS, ABOUT = "state.safetensors", "state.json"
 
 

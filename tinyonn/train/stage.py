@@ -27,13 +27,13 @@ from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints, without_removed
 from tinyonn.train.monitor import FILE, FORMER, HEAT_MAP, read_lines, steps_file
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training
 from tinyonn.train.report import Follower, Progress, TrainReport, ends
 from tinyonn.train.spec import Spec
 from tinyonn.train.worker import STARTS, USE, train_loop
 from tinyonn.workers.alive import Waiting
 from tinyonn.workers.group import GroupOptions, run_group
-from tinyonn.workers.ray import Places
+from tinyonn.workers.ray import Places, take_places
 
 __all__ = ["TrainStageOptions", "train_run"]
 
@@ -83,7 +83,8 @@ def train_run(
             return TrainReport(**stored | {"location": location, "fresh": False})
         resumed, before = newest_step(folder), _starts(folder)
         with ExitStack() as stack:
-            places = take_places(options, config, stack, options.train.batch, lambda: _held(folder))
+            asked = options.address, options.workers, options.threads
+            places = take_places(*asked, config, stack, options.train.batch, lambda: _held(folder))
             spec = replace(spec, device=places.device, threads=places.threads)
             plan, disk = plan_training(spec, places, options.memory), plan_disk(spec)
             tier, each = plan.tier, plan.worker_bytes

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinyonn.train.clipping import SpikeWatch
 from tinyonn.train.expert_optimizers import expert_layers, group_sizes
+from tinyonn.train.optimizers import SpikeWatch
 from tinyonn.train.options import StageOptions
 
 

@@ -263,3 +263,48 @@ def weight_not_finite(model: torch.nn.Module) -> str | None:
 def _finite(hidden: torch.Tensor, batch: Batch) -> bool:
     own = batch.mask_BT.to(hidden.device)
     return bool(hidden[own].isfinite().all())
+
+
+def prepare_model(model: Any, precision: str, checkpointing: bool) -> None:
+    """Bring a model into the state that it is trained in, in place; parameters stay the same objects.
+
+    What is trained is held in float32, all of it with ``precision: float32``. The model is in evaluation mode, so that
+    no dropout draws random numbers. Optimizers must have been built: they say what is trained. What norms and
+    embeddings with float32 masters give is brought to the type of the rest under autocast, as in the model that is
+    saved: else every linear layer behind a norm would make and keep a copy of its own.
+    """
+    model.eval()
+    if hasattr(model, "forget"):
+        model.forget()
+    for parameter in model.parameters():
+        if parameter.requires_grad or precision == "float32":
+            parameter.data = parameter.data.float()
+    if precision == "float32":
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
+    else:
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            learns = any(parameter.requires_grad for parameter in own) and "router" not in name.split(".")
+            if learns and (isinstance(module, torch.nn.Embedding) or all(one.dim() < 2 for one in own)):
+                module.register_forward_hook(_as_autocast)
+    if checkpointing:
+        _checkpoint_layers(model)
+
+
+def _as_autocast(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor) and output.dtype == torch.float32:
+        kind = output.device.type
+        if torch.is_autocast_enabled(kind):
+            return output.to(torch.get_autocast_dtype(kind))
+    return output
+
+
+def _checkpoint_layers(model: Any) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # layers checkpoint in training only; what is inside stays in evaluation

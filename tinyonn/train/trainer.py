@@ -28,12 +28,10 @@ import torch
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.train.checkpoint import Checkpoints, put_back, take, trained
-from tinyonn.train.clipping import clip_gradients, first_non_finite
 from tinyonn.train.data import Batch, Order
 from tinyonn.train.monitor import Monitor, StepFacts
-from tinyonn.train.optimizers import build_optimizers, set_rates
+from tinyonn.train.optimizers import Schedule, build_optimizers, clip_gradients, first_non_finite, set_rates
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.prepare import check_fit, prepare_model
 from tinyonn.train.routing import ProfileTargets, Routed, choose_experts
 from tinyonn.train.samples import (
     PARTS,
@@ -45,10 +43,9 @@ from tinyonn.train.samples import (
     run_samples,
     sparsity,
 )
-from tinyonn.train.schedule import Schedule
 from tinyonn.train.stages import Growth, Rules
-from tinyonn.train.student import Student, weight_not_finite
-from tinyonn.train.teacher import Teacher
+from tinyonn.train.student import Student, prepare_model, weight_not_finite
+from tinyonn.train.teacher import Cached, Teacher
 
 LOG = logging.getLogger(__name__)
 LONG_STEP = 20.0  # seconds, of which what was compiled is a small part
@@ -341,3 +338,57 @@ class Trainer:
             put_back(found, self.student.model, self.optimizers, self.rules)
             self.step = found.step
             LOG.info("resumed at step %d", self.step)
+
+
+def check_fit(
+    student: Student, teacher: Teacher | None, targets: ProfileTargets | None, options: TrainOptions
+) -> None:
+    """Refuse what cannot be trained.
+
+    Raises
+    ------
+    InputError
+        A loss without what it needs, another vocabulary, more experts than there are, routing without a router.
+    """
+    weights = options.weights
+    if teacher is None and (weights.kl > 0 or weights.hidden > 0):
+        raise InputError(
+            "train.loss.kl and hidden need a teacher and there is none; give one, or set both to 0"
+        )
+    if isinstance(teacher, Cached):
+        if weights.hidden > 0:
+            raise InputError(
+                "train.loss.hidden needs the teacher's hidden states, which a cache does not hold; set it to 0"
+            )
+        if options.temperature != 1:
+            raise InputError(
+                f"train.temperature = {options.temperature} needs all of the teacher's logits, of which a cache "
+                "holds a few; set it to 1"
+            )
+    vocabulary = int(student.model.get_output_embeddings().weight.shape[0])
+    if teacher is not None and teacher.vocabulary < vocabulary:
+        raise InputError(
+            f"the teacher's head has {teacher.vocabulary} tokens and the student's {vocabulary}; "
+            "train with the dense model that the student was made from"
+        )
+    if student.router is None:
+        if options.warm_start or options.routing.ks or weights.profile > 0:
+            raise InputError(
+                "train.warm_start, routing.ks and loss.profile need a router and the model has none; leave them out"
+            )
+        return
+    if (options.warm_start or weights.profile > 0) and targets is None:
+        raise InputError(
+            "train.warm_start and loss.profile need the profile's targets; run `tinyonn profile` first"
+        )
+    if targets is not None and targets.experts != student.experts:
+        raise InputError(
+            f"the profile is of {targets.experts} experts but the model has {student.experts}; profile this assembly"
+        )
+    if wrong := [k for k in options.routing.ks if not 0 <= k <= student.experts]:
+        raise InputError(
+            f"train.routing.ks has {wrong[0]} but there are {student.experts} experts; 0 is all of them"
+        )
+    top_k = student.router.top_k
+    if top_k is not None and top_k > student.experts:
+        raise InputError(f"top_k = {top_k} but there are {student.experts} experts; give at most as many")

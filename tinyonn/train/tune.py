@@ -29,12 +29,12 @@ from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import without_removed
 from tinyonn.train.options import option_of, with_options
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
 from tinyonn.train.worker import build_trainer
-from tinyonn.workers.ray import Places
+from tinyonn.workers.ray import Places, take_places
 
 STUDY = "train"
 JOURNAL = "train.log"
@@ -122,8 +122,8 @@ def tune_train(
         study = open_study(folder / JOURNAL, STUDY, _search(options))
         begin(study, first, options.ranges)
         with ExitStack() as stack:
-            asked = replace(train, workers=options.workers)
-            places = take_places(asked, config, stack, options.trials, lambda: "the trials that ended stay")
+            asked = train.address, options.workers, train.threads
+            places = take_places(*asked, config, stack, options.trials, lambda: "the trials that ended stay")
             spec = replace(spec, device=places.device, threads=places.threads)
             plan_training(spec, places, train.memory)
             plan_disk(spec, model=False, checkpoints=places.workers)  # one of each trial, removed at its end

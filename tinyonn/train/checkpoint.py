@@ -84,13 +84,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and remove those that are too old.
-
-        Raises
-        ------
-        CapacityError
-            The disk is full; the older ones stay.
-        """
+        """Write a checkpoint and remove those that are too old."""
         target = self.folder / NAME.format(step)
         side = self.folder / f".{target.name}.part"
         shutil.rmtree(side, ignore_errors=True)
@@ -129,13 +123,7 @@ class Checkpoints:
         return sorted(found, key=lambda path: path.name)
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole; damaged ones are passed over with a warning.
-
-        Raises
-        ------
-        InputError
-            It is of another training: names the first difference.
-        """
+        """The newest that is whole; damaged ones are passed over with a warning."""
         for side in self.folder.glob(".checkpoint-*.part"):
             shutil.rmtree(side, ignore_errors=True)
         for path in reversed(self.paths()):
@@ -192,13 +180,7 @@ def take(
 
 @torch.no_grad()
 def put_back(found: Checkpoint, model: Any, optimizers: Sequence[Optimizer], rules: Rules) -> None:
-    """Bring a training into the state that was taken, bit for bit.
-
-    Raises
-    ------
-    InputError
-        Of other parameters.
-    """
+    """Bring a training into the state that was taken, bit for bit."""
     load_state_tensors(optimizers, _below("optimizers/", found.tensors), found.state["optimizers"])
     own = _changing(model)
     for name, tensor in _below("model/", found.tensors).items():
@@ -226,28 +208,7 @@ def save_model(
     source: str | Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Write a model; the folder is whole or what it was before. The model in memory stays as it is.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        Trained; sparse or not.
-    folder : path
-        Replaced if it is there.
-    training : mapping
-        Steps, options, losses: what a reader of ``config.json`` should know, JSON. A sparse model has it in
-        ``config.assembly["training"]`` and gets a new ``id`` from it, so that its shards are not mixed up with those of
-        the assembled model, whose id is kept as ``assembled``; another model has it in ``config.training``.
-    source : path, optional
-        Folder whose tokenizer is copied.
-    dtype : torch.dtype
-        Of all weights but the router's, which stay in float32.
-
-    Raises
-    ------
-    CapacityError
-        The disk is full.
-    """
+    """Write a model; the folder is whole or what it was before. The model in memory stays as it is."""
     target = Path(folder)
     side, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
     shutil.rmtree(side, ignore_errors=True)

@@ -141,19 +141,7 @@ class Hard:
 
 
 def token_losses(student_TV: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Losses of all tokens, in chunks.
-
-    Parameters
-    ----------
-    student_TV : float [T, V]
-        Logits.
-    targets : Targets
-
-    Returns
-    -------
-    float32 [T], float64 for float64 logits
-        With gradient for the student.
-    """
+    """Losses of all tokens, in chunks."""
     losses: torch.Tensor = _TokenLosses.apply(student_TV, targets)  # type: ignore[no-untyped-call]
     return losses
 

@@ -77,22 +77,7 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
 
 
 def group_sizes(row_pointer: torch.Tensor, out: int, groups: int) -> list[int]:
-    """Entries of each group.
-
-    Parameters
-    ----------
-    row_pointer : int32 [groups * out + 1]
-    out, groups : int
-
-    Returns
-    -------
-    list of int, [groups]
-
-    Raises
-    ------
-    ValueError
-        A pointer of other sizes.
-    """
+    """Entries of each group."""
     if row_pointer.numel() != groups * out + 1:
         raise ValueError(
             f"a row pointer of {row_pointer.numel()} numbers does not fit {groups} groups of {out} rows; it "
@@ -106,15 +91,6 @@ def touched(grad: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
 
     An expert that is masked, or that no sample used, has none, and its values, its momentum and its count of steps
     stay as they are: neither decay nor an old momentum moves what had nothing to learn from.
-
-    Parameters
-    ----------
-    grad : float [entries]
-    sizes : sequence of int, [G]
-
-    Returns
-    -------
-    bool [G], on the gradient's device
     """
     lengths = torch.tensor(list(sizes), device=grad.device)
     seen = torch.segment_reduce((grad != 0).float(), "max", lengths=lengths, initial=0.0)
@@ -145,18 +121,7 @@ class Run:
 
 
 def runs(live: Sequence[bool], sizes: Sequence[int]) -> list[Run]:
-    """Stretches of neighbouring groups that are live, so that few large slices are worked on.
-
-    Parameters
-    ----------
-    live : sequence of bool, [G]
-    sizes : sequence of int, [G]
-
-    Returns
-    -------
-    list of Run
-        In order; no group without entries is in one.
-    """
+    """Stretches of neighbouring groups that are live, so that few large slices are worked on."""
     found: list[Run] = []
     place = 0
     for group, (alive, size) in enumerate(zip(live, sizes, strict=True)):
@@ -259,18 +224,7 @@ SMALLEST = 1e-7
 
 
 def orthogonalised(M_OI: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """U V^T of M = U S V^T, roughly.
-
-    Parameters
-    ----------
-    M_OI : float [out, in]
-    steps : int
-
-    Returns
-    -------
-    bfloat16 [out, in]
-        0 where a whole row or column of M is 0.
-    """
+    """U V^T of M = U S V^T, roughly."""
     try:
         from torch.optim._muon import _zeropower_via_newtonschulz as of_torch
     except ImportError:

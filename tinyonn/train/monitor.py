@@ -244,15 +244,7 @@ def cut_lines(path: Path, done: int) -> None:
 
 
 def load_over_time(path: Path, columns: int = COLUMNS) -> tuple[np.ndarray[Any, Any], int, int]:
-    """The load of every expert in stretches of steps of like length.
-
-    Returns
-    -------
-    float64 [E, columns]
-        Load divided by the mean over experts in the same stretch; 0 where nothing was chosen. [0, 0] without loads.
-    first, last : int
-        Steps.
-    """
+    """The load of every expert in stretches of steps of like length."""
     loads = [(line["step"], line["load"]) for line in read_lines(path) if "load" in line]
     if not loads:
         return np.zeros((0, 0)), 0, 0
@@ -323,22 +315,7 @@ class Alarm:
 
 
 def load_alarms(load_E: Int64, samples: int, numbers_E: Int64 | None = None) -> list[Alarm]:
-    """What is wrong with the load of a window.
-
-    Parameters
-    ----------
-    load_E : int64 [E]
-        Samples that chose each expert; the caller leaves out experts that are always on.
-    samples : int
-        Of the window.
-    numbers_E : int64 [E], optional
-        What the experts are called; 0, 1, ... by default.
-
-    Returns
-    -------
-    list of Alarm
-        ``collapse`` stands in place of ``high``.
-    """
+    """What is wrong with the load of a window."""
     total, experts = int(load_E.sum()), load_E.size
     if total == 0 or samples == 0:
         return []
@@ -415,16 +392,7 @@ class Watch:
     _told: dict[str, tuple[int, frozenset[int | str]]] = field(default_factory=dict)
 
     def fresh(self, step: int, alarms: Sequence[Alarm], asked: Sequence[Kind]) -> list[Alarm]:
-        """Those that are to be told.
-
-        Parameters
-        ----------
-        step : int
-        alarms : sequence of Alarm
-            All that hold now.
-        asked : sequence of str
-            Kinds that were looked for: those without an alarm are over.
-        """
+        """Those that are to be told."""
         new = []
         for alarm in alarms:
             since, subjects = self._told.get(alarm.kind, (None, frozenset[int | str]()))

@@ -131,20 +131,7 @@ def _of_experts(layers: list[Any], options: OptimizerOptions) -> Optimizer:
 def set_rates(
     optimizers: Sequence[Optimizer], factor: float, given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Set every learning rate to its peak times the schedule's factor, or to what is given for it.
-
-    Parameters
-    ----------
-    optimizers : sequence of Optimizer
-    factor : float
-    given : mapping, optional
-        Rates by the first part of the param group's name: ``{"router": 3e-3}``.
-
-    Returns
-    -------
-    dict
-        Name of the param group -> learning rate.
-    """
+    """Set every learning rate to its peak times the schedule's factor, or to what is given for it."""
     found, known = {}, given or {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -154,15 +141,7 @@ def set_rates(
 
 
 def state_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What the optimizers know, for a checkpoint.
-
-    Returns
-    -------
-    tensors : dict
-        ``<param group>/<parameter>/<field>`` -> tensor, on the CPU, a copy.
-    settings : dict
-        Param group -> its hyperparameters and names of parameters, for JSON.
-    """
+    """What the optimizers know, for a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for optimizer in optimizers:
@@ -178,19 +157,7 @@ def state_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, torch.Tens
 def load_state_tensors(
     optimizers: Sequence[Optimizer], tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Bring optimizers into the state that `state_tensors` took, bit for bit.
-
-    Parameters
-    ----------
-    optimizers : sequence of Optimizer
-        Built for the same model by the same options.
-    tensors, settings : mapping
-
-    Raises
-    ------
-    InputError
-        Other parts, other parameters or other shapes; nothing has been changed then.
-    """
+    """Bring optimizers into the state that `state_tensors` took, bit for bit."""
     built = {group["name"]: group for optimizer in optimizers for group in optimizer.param_groups}
     if built.keys() != settings.keys():
         raise InputError(
@@ -266,18 +233,6 @@ def clip_gradients(parameters: Iterable[torch.Tensor], limit: float | None) -> C
 
     Pascanu et al. 2013, algorithm 1. The norm is summed in float64, in the order of the parameters, so that it neither
     overflows nor depends on their sizes.
-
-    Parameters
-    ----------
-    parameters : iterable of tensor
-        Those without ``grad`` are passed over.
-    limit : float, optional
-        None measures only.
-
-    Returns
-    -------
-    Clipped
-        If the norm is not finite, the gradients are left as they are: see `first_non_finite`.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not grads:
@@ -374,30 +329,12 @@ class Schedule:
         decay: float = 0.2,
         floor: float = 0.0,
     ) -> Schedule:
-        """A schedule whose phases are given as shares of the steps.
-
-        Parameters
-        ----------
-        steps : int
-        warmup, decay : float
-            Shares, 0..1, rounded to whole steps.
-        floor : float
-
-        Returns
-        -------
-        Schedule
-        """
+        """A schedule whose phases are given as shares of the steps."""
         first = round(steps * warmup)
         return cls(steps, first, min(round(steps * decay), max(steps - first, 0)), floor)
 
     def factor(self, step: int) -> float:
-        """Of the peak learning rate at a step, which counts from 0; above 0 before `steps`, `floor` from there on.
-
-        Raises
-        ------
-        InputError
-            A step below 0.
-        """
+        """Of the peak learning rate at a step, which counts from 0; above 0 before `steps`, `floor` from there on."""
         if step < 0:
             raise InputError(f"step {step} is before the first, 0")
         if step < self.warmup:

@@ -257,13 +257,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def option_of(options: TrainOptions, name: str) -> Any:
-    """An option by its dotted name.
-
-    Raises
-    ------
-    InputError
-        There is none, or it is not a number.
-    """
+    """An option by its dotted name."""
     found: Any = options
     for part in name.split("."):
         if not is_dataclass(found) or part not in {f.name for f in fields(found)}:

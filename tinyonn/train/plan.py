@@ -96,13 +96,7 @@ class TrainStageOptions:
 
 
 def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec:
-    """What the workers build from; checks what can be checked without loading a model.
-
-    Raises
-    ------
-    InputError
-        As of `train_run`.
-    """
+    """What the workers build from; checks what can be checked without loading a model."""
     run = local_folder(location).absolute()
     student = (options.student or run / "experts").absolute()
     tree = read_student(student)
@@ -157,14 +151,7 @@ def _check_taught(train: TrainOptions) -> None:
 
 
 def training_corpus(config: Config, folder: Path) -> Corpus:
-    """Tokenise what is trained on, or open what was tokenised before: ``train.data``, else all of ``data``.
-
-    Parameters
-    ----------
-    config : Config
-    folder : Path
-        Of the run.
-    """
+    """Tokenise what is trained on, or open what was tokenised before: ``train.data``, else all of ``data``."""
     data = config.train.data or config.data.model_copy(update={"samples": None})
     recorded = folder / "corpus.arrow"
     tokenizer = load_tokenizer(config.model)
@@ -209,20 +196,7 @@ class TrainPlan:
 
 
 def plan_training(spec: Spec, places: Places, limit: int | None = None) -> TrainPlan:
-    """What a training needs, of the memory that its workers share.
-
-    Parameters
-    ----------
-    spec : Spec
-    places : Places
-    limit : int, optional
-        Bytes in place of what is free.
-
-    Raises
-    ------
-    CapacityError
-        It does not fit.
-    """
+    """What a training needs, of the memory that its workers share."""
     tree = read_student(Path(spec.student))
     own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
     parameters, base = describe_model(own)
@@ -236,26 +210,7 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
 
 
 def plan_disk(spec: Spec, model: bool = True, checkpoints: int | None = None) -> int:
-    """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps.
-
-    Parameters
-    ----------
-    spec : Spec
-    model : bool
-        The trained model is written.
-    checkpoints : int, optional
-        That lie there at a time; by default those that are kept and the one that is written.
-
-    Returns
-    -------
-    int
-        Bytes.
-
-    Raises
-    ------
-    CapacityError
-        It does not fit.
-    """
+    """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps."""
     tree, corpus, train = read_student(Path(spec.student)), Corpus(Path(spec.corpus)), spec.train
     own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
     parameters, base = describe_model(own)
@@ -283,13 +238,7 @@ TEACHER_K = 64  # tokens of a cached teacher
 
 
 def train_options(config: Config) -> TrainOptions:
-    """What decides a training's result.
-
-    Raises
-    ------
-    InputError
-        Values that contradict each other.
-    """
+    """What decides a training's result."""
     given = config.train
     plain = given.model_dump(
         exclude={"data", "teacher", "teacher_model", "loss", "routing", "stages", "optimizers"}

@@ -112,13 +112,7 @@ class TrainReport:
 
 
 def step_facts(line: Mapping[str, Any]) -> str:
-    """Losses and speed of a step of the monitor, for people.
-
-    Parameters
-    ----------
-    line : mapping
-        Of ``steps.jsonl``.
-    """
+    """Losses and speed of a step of the monitor, for people."""
     values = line["values"]
     shown = [f"{name} {values[name]:.3f}" for name in ("loss", "kl", "ce") if values.get(name) is not None]
     if values.get("active_experts") is not None:

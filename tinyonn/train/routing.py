@@ -76,21 +76,7 @@ def choose_experts(
     targets: ProfileTargets | None,
     growth: Growth | None = None,
 ) -> Routed:
-    """Route a whole batch.
-
-    Parameters
-    ----------
-    student : Student
-        With a router.
-    batch : Batch
-    step, seed : int
-        Decide what is drawn.
-    options : RoutingOptions
-    weights : LossWeights
-    targets : ProfileTargets, optional
-    growth : Growth, optional
-        Of the numbers that are drawn.
-    """
+    """Route a whole batch."""
     router, samples, experts = student.router, len(batch), student.experts
     ks = drawn_ks(options, seed, step, samples, experts, growth)
     noise = dropped = None
@@ -177,13 +163,7 @@ class ProfileTargets:
         return known, self._targets_SE[[self._rows[batch.indexes[row]] for row in known]]
 
     def places(self, corpus: Corpus) -> list[tuple[str, int]]:
-        """Slices and positions of the profiled samples in a corpus.
-
-        Raises
-        ------
-        InputError
-            The corpus has none of them.
-        """
+        """Slices and positions of the profiled samples in a corpus."""
         found = []
         for name, count in corpus.slices.items():
             for position in range(count):
@@ -199,26 +179,7 @@ class ProfileTargets:
 
 
 def find_profiled(profile: Profile, recorded: Path, corpus: Corpus) -> Int64:
-    """Find the profiled samples in a corpus: by their positions where it has grown from theirs, else by their tokens.
-
-    Parameters
-    ----------
-    profile : Profile
-    recorded : Path
-        The corpus that was profiled, or one that has grown from it.
-    corpus : Corpus
-        What is trained on.
-
-    Returns
-    -------
-    int64 [S]
-        Index of each sample in `corpus`; -1 where it is not there.
-
-    Raises
-    ------
-    InputError
-        None of them is there, or `recorded` is another corpus.
-    """
+    """Find the profiled samples in a corpus: by position where it has grown from theirs, else by their tokens."""
     places = list(zip(profile.slices, profile.positions.tolist(), strict=True))
     if corpus.begins_with(profile.manifest.corpus):
         return np.array([corpus.sample(*place).index for place in places], np.int64)

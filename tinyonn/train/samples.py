@@ -53,26 +53,7 @@ def run_samples(
     workers: Workers,
     value_gates: torch.Tensor | None = None,
 ) -> Sums:
-    """Run this worker's samples and leave their gradients, those of the router's own losses too, in ``grad``.
-
-    Parameters
-    ----------
-    student : Student
-    teacher : Teacher, optional
-    batch : Batch
-        The whole one.
-    routed : Routed, optional
-        For the whole batch.
-    options : TrainOptions
-    workers : Workers
-    value_gates : float [E], optional
-        As of `Student.forward`.
-
-    Returns
-    -------
-    Sums
-        If anything is not finite, gradients are of no use.
-    """
+    """Run this worker's samples and leave their gradients, those of the router's own losses too, in ``grad``."""
     counts = _counts(student, batch)
     leaf_BE = None
     if routed is not None:

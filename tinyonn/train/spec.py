@@ -46,13 +46,7 @@ class RouterShape:
     shared: int = ROUTER.shared
 
     def options(self, profile: Profile, prompt_tokens: int) -> RouterOptions:
-        """With the branches of a profile.
-
-        Raises
-        ------
-        InputError
-            Numbers that do not fit the experts.
-        """
+        """With the branches of a profile."""
         contribution_SE = profile.contribution[:, : profile.experts]
         try:
             return RouterOptions(
@@ -153,17 +147,7 @@ def identity_of(
     router: Mapping[str, Any] | None,
     targets: TargetOptions | None,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree on beside corpus and options, flat.
-
-    Parameters
-    ----------
-    student : mapping
-        Its ``config.json``.
-    teacher : mapping, optional
-        Its fingerprint, quantization and dtype.
-    router : mapping, optional
-    targets : TargetOptions, optional
-    """
+    """What a checkpoint must agree on beside corpus and options, flat."""
     assembly = student.get("assembly") or {}
     tree = {
         "assembly": assembly.get("id"),

@@ -66,13 +66,7 @@ class RunningMean:
         return {"moments": self.moments.clone(), "weights": self.weights.clone()}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint.
-
-        Raises
-        ------
-        ValueError
-            Of another number of values.
-        """
+        """Go on from a checkpoint."""
         for name in ("moments", "weights"):
             if state[name].shape != self.moments.shape:
                 raise ValueError(
@@ -83,42 +77,13 @@ class RunningMean:
 
 
 def expert_norms(grad: torch.Tensor, row_pointer: torch.Tensor, out: int, groups: int) -> torch.Tensor:
-    """Squared norm of each group's gradient.
-
-    Parameters
-    ----------
-    grad : float [entries]
-        Sorted by group.
-    row_pointer : int32 [groups * out + 1]
-    out, groups : int
-
-    Returns
-    -------
-    float64 [groups]
-        Summed in float64, group by group, so that a small group beside a large one is exact too. Of no entries: 0.
-    """
+    """Squared norm of each group's gradient."""
     lengths = torch.tensor(group_sizes(row_pointer, out, groups), device=grad.device)
     return torch.segment_reduce(grad.double().square(), "sum", lengths=lengths, initial=0.0)
 
 
 def group_surprise(model: nn.Module) -> torch.Tensor:
-    """Rms of the gradient over each group's entries in all layers, as it lies in ``values.grad`` now.
-
-    Parameters
-    ----------
-    model : module
-        Holding sparse layers, after a backward pass (of all micro batches, summed over workers).
-
-    Returns
-    -------
-    float64 [G], on the CPU
-        0 for a group without entries or without gradient.
-
-    Raises
-    ------
-    ValueError
-        No sparse layers.
-    """
+    """Rms of the gradient over each group's entries in all layers, as it lies in ``values.grad`` now."""
     squares: torch.Tensor | None = None
     entries: torch.Tensor | None = None
     for _, layer in expert_layers(model):
@@ -158,29 +123,7 @@ class Surprise(RunningMean):
 def stage1_mask(
     surprise_E: torch.Tensor, active_E: torch.Tensor, act_k: int | None = None, min_k: int = 10
 ) -> torch.Tensor:
-    """Experts that stage 1 may update: of those with gradients, the least surprised, to deepen what they do well.
-
-    Parameters
-    ----------
-    surprise_E : float [E]
-        Experts without any gradient (0, or nan for never) come last: to update them is to update nothing.
-    active_E : bool [E]
-        Experts that ran.
-    act_k : int, optional
-        How many get gradients: the active ones, then the least surprised of the others; all of them by default.
-    min_k : int
-        How many are updated.
-
-    Returns
-    -------
-    bool [E]
-        `min_k` true, fewer if fewer get gradients. Ties go to the lower number.
-
-    Raises
-    ------
-    ValueError
-        Negative counts.
-    """
+    """Experts that stage 1 may update: of those with gradients, the least surprised, to deepen what they do well."""
     experts = surprise_E.numel()
     if min_k < 0 or (act_k is not None and act_k < 0):
         raise ValueError(f"act_k is {act_k} and min_k {min_k}; neither can be negative")
@@ -198,19 +141,7 @@ def stage1_mask(
 
 
 def mask_value_gradients(model: nn.Module, allowed_G: torch.Tensor) -> None:
-    """Zero the gradients of the groups that are not allowed, in place; the experts' optimizers leave such groups alone.
-
-    Parameters
-    ----------
-    model : module
-    allowed_G : bool [G]
-        Of experts and the core.
-
-    Raises
-    ------
-    ValueError
-        A mask for another number of groups.
-    """
+    """Zero the gradients of groups that are not allowed, in place; the experts' optimizers leave such groups alone."""
     allowed = allowed_G.tolist()
     for name, layer in expert_layers(model):
         if len(allowed) != layer.groups:
@@ -229,28 +160,7 @@ def mask_value_gradients(model: nn.Module, allowed_G: torch.Tensor) -> None:
 def dynamic_k(
     surprise_B: torch.Tensor, mean: float, base: int, lo: int, hi: int, power: float = 1.0
 ) -> torch.Tensor:
-    """How many experts a sample gets: k = clip(round(base * (surprise / mean) ** power), lo, hi).
-
-    Parameters
-    ----------
-    surprise_B : float [B]
-        Not negative; of samples, or one number of a batch.
-    mean : float
-        Its running mean; nan or 0 while there is none, and then k is `base`.
-    base, lo, hi : int
-    power : float
-        0: always `base`.
-
-    Returns
-    -------
-    int64 [B]
-        A surprise that is not finite gets `hi`.
-
-    Raises
-    ------
-    ValueError
-        Limits that are out of order.
-    """
+    """How many experts a sample gets: k = clip(round(base * (surprise / mean) ** power), lo, hi)."""
     if not 0 <= lo <= hi:
         raise ValueError(f"k lies between {lo} and {hi}; give 0 <= lo <= hi")
     surprise = surprise_B.detach().double()
@@ -263,46 +173,13 @@ def dynamic_k(
 def predictive_integrity(
     loss: float, entropy: float, surprise: float, alpha: float = 1.0, gamma: float = 0.5
 ) -> float:
-    """PI = exp(-alpha * ((1 - gamma) * loss / entropy + gamma * surprise)), in 0..1.
-
-    Parameters
-    ----------
-    loss : float
-        Mean cross entropy per token, nats.
-    entropy : float
-        Mean entropy of the predicted distributions, nats.
-    surprise : float
-        Norm of the gradient over its running mean (1 in an ordinary step).
-    alpha, gamma : float
-
-    Returns
-    -------
-    float
-        0 if any of them is not finite.
-    """
+    """PI = exp(-alpha * ((1 - gamma) * loss / entropy + gamma * surprise)), in 0..1."""
     cost = (1 - gamma) * loss / max(entropy, 1e-9) + gamma * surprise
     return math.exp(-alpha * cost) if math.isfinite(cost) else 0.0
 
 
 def integrity_scale(integrity: float, mean: float, lo: float = 0.5, hi: float = 1.5) -> float:
-    """Factor on the learning rate: PI over its running mean, bounded, so that doubtful steps move the weights less.
-
-    Parameters
-    ----------
-    integrity, mean : float
-        PI of the step and its running mean; without one (nan, 0) the factor is 1.
-    lo, hi : float
-        Bounds, around 1.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    ValueError
-        Bounds that do not lie around 1.
-    """
+    """Factor on the learning rate: PI over its running mean, bounded, so that doubtful steps move the weights less."""
     if not 0 <= lo <= 1 <= hi:
         raise ValueError(f"the learning rate's factor lies between {lo} and {hi}; give 0 <= lo <= 1 <= hi")
     if not (math.isfinite(mean) and mean > 0):
@@ -381,21 +258,7 @@ class Rules:
         return Growth(last, mean, self.options.grow, self.options.least, self.options.most)
 
     def sort_out(self, model: torch.nn.Module, stage: int, active_E: torch.Tensor) -> float:
-        """Observe every group's gradient, and in stage 1 zero those that are not to be updated.
-
-        Parameters
-        ----------
-        model : module
-            With the gradients of the whole batch.
-        stage : int
-        active_E : bool [E]
-            Experts that were on for any sample.
-
-        Returns
-        -------
-        float
-            Mean surprise of the groups that got a gradient; nan if none did.
-        """
+        """Observe every group's gradient, and in stage 1 zero those that are not to be updated."""
         now_G = self.surprise.observe(model)
         options = self.options
         if stage == 1 and (options.act_k is not None or options.min_k is not None):
@@ -406,16 +269,7 @@ class Rules:
         return float(now_G[seen_G].mean()) if seen_G.any() else math.nan
 
     def judge(self, stage: int, loss: float, entropy: float, norm: float) -> Verdict:
-        """Predictive integrity of a step, and what it does to the learning rates; takes the step in.
-
-        Parameters
-        ----------
-        stage : int
-        loss, entropy : float
-            Per token, nats.
-        norm : float
-            Of all gradients.
-        """
+        """Predictive integrity of a step, and what it does to the learning rates; takes the step in."""
         usual = float(self.norm.mean)
         surprise = norm / usual if math.isfinite(usual) and usual > 0 else 1.0
         found = predictive_integrity(loss, entropy, surprise, self.options.alpha, self.options.gamma)

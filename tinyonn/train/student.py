@@ -217,24 +217,7 @@ def check_layers(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor,
 def cause_of(
     student: Student, teacher: TeacherOutput | None, batch: Batch, gates: torch.Tensor | None, precision: str
 ) -> str:
-    """Say which part of a step brought in the first number that is not finite.
-
-    Parameters
-    ----------
-    student : Student
-    teacher : TeacherOutput, optional
-        Of the batch.
-    batch : Batch
-        On the student's device.
-    gates : float [B, E], optional
-    precision : str
-        As of `TrainOptions`.
-
-    Returns
-    -------
-    str
-        Such as ``layer 3 of the student is not finite (samples 17, 21)``.
-    """
+    """Say which part of a step brought in the first number that is not finite."""
     where = f"(samples {', '.join(str(index) for index in batch.indexes)})"
     if teacher is not None:
         for number, hidden in enumerate(teacher.hidden):

@@ -137,20 +137,7 @@ class Trainer:
     # The loop
 
     def run(self, until: int | None = None) -> int:
-        """Train to the end, or until so many steps are done.
-
-        Returns
-        -------
-        int
-            Steps done.
-
-        Raises
-        ------
-        TrainingDivergedError
-            A loss or gradient is not a number: names the step and the cause.
-        CapacityError
-            No space for a checkpoint.
-        """
+        """Train to the end, or until so many steps are done."""
         last = self.steps if until is None else min(until, self.steps)
         if self.monitor is None and self.workers.first:
             self.monitor = Monitor(self.folder, shared=self.shared, resumed=self.step)
@@ -343,13 +330,7 @@ class Trainer:
 def check_fit(
     student: Student, teacher: Teacher | None, targets: ProfileTargets | None, options: TrainOptions
 ) -> None:
-    """Refuse what cannot be trained.
-
-    Raises
-    ------
-    InputError
-        A loss without what it needs, another vocabulary, more experts than there are, routing without a router.
-    """
+    """Refuse what cannot be trained."""
     weights = options.weights
     if teacher is None and (weights.kl > 0 or weights.hidden > 0):
         raise InputError(

@@ -139,19 +139,7 @@ def tune_train(
 def take_part(
     spec: Spec, options: TuneOptions, folder: str, part: int, tell: Tell = lambda line: None
 ) -> None:
-    """Run trials until the study has enough; one of several that do.
-
-    Parameters
-    ----------
-    spec : Spec
-        Of a short run.
-    options : TuneOptions
-    folder : str
-        Of the study.
-    part : int
-        Number of this process.
-    tell : callable
-    """
+    """Run trials until the study has enough; one of several that do."""
     study = open_study(Path(folder) / JOURNAL, STUDY, _search(options), part)
     finished = len([trial for trial in study.trials if trial.state.is_finished()])
     bar = Bar("tuning", max(0, options.trials - finished), "trials", count=options.trials, before=finished)

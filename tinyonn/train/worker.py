@@ -38,19 +38,7 @@ POLL = 2.0  # seconds between looks for a cache that another worker writes
 
 
 def build_trainer(spec: Spec) -> Trainer:
-    """Build all that a worker needs; resumes the newest checkpoint.
-
-    Parameters
-    ----------
-    spec : Spec
-
-    Raises
-    ------
-    InputError
-        Something is missing, damaged, or does not fit the rest; a checkpoint of another training.
-    CapacityError
-        The GPU's memory is too small.
-    """
+    """Build all that a worker needs; resumes the newest checkpoint."""
     torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
     if device.type == "cuda":
@@ -74,13 +62,7 @@ def build_trainer(spec: Spec) -> Trainer:
 
 
 def build_student(spec: Spec, device: torch.device) -> Any:
-    """What is trained: an assembled model with its own or a new router, or a dense one without any.
-
-    Raises
-    ------
-    InputError
-        It cannot be loaded, or has another number of experts than the router.
-    """
+    """What is trained: an assembled model with its own or a new router, or a dense one without any."""
     from tinyonn.experts.folder import open_assembled
 
     folder = Path(spec.student)
@@ -97,13 +79,7 @@ def build_student(spec: Spec, device: torch.device) -> Any:
 
 
 def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher | None:
-    """The teacher or what is cached of it; None if no loss needs it.
-
-    Raises
-    ------
-    InputError
-        Student and teacher have different tokenizers.
-    """
+    """The teacher or what is cached of it; None if no loss needs it."""
     if not spec.needs_teacher:
         return None
     check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
@@ -153,13 +129,7 @@ def _taught_by(spec: Spec) -> str:
 
 
 def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:
-    """What the profile wants of the router on samples of `corpus`; None if nothing asks for it.
-
-    Raises
-    ------
-    InputError
-        The corpus has none of the profiled samples, or the profile is of another one than was recorded.
-    """
+    """What the profile wants of the router on samples of `corpus`; None if nothing asks for it."""
     from tinyonn.profile.profile import open_profile
 
     if not spec.needs_targets or spec.profile is None:
@@ -191,25 +161,7 @@ def train_loop(
     tell: Tell = lambda line: None,
     observe: Observe = lambda line: None,
 ) -> None:
-    """Train to the end, from the newest checkpoint on, and write the model.
-
-    Parameters
-    ----------
-    spec : Spec
-    report : callable
-        Called by every worker after every checkpoint, with the step.
-    tell : callable
-        Gets alarms as sentences, on the first worker.
-    observe : callable
-        Gets every line of the monitor, on the first worker.
-
-    Raises
-    ------
-    InputError
-        Something does not fit, or a loss is not a number any more.
-    CapacityError
-        No memory on the GPU, or no space for a checkpoint.
-    """
+    """Train to the end, from the newest checkpoint on, and write the model."""
     with measured() as meter:
         _loop(spec, report, tell, observe, meter)
 

@@ -17,10 +17,9 @@ from torch.nn import functional
 
 from tinyonn.model.sparse_tinyonn import Form, Merged, merge, sparse_linear
 from tinyonn.train.data import Batch
-from tinyonn.train.optimizers import OptimizerOptions, build_optimizers
-from tinyonn.train.options import LossWeights
-from tinyonn.train.prepare import prepare_model
-from tinyonn.train.student import Student, total
+from tinyonn.train.optimizers import build_optimizers
+from tinyonn.train.options import LossWeights, OptimizerOptions
+from tinyonn.train.student import Student, prepare_model, total
 from tinyonn.train.teacher import Live
 
 SHARES = (0.03, 0.1, 0.31, 0.5, 0.7)

@@ -70,7 +70,7 @@ from tinyonn.score.stage import score_run
 from tinyonn.store.repository import Store
 from tinyonn.train.data import held_out_batches
 from tinyonn.train.options import LossWeights, TrainOptions
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import train_stage_options
 from tinyonn.train.stage import TrainStageOptions, train_run
 from tinyonn.workers.tasks import EngineOptions
 

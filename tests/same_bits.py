@@ -26,6 +26,7 @@ from safetensors import safe_open
 from tests.hardening import lives
 from tests.hardening.lives import Bits, World
 from tests.record.runs import record_in_order
+from tests.train.trained import read_curve
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, parse_config
 from tinyonn.evaluate.stage import evaluate_options, evaluate_run
@@ -35,8 +36,7 @@ from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
-from tinyonn.train.plan import TrainStageOptions
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import TrainStageOptions, train_stage_options
 from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import train_run
 
@@ -120,8 +120,7 @@ def tensors(folder: Path) -> Bits:
 
 def curve(run: Path) -> list[Any]:
     """Losses of the steps."""
-    lines = (run / "train" / "curve.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [line["loss"] for line in read_curve(run / "train")]
 
 
 def _digest(bits: Bits) -> str:

@@ -44,7 +44,7 @@ from tinyonn.sheet import HARD, Sheet, whole, wrap
 from tinyonn.sizes import GiB
 from tinyonn.status import SliceStatus, StatusReport
 from tinyonn.train.report import TrainReport
-from tinyonn.train.tune_report import TuneReport
+from tinyonn.train.tune import TuneReport
 
 WEIGHTS = 4_000_000_000
 RUN = "/home/someone/projects/sparse-experts/storage/qwen-4b"  # whole, on a line of its own

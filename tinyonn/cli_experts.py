@@ -134,7 +134,7 @@ def tune(
     """Search learning rates and loss weights over short trainings (needs Optuna: the extra `tune`)."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.train.settings import train_stage_options
+        from tinyonn.train.plan import train_stage_options
         from tinyonn.train.tune import TuneOptions, tune_train
 
         options = train_stage_options(settings, address=address, memory=size_of(memory))
@@ -152,7 +152,7 @@ def _train(
     address: str | None = None,
     fresh: bool = False,
 ) -> Report:
-    from tinyonn.train.settings import train_stage_options
+    from tinyonn.train.plan import train_stage_options
     from tinyonn.train.stage import train_run
 
     options = train_stage_options(settings, output, workers, address, size_of(memory), fresh)

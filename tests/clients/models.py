@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assembled
-from tests.experts.routers import FOUR, decide
+from tests.model.assembled import assembled
+from tests.model.routers import FOUR, decide
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.experts.export import export_model
 from tinyonn.model.router_tinyonn import PromptRouter

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.experts.assembled import assembled
+from tests.model.assembled import assembled
 from tinyonn.experts.export import export_model
 from tinyonn.reference import model_path
 

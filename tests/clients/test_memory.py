@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.clients.models import GREEDY, model_of, tokens
 from tests.dense.architectures import make_model
-from tests.experts.assembled import Groups, assemble, dense_model, random_groups
+from tests.model.assembled import Groups, assemble, dense_model, random_groups
 
 SPLIT = {
     "base.model.embed_tokens": "cpu",

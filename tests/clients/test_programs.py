@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.clients.models import dense_of, model_of, tokens
 from tests.documents import ROOT
-from tests.experts.assembled import assembled
+from tests.model.assembled import assembled
 from tinyonn.reference import model_path
 
 KINDS = ("all on", "routed", "dense")

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assembled, dense_model
+from tests.model.assembled import assembled, dense_model
 from tests.train.trained import make_corpus, make_models
 from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError

@@ -24,7 +24,7 @@ from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import Assembled, experts_of_slices, export_model, numbers_of
 from tinyonn.experts.folder import open_assembled
 from tinyonn.run import Run, open_run
-from tinyonn.train.save import save_model
+from tinyonn.train.checkpoint import save_model
 
 IDS = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.dense.architectures import ARCHITECTURES, FAMILIES, VOCAB, make_model
-from tests.experts.assembled import assembled
 from tests.experts.runs import by_cells, clustered_run
 from tests.families.table import FAMILY_NOTES, REFUSALS, families_table, refusals_table, write_settings
+from tests.model.assembled import assembled
 from tinyonn.config import ModelConfig, parse_config
 from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError

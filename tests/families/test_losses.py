@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.dense.architectures import VOCAB, make_model
-from tests.experts.assembled import assembled
+from tests.model.assembled import assembled
 from tests.train.defaults import loss_weights
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample

@@ -10,7 +10,7 @@ import torch
 
 from tests.train.trained import make_models
 from tinyonn.experts.folder import open_assembled
-from tinyonn.train.save import save_model
+from tinyonn.train.checkpoint import save_model
 
 
 @pytest.fixture(scope="session")

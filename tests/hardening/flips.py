@@ -44,13 +44,13 @@ from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import open_run
 from tinyonn.store.arrays import codebooks_of, read_rows
-from tinyonn.train.checkpoint import Checkpoints, read_curve
+from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.data import held_out_batches
-from tinyonn.train.loop import USE
-from tinyonn.train.monitor import read_lines
+from tinyonn.train.monitor import FILE, read_lines
 from tinyonn.train.plan import make_spec, training_corpus
 from tinyonn.train.stage import TrainStageOptions, _starts, _stored, train_run
 from tinyonn.train.teacher import Cached
+from tinyonn.train.worker import USE
 
 T = TypeVar("T")
 EXPERTS = ExpertsConfig(budget=0.6)
@@ -203,9 +203,9 @@ def checkpoint(world: World) -> Any:
 
 
 def log(world: World) -> Any:
-    """What the trainer and the monitor wrote, step by step."""
+    """What was written of every step."""
     folder = world.run / "train"
-    return read_curve(folder / "curve.jsonl"), list(read_lines(folder / "monitor.jsonl")), _starts(folder)
+    return list(read_lines(folder / FILE)), _starts(folder)
 
 
 def ended(world: World) -> Any:

@@ -21,6 +21,7 @@ import psutil
 
 from tests.dense.architectures import make_model
 from tests.record.runs import record_in_order, records_of
+from tests.train.trained import read_curve
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, load_config
 from tinyonn.experts.assemble import assemble_run
@@ -29,7 +30,7 @@ from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import train_stage_options
 from tinyonn.train.stage import train_run
 
 ROOT = Path(__file__).parents[2]
@@ -162,8 +163,10 @@ def files(folder: Path, *suffixes: str) -> Bits:
 
 def training(run: Path) -> Bits:
     """The curve and the trained tensors."""
-    lines = (run / "train" / "curve.jsonl").read_text("utf-8").splitlines()
-    return {"curve": lines, **files(run / "model", ".safetensors")}
+    return {
+        "curve": [json.dumps(line, sort_keys=True) for line in read_curve(run / "train")],
+        **files(run / "model", ".safetensors"),
+    }
 
 
 def losses(run: Path) -> Bits:

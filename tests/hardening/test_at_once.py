@@ -21,7 +21,7 @@ from tinyonn.experts.scores import SCORES
 from tinyonn.plan.facts import plan_run
 from tinyonn.record.driver import record
 from tinyonn.score.stage import score_run
-from tinyonn.train.settings import train_stage_options
+from tinyonn.train.plan import train_stage_options
 from tinyonn.yaml_text import parse_yaml
 
 TWINS = [

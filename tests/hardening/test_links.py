@@ -151,7 +151,7 @@ def test_a_trained_model_takes_no_linked_tokenizer_along(
     made: tuple[Path, Config], tmp_path: Path, key: Path
 ) -> None:
     from tinyonn.experts.folder import open_assembled
-    from tinyonn.train.save import save_model
+    from tinyonn.train.checkpoint import save_model
 
     experts = tmp_path / "experts"
     shutil.copytree(assembled(made), experts)

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
 from tests.experts.runs import by_cells, clustered_run
 from tests.hardening.models import place_of, turn
+from tests.model.assembled import dense_model
 from tests.train.trained import make_corpus
 from tinyonn.config import Config, ModelConfig
 from tinyonn.errors import InputError

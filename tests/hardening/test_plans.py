@@ -23,12 +23,12 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.plan.demands import LOGITS_BYTES, ModelFacts
 from tinyonn.plan.facts import describe_model
+from tinyonn.plan.training import StudentFacts, train_needs
 from tinyonn.sizes import GiB, MiB
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import TensorCalibration
 from tinyonn.store.repository import Store
-from tinyonn.train.need import StudentFacts, train_needs
 from tinyonn.train.stage import train_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -142,7 +142,7 @@ def test_a_training_writes_what_it_said(world: World, tmp_path: Path) -> None:  
 
 
 def test_a_checkpoint_has_the_bytes_of_masters_and_moments(world: World, tmp_path: Path) -> None:  # noqa: F811
-    from tinyonn.train.disk import router_weights, written
+    from tinyonn.plan.training import router_weights, written
     from tinyonn.train.spec import read_student
 
     rules = optimizer_options(norms_lr=1e-3)

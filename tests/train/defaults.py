@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tinyonn.config import Config
-from tinyonn.train.optimizers import OptimizerOptions
-from tinyonn.train.options import LossWeights, RoutingOptions, StageOptions, TrainOptions
-from tinyonn.train.settings import train_options
+from tinyonn.train.options import LossWeights, OptimizerOptions, RoutingOptions, StageOptions, TrainOptions
+from tinyonn.train.plan import train_options
 
 DEFAULT = train_options(Config())
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -17,7 +19,6 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from tests.train.trained import OPTIONS, changed, load_models
 from tinyonn.corpus.file import Corpus
-from tinyonn.train.monitor import StepFacts
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer
 
@@ -30,13 +31,15 @@ def main(folder: Path, rank: int, world: int, kill: int = 0, steps: int = OPTION
             "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
 
-    def observe(facts: StepFacts) -> None:
-        if facts.step == kill:
+    def observe(line: Mapping[str, Any]) -> None:
+        if line["step"] == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
     base, student = load_models(folder / "model")
     corpus, options = Corpus(folder / "corpus.arrow"), changed(steps=steps)
-    Trainer(student, corpus, options, folder / "train", Live(base), observe=observe).run()
+    trainer = Trainer(student, corpus, options, folder / "train", Live(base))
+    trainer.observe = observe
+    trainer.run()
 
 
 if __name__ == "__main__":

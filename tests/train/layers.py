@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.experts.assembled import DROPPED, compress
+from tests.model.assembled import DROPPED, compress
 from tinyonn.experts import TinyONNConfig
 from tinyonn.model.gates_tinyonn import Switch
 from tinyonn.model.linear_tinyonn import ExpertLinear

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from tinyonn.train.alarms import Alarm, Watch, finite_alarm, load_alarms, spike_alarm
+from tinyonn.train.monitor import Alarm, Watch, finite_alarm, load_alarms, spike_alarm
 
 
 def even_load(experts: int = 100, samples: int = 400, top_k: int = 10, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tinyonn.errors import InputError
-from tinyonn.train.checkpoint import Checkpoints, Curve, read_curve
+from tinyonn.train.checkpoint import Checkpoints
 
 TENSORS = {"a/b": torch.arange(6.0).view(2, 3), "none": torch.zeros(0, dtype=torch.float64)}
 
@@ -73,16 +72,3 @@ def test_options_that_are_no_more_do_not_make_another_training(tmp_path: Path) -
     Checkpoints(tmp_path, {"lr": 0.1, "router.threshold": 0.5}).save(1, TENSORS, {})
     with pytest.raises(InputError, match=r"router\.threshold is 0\.5 there and None now"):
         Checkpoints(tmp_path, {"lr": 0.1}).latest()
-
-
-def test_a_curve_goes_on_at_the_checkpoint_s_step(tmp_path: Path) -> None:
-    path = tmp_path / "curve.jsonl"
-    curve = Curve(path)
-    for step in range(5):
-        curve.add({"step": step, "loss": 1 / (step + 3)})
-    with path.open("a") as stream:
-        stream.write('{"step": 5, "lo')
-    again = Curve(path, 3)
-    again.add({"step": 3, "loss": 0.5})
-    assert [line["step"] for line in read_curve(path)] == [0, 1, 2, 3]
-    assert json.loads(path.read_text().splitlines()[1])["loss"] == 0.25

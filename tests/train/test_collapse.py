@@ -9,7 +9,7 @@ import torch
 
 from tests.train.defaults import optimizer_options
 from tests.train.trained import changed, load_models, make_corpus, make_models
-from tinyonn.train.monitor import FILE, Monitor, StepFacts, read_lines
+from tinyonn.train.monitor import FILE, Monitor, read_lines
 from tinyonn.train.teacher import Live
 from tinyonn.train.trainer import Trainer
 
@@ -33,13 +33,9 @@ def test_collapse(tmp_path: Path, balanced: bool) -> None:
         stages={"first": 0.0, "min_k": None, "grow": 0.0, "integrity": False},
         optimizers=optimizer_options(router_lr=0.03, experts="muon", experts_lr=1e-3, norms_lr=0.0),
     )
-    monitor = Monitor(tmp_path / "train", window=WINDOW)
-
-    def observe(facts: StepFacts) -> None:
-        monitor.record(facts)
-
-    Trainer(student, corpus, options, tmp_path / "train", Live(base), observe=observe).run()
-    monitor.close()
+    trainer = Trainer(student, corpus, options, tmp_path / "train", Live(base))
+    trainer.monitor = Monitor(tmp_path / "train", window=WINDOW)
+    trainer.run()
     lines = list(read_lines(tmp_path / "train" / FILE))
     last = lines[-1]["values"]
     alarms = [alarm for line in lines[WINDOW:] for alarm in line.get("alarms", ())]

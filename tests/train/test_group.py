@@ -18,9 +18,9 @@ import ray
 from transformers import AutoModelForCausalLM
 
 from tests.train.runs import OPTIONS, World
+from tests.train.trained import read_curve
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.train.checkpoint import read_curve
-from tinyonn.train.monitor import read_lines
+from tinyonn.train.monitor import FILE, read_lines
 from tinyonn.train.stage import train_run
 from tinyonn.workers.group import MAX_LOSSES, GroupOptions, Report, run_group
 
@@ -37,7 +37,7 @@ def connected(ray_cluster: str) -> Iterator[None]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_curve(folder / "train" / "curve.jsonl")]
+    return [line["loss"] for line in read_curve(folder / "train")]
 
 
 def actors(title: str) -> list[psutil.Process]:
@@ -63,9 +63,7 @@ def kill_one(path: Path, step: int, title: str) -> None:
 def test_a_killed_worker_costs_one_interval_at_most(world: World, tmp_path: Path, title: str) -> None:
     alone = train_run(world.run, world.config, world.options(tmp_path / "alone", steps=STEPS))
     folder = tmp_path / "group"
-    killer = threading.Thread(
-        target=kill_one, args=(folder / "train" / "monitor.jsonl", 17, title), daemon=True
-    )
+    killer = threading.Thread(target=kill_one, args=(folder / "train" / FILE, 17, title), daemon=True)
     killer.start()
     told: list[str] = []
     report = train_run(world.run, world.config, world.options(folder, steps=STEPS, workers=2), told.append)
@@ -83,9 +81,7 @@ def test_a_killed_worker_costs_one_interval_at_most(world: World, tmp_path: Path
     found, wanted = np.array(losses(folder)), np.array(losses(tmp_path / "alone"))
     assert np.isclose(found, wanted, rtol=1e-3).mean() > 0.85
     assert found.mean() == pytest.approx(wanted.mean(), rel=1e-2)
-    assert [line["step"] for line in read_lines(folder / "train" / "monitor.jsonl")] == list(
-        range(1, report.steps + 1)
-    )
+    assert [line["step"] for line in read_lines(folder / "train" / FILE)] == list(range(1, report.steps + 1))
     assert any(line.startswith(f"step {report.steps} of {report.steps}") for line in told)
     AutoModelForCausalLM.from_pretrained(folder / "model")
     again = train_run(world.run, world.config, world.options(folder, steps=STEPS, workers=2))

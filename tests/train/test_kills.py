@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.trained import make_corpus, make_models
-from tinyonn.train.checkpoint import read_curve
+from tests.train.trained import make_corpus, make_models, read_curve
 
 STEPS, KILLS = 30, 10
 
@@ -46,8 +45,8 @@ def test_ten_kills(tmp_path: Path, world: int) -> None:
     for kill in (*steps, 0):
         run(folders["killed"], world, kill)
         if kill:
-            assert len(read_curve(folders["killed"] / "train" / "curve.jsonl")) == kill
-    whole, killed = (read_curve(folder / "train" / "curve.jsonl") for folder in folders.values())
-    assert [line["step"] for line in killed] == list(range(STEPS))
+            assert len(read_curve(folders["killed"] / "train")) == kill
+    whole, killed = (read_curve(folder / "train") for folder in folders.values())
+    assert [line["step"] for line in killed] == list(range(1, STEPS + 1))
     for one, other in zip(whole, killed, strict=True):
         assert other == (one if world == 1 else pytest.approx(one, rel=1e-4, abs=1e-6))

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.differences import agrees_with_differences
-from tinyonn.train import losses, token_losses
+from tinyonn.plan.training import CHUNK_BYTES
+from tinyonn.train import losses
 from tinyonn.train.losses import Sum
 
 T, V, K, B, E = 7, 13, 4, 6, 10
@@ -32,7 +33,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of a chunk: all, one, or some that do not divide the batch."""
     if request.param is not None:
-        monkeypatch.setitem(token_losses.CHUNK_BYTES, "cpu", request.param * V * 4)
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", request.param * V * 4)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -162,7 +163,7 @@ class LargestOf(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["kl", "topk", "ce"])
 def test_no_copy_of_the_logits_is_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 tokens in chunks of 8: no float32 tensor above a chunk, forward or backward; one gradient in bfloat16."""
-    monkeypatch.setitem(token_losses.CHUNK_BYTES, "cpu", 8 * V * 4)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 8 * V * 4)
     student = random(64, V, dtype=torch.bfloat16).requires_grad_()
     teacher = random(64, V, dtype=torch.bfloat16)
     logs, indices = teacher.float().log_softmax(1).topk(K)

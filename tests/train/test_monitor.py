@@ -12,6 +12,7 @@ import pytest
 
 from tinyonn.train.monitor import (
     FILE,
+    FORMER,
     Monitor,
     StepFacts,
     load_cv,
@@ -124,6 +125,22 @@ def test_a_resumed_monitor_goes_on_as_if_nothing_had_happened(tmp_path: Path) ->
     for step in range(12, 30):
         again.record(facts(step))
     assert path.read_text("utf-8") == (tmp_path / "whole" / FILE).read_text("utf-8")
+
+
+def test_a_training_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its lines were in monitor.jsonl, and their values in curve.jsonl too, with steps from 0."""
+    whole = Monitor(tmp_path / "whole", window=8)
+    for step in range(30):
+        whole.record(facts(step))
+    old = tmp_path / "old"
+    old.mkdir()
+    lines = (tmp_path / "whole" / FILE).read_text("utf-8").splitlines(keepends=True)
+    (old / FORMER[0]).write_text("".join(lines[:20]), "utf-8")
+    again = Monitor(old, window=8, resumed=12)
+    for step in range(12, 30):
+        again.record(facts(step))
+    assert (old / FILE).read_text("utf-8") == "".join(lines)
+    assert not (old / FORMER[0]).exists()
 
 
 def test_the_heat_map_shows_the_load_over_time(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
+from tests.model.assembled import dense_model
 from tests.train.trained import make_models
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import open_assembled
-from tinyonn.train.save import save_model
+from tinyonn.train.checkpoint import save_model
 
 IDS = torch.arange(20).view(2, 10)
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from tinyonn.errors import InputError
-from tinyonn.train.schedule import Form, Schedule
+from tinyonn.train.optimizers import Schedule
 
 
 def test_warm_up_stay_decay() -> None:
@@ -16,13 +16,12 @@ def test_warm_up_stay_decay() -> None:
     assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
-@pytest.mark.parametrize(("form", "middle"), [("linear", 0.55), ("root", 0.3636), ("exponential", 0.3162)])
-def test_every_decay_falls_from_one_to_the_floor(form: Form, middle: float) -> None:
-    schedule = Schedule(100, decay=50, floor=0.1, form=form)
+def test_the_decay_falls_from_one_to_the_floor() -> None:
+    schedule = Schedule(100, decay=50, floor=0.1)
     factors = [schedule.factor(step) for step in range(49, 101)]
     assert factors[:2] == [1, 1]
     assert all(before > after for before, after in pairwise(factors[1:]))
-    assert schedule.factor(75) == pytest.approx(middle, abs=1e-4)
+    assert schedule.factor(75) == pytest.approx(0.55)
     assert factors[-1] == pytest.approx(0.1)
 
 
@@ -43,8 +42,6 @@ def test_shares_of_steps_never_overlap() -> None:
         ({"steps": 10, "warmup": 6, "decay": 5}, "6 steps of warmup and 5 of decay do not fit into 10"),
         ({"steps": 10, "warmup": -1}, "-1 steps of warmup"),
         ({"steps": 10, "floor": 1.5}, r"floor of the learning rate is 1\.5"),
-        ({"steps": 10, "form": "cosine"}, "'cosine' is unknown"),
-        ({"steps": 10, "form": "exponential"}, "never reaches a floor of 0"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(values: dict[str, object], message: str) -> None:
@@ -52,6 +49,6 @@ def test_schedules_that_make_no_sense_are_refused(values: dict[str, object], mes
         Schedule(**values)  # type: ignore[arg-type]
 
 
-def test_steps_count_from_zero() -> None:
+def test_no_step_is_before_the_first() -> None:
     with pytest.raises(InputError, match="step -1"):
         Schedule(3).factor(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tinyonn.config import Config, StagesConfig, TrainConfig
-from tinyonn.train.settings import train_options
+from tinyonn.train.plan import train_options
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(0, None), (3, 3)])

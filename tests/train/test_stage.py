@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.dense.architectures import make_model
 from tests.train.defaults import loss_weights, optimizer_options
 from tests.train.runs import OPTIONS, ROUTER, World
+from tests.train.trained import read_curve
 from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.evaluate.loss import evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
@@ -33,9 +34,8 @@ from tinyonn.evaluate.trained import (
 from tinyonn.files import read_json, write_json
 from tinyonn.sizes import MiB
 from tinyonn.store.lock import RunLock
-from tinyonn.train.checkpoint import read_curve
 from tinyonn.train.data import held_out_batches
-from tinyonn.train.monitor import read_lines
+from tinyonn.train.monitor import FILE, read_lines
 from tinyonn.train.report import TrainReport
 from tinyonn.train.spec import RouterShape
 from tinyonn.train.stage import train_run
@@ -51,8 +51,8 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, report, told
 
 
-def curve_of(folder: Path) -> list[dict[str, Any]]:
-    return read_curve(folder / "train" / "curve.jsonl")
+def curve_of(folder: Path) -> list[dict[str, float]]:
+    return read_curve(folder / "train")
 
 
 def test_the_trained_model_loads_and_generates(
@@ -78,7 +78,7 @@ def test_the_trained_model_loads_and_generates(
 
 def test_the_report_says_what_happened(trained: tuple[Path, TrainReport, list[str]]) -> None:
     folder, report, told = trained
-    lines = list(read_lines(folder / "train" / "monitor.jsonl"))
+    lines = list(read_lines(folder / "train" / FILE))
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert (report.steps, report.resumed, report.workers, report.device) == (STEPS, 0, 1, "cpu")
     assert report.tokens == sum(line["tokens"] for line in lines[OPTIONS.warm_start :])
@@ -156,9 +156,7 @@ def test_killed_and_called_again_the_curve_is_the_same(
     report = train_run(world.run, world.config, world.options(tmp_path))
     assert report.resumed in (4, 8)
     assert curve_of(tmp_path) == curve_of(trained[0])
-    assert [line["step"] for line in read_lines(tmp_path / "train" / "monitor.jsonl")] == list(
-        range(1, STEPS + 1)
-    )
+    assert [line["step"] for line in read_lines(tmp_path / "train" / FILE)] == list(range(1, STEPS + 1))
     one, other = (
         AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (tmp_path, trained[0])
     )

@@ -14,7 +14,7 @@ from tinyonn.errors import InputError
 from tinyonn.profile.dataset import Manifest
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.profile import Profile
-from tinyonn.train.targets import find_profiled
+from tinyonn.train.routing import find_profiled
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from tests.dense.architectures import make_model, make_tokenizer
-from tests.experts.assembled import dense_model
+from tests.model.assembled import dense_model
 from tests.train.trained import make_corpus
 from tinyonn.errors import InputError
 from tinyonn.train import teacher as module

@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ import pytest
 import torch
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
+from tests.model.assembled import dense_model
 from tests.train.defaults import loss_weights, routing_options, stage_options, training
-from tests.train.trained import EXPERTS, OPTIONS, changed, load_models, make_corpus, make_models
+from tests.train.trained import EXPERTS, OPTIONS, changed, load_models, make_corpus, make_models, read_curve
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
-from tinyonn.train.checkpoint import read_curve
-from tinyonn.train.monitor import StepFacts
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.targets import ProfileTargets
+from tinyonn.train.routing import ProfileTargets
 from tinyonn.train.teacher import Live, cache_teacher
 from tinyonn.train.trainer import Trainer, TrainingDivergedError
 
@@ -45,8 +43,8 @@ def train(tmp_path: Path, corpus: Corpus) -> Callable[..., Trainer]:
     return made
 
 
-def curve(tmp_path: Path, name: str) -> str:
-    return (tmp_path / name / "curve.jsonl").read_text()
+def curve(tmp_path: Path, name: str) -> list[dict[str, float]]:
+    return read_curve(tmp_path / name)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -79,7 +77,7 @@ def test_a_stopped_training_goes_on_to_the_same_bits(
         parts.run(until)
     assert curve(tmp_path, "parts") == curve(tmp_path, "whole")
     assert same(weights(parts), weights(whole))
-    stages = [line["stage"] for line in read_curve(tmp_path / "whole" / "curve.jsonl")]
+    stages = [line["stage"] for line in read_curve(tmp_path / "whole")]
     assert stages == [1, 1, 1, 2, 2, 2]
 
 
@@ -93,7 +91,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         ended = subprocess.run([*child, str(kill)], capture_output=True, timeout=120, check=False)
         assert ended.returncode == (-signal.SIGKILL if kill else 0), ended.stderr.decode()
         if kill:
-            assert len(read_curve(tmp_path / "train" / "curve.jsonl")) == 3
+            assert len(read_curve(tmp_path / "train")) == 3
     assert curve(tmp_path, "train") == curve(tmp_path, "whole")
 
 
@@ -107,8 +105,8 @@ def test_two_workers_take_the_steps_of_one(
     for process in both:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors.decode()
-    ours = read_curve(tmp_path / "alone" / "curve.jsonl")
-    theirs = read_curve(tmp_path / "train" / "curve.jsonl")
+    ours = read_curve(tmp_path / "alone")
+    theirs = read_curve(tmp_path / "train")
     assert len(theirs) == 6
     for one, other in zip(ours, theirs, strict=True):
         assert other == pytest.approx(one, rel=2e-3, abs=1e-5)
@@ -121,7 +119,7 @@ def test_two_workers_take_the_steps_of_one(
 def test_micro_batches_change_rounding_alone(tmp_path: Path, train: Callable[..., Trainer]) -> None:
     train("one", changed(micro_batch=1)).run(3)
     train("all", changed(micro_batch=4, checkpointing=True)).run(3)
-    lines = [read_curve(tmp_path / name / "curve.jsonl") for name in ("one", "all")]
+    lines = [read_curve(tmp_path / name) for name in ("one", "all")]
     for one, other in zip(*lines, strict=True):
         assert other == pytest.approx(one, rel=2e-3, abs=1e-5)
 
@@ -150,7 +148,7 @@ LONG = {
 
 def losses(folder: Path, name: str = "loss") -> tuple[float, float]:
     """Mean over the first and the last steps."""
-    lines = read_curve(folder / "curve.jsonl")
+    lines = read_curve(folder)
     values = [line[name] for line in lines]
     return float(np.mean(values[:4])), float(np.mean(values[-4:]))
 
@@ -198,7 +196,7 @@ def test_a_cached_teacher_teaches(tmp_path: Path, corpus: Corpus, train: Callabl
     options = {**LONG, "weights": {"hidden": 0.0}, "steps": 2, "checkpoint_every": 9}
     train("live", changed(**options)).run()
     train("cached", changed(**options), teacher=cached).run()
-    ours, theirs = (read_curve(tmp_path / name / "curve.jsonl") for name in ("live", "cached"))
+    ours, theirs = (read_curve(tmp_path / name) for name in ("live", "cached"))
     assert [line["kl"] for line in theirs] == pytest.approx([line["kl"] for line in ours], rel=2e-2)
 
 
@@ -213,7 +211,7 @@ def test_a_warm_start_teaches_the_router_alone(
     trainer = train("warm", options, targets=targets)
     before = weights(trainer)
     trainer.run(25)
-    lines = read_curve(tmp_path / "warm" / "curve.jsonl")
+    lines = read_curve(tmp_path / "warm")
     assert lines[-1]["profile"] < 0.3 * lines[0]["profile"]
     changed_names = {
         name.split(".")[0] for name, t in weights(trainer).items() if not torch.equal(t, before[name])
@@ -272,14 +270,15 @@ def test_stage_one_updates_the_least_surprised_and_the_core(train: Callable[...,
 
 
 def test_stage_two_updates_those_that_are_on(train: Callable[..., Trainer]) -> None:
-    seen: list[StepFacts] = []
+    seen: list[Mapping[str, Any]] = []
     options = changed(batch=2, stages={"first": 0.0, "grow": 0.0}, routing={"ks": (1,), "capacity": None})
-    trainer = train("two", options, observe=seen.append)
+    trainer = train("two", options)
+    trainer.observe = seen.append
     before = weights(trainer)
     trainer.run(1)
-    (facts,) = seen
-    assert facts.load_E is not None and facts.load_E.sum() == 2
-    on = set(np.flatnonzero(facts.load_E).tolist())
+    (line,) = seen
+    assert sum(line["load"]) == 2
+    on = set(np.flatnonzero(line["load"]).tolist())
     assert touched(trainer, before) == on | {EXPERTS}
 
 
@@ -351,12 +350,14 @@ def test_the_bias_evens_the_load(train: Callable[..., Trainer]) -> None:
     plain = {"ks": (1,), "noise": 0.0, "dropout": 0.0, "capacity": None}
 
     def spread(rate: float) -> float:
-        seen: list[StepFacts] = []
+        seen: list[Mapping[str, Any]] = []
         options = changed(
             steps=16, batch=8, micro_batch=8, routing={**plain, "bias_rate": rate}, optimizers=still
         )
-        train(f"bias {rate}", options, observe=seen.append).run()
-        load = np.sum([facts.load_E for facts in seen[-8:] if facts.load_E is not None], axis=0)
+        trainer = train(f"bias {rate}", options)
+        trainer.observe = seen.append
+        trainer.run()
+        load = np.sum([line["load"] for line in seen[-8:] if "load" in line], axis=0)
         return float(load.std() / load.mean())
 
     assert spread(0.02) < 0.6 * spread(0.0)
@@ -371,7 +372,7 @@ def test_a_weight_that_is_not_a_number_is_named(tmp_path: Path, train: Callable[
     name, layer = next(iter(trainer.student.model.sparse_layers.items()))
     layer.values.data[layer.values.numel() - 1] = torch.nan
     with pytest.raises(
-        TrainingDivergedError, match=rf"step 2: the weight base\.{name}\.values .*checkpoint-00000002"
+        TrainingDivergedError, match=rf"step 3: the weight base\.{name}\.values .*checkpoint-00000002"
     ):
         trainer.run()
     assert train("bad").run() == 6
@@ -381,7 +382,7 @@ def test_a_teacher_that_is_not_a_number_is_named(tmp_path: Path, train: Callable
     base = dense_model(tmp_path / "model")
     with torch.no_grad():
         base.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(TrainingDivergedError, match=r"step 0: layer 1 of the teacher .*no checkpoint yet"):
+    with pytest.raises(TrainingDivergedError, match=r"step 1: layer 1 of the teacher .*no checkpoint yet"):
         train("bad", teacher=Live(base)).run()
 
 
@@ -390,7 +391,7 @@ def test_a_gradient_that_is_not_a_number_is_named(train: Callable[..., Trainer])
     layer = trainer.student.model.sparse_layers["model.layers.0.mlp.down_proj"]
     layer.values.register_hook(lambda grad: grad * torch.inf)
     with pytest.raises(
-        TrainingDivergedError, match=r"step 0: the gradient of base\.model\.layers\.0\.mlp\.down_proj"
+        TrainingDivergedError, match=r"step 1: the gradient of base\.model\.layers\.0\.mlp\.down_proj"
     ):
         trainer.run()
 
@@ -398,7 +399,7 @@ def test_a_gradient_that_is_not_a_number_is_named(train: Callable[..., Trainer])
 def test_a_router_that_is_not_a_number_is_named(train: Callable[..., Trainer]) -> None:
     trainer = train("bad")
     trainer.student.router.main.weight.data.fill_(torch.nan)
-    with pytest.raises(TrainingDivergedError, match="step 0: the router"):
+    with pytest.raises(TrainingDivergedError, match="step 1: the router"):
         trainer.run()
 
 
@@ -409,7 +410,7 @@ def test_a_jump_of_the_gradient_is_reported(
     trainer.rules.spikes.load_state({"last": torch.full((32,), 1e-6, dtype=torch.float64)})
     with caplog.at_level(logging.WARNING):
         trainer.run(1)
-    assert "step 0: the norm of the gradients jumped" in caplog.text
+    assert "step 1: the norm of the gradients jumped" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from tests.train.runs import OPTIONS, World
 from tinyonn.errors import InputError
-from tinyonn.train.dotted import option_of, with_options
+from tinyonn.train.options import option_of, with_options
 from tinyonn.train.search import Range
 from tinyonn.train.tune import TuneOptions, tune_train
 

@@ -8,10 +8,15 @@ from torch import nn
 
 from tests.train.layers import group_slices, sparse_layer
 from tinyonn.model.linear_tinyonn import ExpertLinear
-from tinyonn.train.newton_schulz import iterated, orthogonalised
-from tinyonn.train.sparse_adamw import SparseAdamW, update_runs, update_together
-from tinyonn.train.sparse_muon import SparseMuon
-from tinyonn.train.value_groups import runs
+from tinyonn.train.expert_optimizers import (
+    SparseAdamW,
+    SparseMuon,
+    iterated,
+    orthogonalised,
+    runs,
+    update_runs,
+    update_together,
+)
 
 
 def test_neighbouring_groups_make_one_run() -> None:

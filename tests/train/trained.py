@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assemble, dense_model, random_groups
+from tests.model.assembled import assemble, dense_model, random_groups
 from tests.train.defaults import loss_weights, optimizer_options, routing_options, stage_options, training
 from tinyonn.corpus.file import Corpus, Header, write_corpus
 from tinyonn.experts import TinyONNForCausalLM
+from tinyonn.train.monitor import FILE, read_lines
 from tinyonn.train.options import (
     ScheduleOptions,
     TrainOptions,
@@ -82,3 +83,12 @@ def changed(**changes: Any) -> TrainOptions:
             for name, value in changes.items()
         },
     )
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """Step and values of every line that a training wrote, without what depends on time or looks back on a window."""
+    over_window = {"tokens_per_second", "load_cv", "load_dead", "load_entropy"}
+    return [
+        {"step": line["step"]} | {name: line["values"][name] for name in line["values"].keys() - over_window}
+        for line in read_lines(folder / FILE)
+    ]

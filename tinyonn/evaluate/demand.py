@@ -18,6 +18,7 @@ from tinyonn.dense.load import choose_device
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.evaluate.loss import BATCH_TOKENS, HEAD_BYTES
+from tinyonn.model.batched_tinyonn import CHUNK_BYTES as MATRIX_BYTES
 from tinyonn.plan.demands import (
     CUDA_BYTES,
     CUDA_PROCESS_BYTES,
@@ -29,7 +30,6 @@ from tinyonn.plan.demands import (
     state_ram,
 )
 from tinyonn.sizes import MiB, format_size
-from tinyonn.train.need import MATRIX_BYTES
 
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB

@@ -23,15 +23,15 @@ from tinyonn.evaluate.loss import Experts, Losses, evaluate_routed, gates_of
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.folder import open_assembled
 from tinyonn.files import read_derived, write_json
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
+from tinyonn.plan.training import StudentFacts, sparse_bytes
 from tinyonn.progress import Bar
 from tinyonn.sheet import Sheet, whole
 from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import evaluating
 from tinyonn.train.data import Batch, held_out_batches
-from tinyonn.train.need import StudentFacts, sparse_bytes
 from tinyonn.train.spec import experts_of, read_student
 
 CARD = "trained.json"  # in the run's evaluate/: figures for the trained model's card

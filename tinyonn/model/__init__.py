@@ -7,7 +7,7 @@ Importing this package makes ``transformers`` load assembled models without code
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_tinyonn import TinyONNConfig
-from .expert_tinyonn import TinyONNExpert
+from .linear_tinyonn import TinyONNExpert
 from .modeling_tinyonn import TinyONNForCausalLM
 
 __all__ = ["TinyONNConfig", "TinyONNExpert", "TinyONNForCausalLM"]

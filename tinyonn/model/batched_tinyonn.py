@@ -26,8 +26,7 @@ from torch.nn import functional
 from .matrix_tinyonn import ExpertMatrix, check_gates, check_input, items, on_gpu, rows_and_groups
 
 try:
-    from .cpu_tinyonn import in_bands
-    from .entries_tinyonn import block_rows, fill, gather, of_bfloat16, same, to_bfloat16
+    from .cpu_tinyonn import block_rows, fill, gather, in_bands, of_bfloat16, same, to_bfloat16
 
     COMPILED = True
 except ImportError:  # no Numba: by Torch

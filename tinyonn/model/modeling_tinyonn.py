@@ -23,15 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, TinyONNConfig
+from .configuration_tinyonn import GATE_RULE, PATHS, ROUTER_RULE, RouterOptions, TinyONNConfig
 from .digests_tinyonn import seal_file
-from .expert_tinyonn import TinyONNExpert
 from .gates_tinyonn import Switch, read_gates
-from .generation_tinyonn import TinyONNGenerationMixin
-from .linear_tinyonn import ExpertLinear, swap
-from .router_options_tinyonn import RouterOptions
+from .generation_tinyonn import TinyONNGenerationMixin, follow_result, routing_of
+from .linear_tinyonn import ExpertLinear, TinyONNExpert, swap
 from .router_tinyonn import PromptRouter
-from .routing_tinyonn import Routing, follow_result, routing_of
 from .shards_tinyonn import ASSEMBLY, check_finite, check_index, check_shards
 
 Gates = torch.Tensor | Sequence[Any]
@@ -71,9 +68,7 @@ class _Backbone:
             "position_ids": position_ids,
         }
         model = self._model
-        active, _ = model._prepare(
-            **given, cache=past_key_values, labels=None, gates=gates, value_gates=value_gates
-        )
+        active, _ = model._prepare(**given, cache=past_key_values, gates=gates, value_gates=value_gates)
         with model.switch.use(active):
             return model.base.get_decoder()(**given, past_key_values=past_key_values, **kwargs)
 
@@ -277,7 +272,6 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
             attention_mask,
             position_ids,
             past_key_values,
-            labels,
             gates,
             value_gates,
         )
@@ -305,7 +299,6 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
         attention_mask: Any,
         position_ids: torch.Tensor | None,
         cache: Any,
-        labels: torch.Tensor | None,
         gates: Gates | None,
         value_gates: Gates | None,
     ) -> Any:
@@ -329,46 +322,6 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
             return self.switch.sorted(chosen, batch, tokens), routing
         taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach()
         return self.switch.sorted(chosen, batch, tokens, taught.to(given.device)), routing
-
-    def _routed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: Any,
-        past: int,
-        routing: Routing,
-    ) -> torch.Tensor:
-        """Gates of a pass by hand: the first tokens in a cache are the prompt."""
-        given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
-        if given.is_floating_point() and not isinstance(self.router, PromptRouter):
-            raise ValueError("the router reads input_ids but inputs_embeds are given; pass gates= too")
-        ids = routing.along(given, past, self.get_input_embeddings())
-        if past == 0 or past < routing.prompt:
-            routing.prompt = ids.shape[1]
-        return self._route(routing, ids, attention_mask, past, given.shape[1])
-
-    def _check_length(
-        self, past: int, tokens: int, attention_mask: Any, position_ids: torch.Tensor | None, cache: Any
-    ) -> None:
-        length, context = past + tokens, getattr(self.config.base_config, "max_position_embeddings", None)
-        if context is not None and length > context:
-            if position_ids is not None and position_ids.dim() == 2:  # padding takes no position
-                length = int(position_ids.max()) + 1
-            elif isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-                length = int(attention_mask.sum(1).max())
-            if length > context:
-                raise ValueError(
-                    f"{length} tokens do not fit the model's context of {context} (max_position_embeddings); "
-                    "give a shorter prompt or fewer max_new_tokens"
-                )
-        for layer in getattr(cache, "layers", ()):
-            room = getattr(layer, "max_cache_len", None)
-            if room is not None and not layer.is_sliding and past + tokens > room:
-                raise ValueError(
-                    f"{past + tokens} tokens do not fit a cache of {room} (max_cache_len); "
-                    "make a larger cache, or give fewer tokens"
-                )
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

@@ -2,7 +2,6 @@
 
     <train>/checkpoint-00000123/state.safetensors   trained weights, optimizers' state, running means
     <train>/checkpoint-00000123/state.json          step, what the training is of, sizes and checksums; written last
-    <train>/curve.jsonl                             a line for every step
 
 A checkpoint is written into a folder with another name, synced, and renamed; a kill leaves the older ones. Random
 numbers are functions of seed and step, so none of their state is kept.
@@ -13,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
+from tinyonn.dense.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
-from tinyonn.files import file_checksum, line_of, read_json, read_log, sync, write_json, write_whole
+from tinyonn.experts.folder import seal_model
+from tinyonn.experts.source import digest
+from tinyonn.files import file_checksum, read_json, sync, write_json
+from tinyonn.model.digests_tinyonn import seal_file
 from tinyonn.store.faults import is_full
+from tinyonn.train.optimizers import load_state_tensors, state_tensors
+from tinyonn.train.stages import Rules
 
 LOG = logging.getLogger(__name__)
 FORMAT = 1
 NAME = "checkpoint-{:08d}"
 # Of options that were: the value at which a training did without, None being any. Older checkpoints are of such ones.
-REMOVED: dict[str, Any] = {"router.max_k": None, "router.gate": "one", "weights.specificity": 0.0}
+REMOVED: dict[str, Any] = {
+    "router.max_k": None,
+    "router.gate": "one",
+    "weights.specificity": 0.0,
+    "schedule.form": "linear",
+}
 TENSORS, ABOUT = "state.safetensors", "state.json"
 
 
@@ -72,13 +84,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and remove those that are too old.
-
-        Raises
-        ------
-        CapacityError
-            The disk is full; the older ones stay.
-        """
+        """Write a checkpoint and remove those that are too old."""
         target = self.folder / NAME.format(step)
         side = self.folder / f".{target.name}.part"
         shutil.rmtree(side, ignore_errors=True)
@@ -117,13 +123,7 @@ class Checkpoints:
         return sorted(found, key=lambda path: path.name)
 
     def latest(self) -> Checkpoint | None:
-        """The newest that is whole; damaged ones are passed over with a warning.
-
-        Raises
-        ------
-        InputError
-            It is of another training: names the first difference.
-        """
+        """The newest that is whole; damaged ones are passed over with a warning."""
         for side in self.folder.glob(".checkpoint-*.part"):
             shutil.rmtree(side, ignore_errors=True)
         for path in reversed(self.paths()):
@@ -151,10 +151,9 @@ class Checkpoints:
                 )
 
     def clear(self) -> None:
-        """Remove all checkpoints and the curve."""
+        """Remove all checkpoints."""
         for path in (*self.folder.glob("checkpoint-*"), *self.folder.glob(".checkpoint-*.part")):
             shutil.rmtree(path, ignore_errors=True)
-        (self.folder / "curve.jsonl").unlink(missing_ok=True)
 
 
 def without_removed(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,32 +162,115 @@ def without_removed(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in identity.items() if name not in unused}
 
 
-class Curve:
-    """The figures of every step, a line of JSON each.
-
-    Parameters
-    ----------
-    path : path
-    step : int
-        Steps done: lines of this step and later ones are dropped, they will be written again.
-    """
-
-    def __init__(self, path: str | Path, step: int = 0) -> None:
-        self.path = Path(path)
-        kept = [line for line in read_curve(self.path) if line["step"] < step]
-        write_whole(self.path, "".join(map(line_of, kept)))
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Append the figures of a step."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(line_of(line))
-
-    def sync(self) -> None:
-        """Bring it to the disk, before a checkpoint that counts on it."""
-        if self.path.exists():
-            sync(self.path)
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters that learn, by name."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def read_curve(path: str | Path) -> list[dict[str, Any]]:
-    """Figures of all steps so far; damaged lines are left out with a warning, one that a kill cut off without."""
-    return list(read_log(Path(path)))
+def take(
+    model: Any, optimizers: Sequence[Optimizer], rules: Rules
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and JSON for `Checkpoints.save`."""
+    state, settings = state_tensors(optimizers)
+    tensors = {f"model/{name}": tensor for name, tensor in _changing(model).items()}
+    tensors |= {f"optimizers/{name}": tensor for name, tensor in state.items()}
+    tensors |= {f"rules/{name}": tensor for name, tensor in rules.state().items()}
+    return tensors, {"optimizers": settings}
+
+
+@torch.no_grad()
+def put_back(found: Checkpoint, model: Any, optimizers: Sequence[Optimizer], rules: Rules) -> None:
+    """Bring a training into the state that was taken, bit for bit."""
+    load_state_tensors(optimizers, _below("optimizers/", found.tensors), found.state["optimizers"])
+    own = _changing(model)
+    for name, tensor in _below("model/", found.tensors).items():
+        own[name].copy_(tensor)
+    rules.load_state(_below("rules/", found.tensors))
+
+
+def _changing(model: Any) -> dict[str, torch.Tensor]:
+    """Trained parameters, and the router's bias, which has no gradient."""
+    found: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in trained(model)}
+    router = getattr(model, "router", None)
+    if router is not None:
+        found |= {f"router.{name}": buffer for name, buffer in router.named_buffers()}
+    return found
+
+
+def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def save_model(
+    model: Any,
+    folder: str | Path,
+    training: Mapping[str, Any],
+    source: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Write a model; the folder is whole or what it was before. The model in memory stays as it is."""
+    target = Path(folder)
+    side, old = target.with_name(f".{target.name}.part"), target.with_name(f".{target.name}.old")
+    shutil.rmtree(side, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _marked(model, dict(training)), _cast(model, dtype):
+            model.save_pretrained(side)
+    except Exception as error:
+        shutil.rmtree(side, ignore_errors=True)
+        if is_full(error):
+            raise CapacityError(
+                f"{target}: no space left for the trained model; free some and run again"
+            ) from None
+        raise
+    if not hasattr(model, "sparse_layers"):
+        for path in side.glob("model*.safetensors"):
+            seal_file(path)
+    for path in tokenizer_files(Path(source)) if source is not None else ():
+        copy_file(path, side)
+    seal_model(side)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    side.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _marked(model: Any, training: dict[str, Any]) -> Iterator[None]:
+    config = model.config
+    if not hasattr(model, "sparse_layers"):
+        config.training = training
+        yield
+        return
+    before = config.assembly
+    known = before.get("assembled", before.get("id"))
+    config.assembly = {
+        **before,
+        "id": digest([known, training]),
+        "assembled": known,
+        "training": training,
+    }
+    try:
+        yield
+    finally:
+        config.assembly = before
+
+
+@contextmanager
+def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Weights in another dtype while inside."""
+    masters: dict[str, torch.Tensor] = {}
+    named = dict(model.named_parameters())
+    before = model.config.dtype
+    try:
+        for name, parameter in named.items():
+            if "router" not in name.split(".") and parameter.dtype != dtype:
+                masters[name] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for name, master in masters.items():
+            named[name].data = master
+        model.config.dtype = before

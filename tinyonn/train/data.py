@@ -107,17 +107,6 @@ def prompt_lengths(
 
     All before the first labelled one where a sample begins unlabelled, as a chat does; of a text, which is labelled
     throughout, the first `limit`, at most half.
-
-    Parameters
-    ----------
-    labels_BT : int64 [B, T]
-    lengths_B : int64 [B]
-    limit : int
-
-    Raises
-    ------
-    InputError
-        `limit` is below 1.
     """
     if limit < 1:
         raise InputError(f"prompt_tokens = {limit}; gates are chosen from at least 1 token")

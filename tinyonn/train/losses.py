@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from tinyonn.train.hidden_losses import relative_squares
-from tinyonn.train.token_losses import Bucketed, Hard, Soft, entropy_of, token_losses
+from tinyonn.train.chunked_losses import Bucketed, Hard, Soft, entropy_of, token_losses
 
 IGNORED = -100  # the label of a token that is not predicted
-SMALLEST = 1e-30  # a probability below it counts as this one
+SMALLEST = 1e-30  # a probability, or a squared norm, below it counts as this one
 
 
 @dataclass(frozen=True)
@@ -256,3 +257,49 @@ def profile_kl(targets_BE: torch.Tensor, probabilities_BE: torch.Tensor) -> Sum:
     targets = targets_BE.detach().to(probabilities_BE)
     log = probabilities_BE.clamp(min=SMALLEST).log()
     return Sum((torch.xlogy(targets, targets) - targets * log).sum(), len(probabilities_BE))
+
+
+def relative_squares(s_BTH: torch.Tensor, t_BTH: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Squared distance by squared norm of every token.
+
+    Parameters
+    ----------
+    s_BTH, t_BTH : float [B, T, H]
+        The student's, and the teacher's, which gets no gradient.
+    mask_BT : bool [B, T]
+        Others are 0 and get a gradient of 0, even where they are not finite.
+
+    Returns
+    -------
+    float32 [B, T], float64 for float64 states
+    """
+    ratios: torch.Tensor = _RelativeSquare.apply(s_BTH, t_BTH, mask_BT)  # type: ignore[no-untyped-call]
+    return ratios
+
+
+class _RelativeSquare(torch.autograd.Function):
+    """The gradient is 2 (s - t) / |t|^2; autograd would keep s - t in float32 of every layer, here it is made again."""
+
+    @staticmethod
+    def forward(ctx: Any, s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(s, t, mask)
+        exact = torch.promote_types(s.dtype, torch.float32)
+        wide = t.to(exact)
+        ratio = (s.to(exact) - wide).square().sum(-1) / _squares(wide)
+        return ratio.masked_fill(~mask, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        s, t, mask = ctx.saved_tensors
+        wide = t.to(grad.dtype)
+        scale = (2 * grad / _squares(wide)).unsqueeze(-1)
+        return (
+            ((s.to(grad.dtype) - wide) * scale).masked_fill_(~mask.unsqueeze(-1), 0).to(s.dtype),
+            None,
+            None,
+        )
+
+
+def _squares(wide: torch.Tensor) -> torch.Tensor:
+    return wide.square().sum(-1).clamp(min=SMALLEST)

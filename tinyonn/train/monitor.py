@@ -1,9 +1,19 @@
 """What a training shows while it runs: JSON lines, a tracker, alarms, and the load of every expert over time.
 
-``monitor.jsonl`` has a line for each step: its values, the samples that chose each expert (``load``), and what is taken
-over the last steps (the window): ``load_cv``, the coefficient of variation std / mean of the load over experts;
-``load_dead``, the share of experts that nothing chose; ``load_entropy``, the load's entropy over its largest possible
-value. One process writes it, the first of a group.
+``steps.jsonl`` has a line for each step, from 1 on: its values, the samples that chose each expert (``load``), and what
+is taken over the last steps (the window): ``load_cv``, the coefficient of variation std / mean of the load over
+experts; ``load_dead``, the share of experts that nothing chose; ``load_entropy``, the load's entropy over its largest
+possible value. One process writes it, the first of a group.
+
+Alarms follow from the window alone: numbers in, sentences out. With ``n_e`` the samples of the window that chose
+expert ``e``, ``S`` its samples and ``k = sum_e n_e / S``:
+
+- *high*: ``n_e / S > 80 %``: nearly every sample has the expert, so it is not chosen any more (only asked where at most
+  half of the experts run; at ``k = 1`` this is its share of the load);
+- *low*: ``n_e / sum(n) < 0.1 %`` of the load, once the window holds enough choices to tell;
+- *collapse*: the ``ceil(k)`` experts that are chosen most hold over 95 % of the load: all samples are routed alike;
+- *spike*: a value above the median of its window by 20 % and by 8 deviations (1.4826 times the median deviation);
+- *not finite*: any value is NaN or infinite.
 """
 
 from __future__ import annotations
@@ -11,16 +21,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from tinyonn.files import line_of, read_log, write_whole
-from tinyonn.train.alarms import Alarm, Int64, Watch, finite_alarm, load_alarms, spike_alarm
+from tinyonn.files import line_of, read_log, sync, write_whole
 
-FILE = "monitor.jsonl"
+FILE = "steps.jsonl"
+FORMER = (
+    "monitor.jsonl",
+    "curve.jsonl",
+)  # of earlier versions: the same lines; their values alone, steps from 0
 HEAT_MAP = "load.png"
 SPIKES = ("loss", "gradient_norm")  # values whose jumps are alarms
 PNG_DPI = 110
@@ -107,7 +120,7 @@ class Monitor:
         resumed: int = 0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / FILE
+        self.path = steps_file(folder)
         self._tracker, self._tell, self._shared, self._window = tracker, tell, tuple(shared), window
         self._loads: deque[tuple[Int64, int]] = deque(maxlen=window)
         self._values: dict[str, deque[float]] = {name: deque(maxlen=window) for name in SPIKES}
@@ -118,7 +131,6 @@ class Monitor:
         cut_lines(self.path, resumed)
         for line in read_lines(self.path):
             self._remember(_facts(line))
-        self._file = self.path.open("a", encoding="utf-8")
 
     def record(self, facts: StepFacts) -> list[Alarm]:
         """Write a step down, send it on; the alarms that are new with it."""
@@ -150,8 +162,8 @@ class Monitor:
             line["load"] = [int(count) for count in facts.load_E]
         if new:
             line["alarms"] = [alarm.message for alarm in new]
-        self._file.write(line_of(line))
-        self._file.flush()
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(line_of(line))
         if self._tracker is not None:
             self._tracker.log(
                 facts.step, {name: value for name, value in values.items() if math.isfinite(value)}
@@ -171,9 +183,13 @@ class Monitor:
         values = self._values[name]
         return float(np.mean(values)) if values else math.nan
 
+    def sync(self) -> None:
+        """Bring the lines to the disk, before a checkpoint that counts on them."""
+        if self.path.exists():
+            sync(self.path)
+
     def close(self) -> Path | None:
-        """Close the file and draw the heat map, if matplotlib is there and experts were chosen; its path."""
-        self._file.close()
+        """Draw the heat map, if matplotlib is there and experts were chosen; its path."""
         return plot_load(self.path, self.path.with_name(HEAT_MAP))
 
     def _enter(self, stage: float | None) -> None:
@@ -206,8 +222,16 @@ class Monitor:
         return tokens / seconds if seconds > 0 else 0.0
 
 
+def steps_file(folder: Path) -> Path:
+    """Where a training's lines are; those of an earlier version take that name first."""
+    path, lines = folder / FILE, folder / FORMER[0]
+    if lines.is_file() and not path.exists():
+        lines.rename(path)
+    return path
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a monitor's file; damaged ones are left out with a warning, one that a kill cut off without."""
+    """The lines of a training's steps; damaged ones are left out with a warning, one that a kill cut off without."""
     return read_log(path)
 
 
@@ -220,15 +244,7 @@ def cut_lines(path: Path, done: int) -> None:
 
 
 def load_over_time(path: Path, columns: int = COLUMNS) -> tuple[np.ndarray[Any, Any], int, int]:
-    """The load of every expert in stretches of steps of like length.
-
-    Returns
-    -------
-    float64 [E, columns]
-        Load divided by the mean over experts in the same stretch; 0 where nothing was chosen. [0, 0] without loads.
-    first, last : int
-        Steps.
-    """
+    """The load of every expert in stretches of steps of like length."""
     loads = [(line["step"], line["load"]) for line in read_lines(path) if "load" in line]
     if not loads:
         return np.zeros((0, 0)), 0, 0
@@ -266,3 +282,135 @@ def _facts(line: Mapping[str, Any]) -> StepFacts:
     load = np.array(line["load"], dtype=np.int64) if "load" in line else None
     values = {name: math.nan if value is None else value for name, value in line["values"].items()}
     return StepFacts(line["step"], values, load, line["samples"], line["tokens"], line["seconds"])
+
+
+Int64 = np.ndarray[Any, np.dtype[np.int64]]
+Kind = Literal["high", "low", "collapse", "spike", "not finite"]
+
+HIGH_SHARE = 0.8  # of the samples
+LOW_SHARE = 0.001  # of the load
+COLLAPSE_SHARE = 0.95  # of the load
+SPIKE_SHARE, SPIKE_DEVIATIONS = 0.2, 8.0
+SPIKE_HISTORY = 10  # values before a spike can be told
+NAMED = 12  # experts that a sentence lists
+REMEDY = "raise the rate of the selection bias, or the weight of the balance loss if the router has a learning rate"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that a person should know.
+
+    Attributes
+    ----------
+    kind : str
+    message : str
+        A sentence with the value, the limit and the remedy.
+    subjects : tuple of int or str
+        The experts or values concerned.
+    """
+
+    kind: Kind
+    message: str
+    subjects: tuple[int, ...] | tuple[str, ...]
+
+
+def load_alarms(load_E: Int64, samples: int, numbers_E: Int64 | None = None) -> list[Alarm]:
+    """What is wrong with the load of a window."""
+    total, experts = int(load_E.sum()), load_E.size
+    if total == 0 or samples == 0:
+        return []
+    found = []
+    numbers_E = np.arange(experts) if numbers_E is None else numbers_E
+    chosen = total / samples  # experts of a sample
+    if chosen <= experts / 2:
+        most = math.ceil(chosen)
+        order = np.argsort(-load_E, kind="stable")
+        share = float(load_E[order[:most]].sum() / total)
+        high_E = load_E > HIGH_SHARE * samples
+        high = numbers_E[high_E]
+        if share > COLLAPSE_SHARE and experts > most:
+            found.append(_collapse(np.sort(numbers_E[order[:most]]), share))
+        elif high.size:
+            top = float(load_E[high_E].max() / samples)
+            text = (
+                f"{_experts(high)} on for {'up to ' if high.size > 1 else ''}{top:.0%} of the samples, over "
+                f"{HIGH_SHARE:.0%}; right where all kinds of text need it, else {REMEDY}"
+            )
+            found.append(Alarm("high", text, tuple(int(e) for e in high)))
+    low = numbers_E[load_E < LOW_SHARE * total]
+    if low.size and total * LOW_SHARE >= 1:
+        verb = "holds" if low.size == 1 else "hold"
+        text = f"{_experts(low, '')} {verb} less than {LOW_SHARE:.1%} of the load; {REMEDY}"
+        found.append(Alarm("low", text, tuple(int(e) for e in low)))
+    return found
+
+
+def _collapse(experts: Int64, share: float) -> Alarm:
+    one = experts.size == 1
+    who = f"expert {experts[0]} holds" if one else f"the same {experts.size} experts ({_list(experts)}) hold"
+    text = f"routing has collapsed: {who} {share:.1%} of the load; {REMEDY}"
+    return Alarm("collapse", text, tuple(int(e) for e in experts))
+
+
+def spike_alarm(name: str, value: float, history: Sequence[float]) -> Alarm | None:
+    """Whether a value stands far above those of the window before it."""
+    before = np.array([v for v in history if math.isfinite(v)])
+    if before.size < SPIKE_HISTORY or not math.isfinite(value):
+        return None
+    middle = float(np.median(before))
+    deviation = 1.4826 * float(np.median(np.abs(before - middle)))
+    if value <= middle + max(SPIKE_SHARE * abs(middle), SPIKE_DEVIATIONS * deviation):
+        return None
+    text = (
+        f"{name} jumped to {value:.4g}, its median was {middle:.4g}; if that repeats, lower the learning rate"
+    )
+    return Alarm("spike", text, (name,))
+
+
+def finite_alarm(values: Mapping[str, float]) -> Alarm | None:
+    """Which values are NaN or infinite."""
+    bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+    if not bad:
+        return None
+    text = ", ".join(f"{name} is {values[name]}" for name in bad)
+    return Alarm(
+        "not finite", f"{text}; lower the learning rate and go on from the last checkpoint", tuple(bad)
+    )
+
+
+@dataclass
+class Watch:
+    """Tells each alarm once, and again when it comes back or spreads.
+
+    Attributes
+    ----------
+    repeat : int
+        Steps before an alarm that spreads to other experts is told again.
+    """
+
+    repeat: int = 50
+    _told: dict[str, tuple[int, frozenset[int | str]]] = field(default_factory=dict)
+
+    def fresh(self, step: int, alarms: Sequence[Alarm], asked: Sequence[Kind]) -> list[Alarm]:
+        """Those that are to be told."""
+        new = []
+        for alarm in alarms:
+            since, subjects = self._told.get(alarm.kind, (None, frozenset[int | str]()))
+            unknown = not subjects.issuperset(alarm.subjects)
+            if since is None or (unknown and step - since >= self.repeat):
+                new.append(alarm)
+                self._told[alarm.kind] = (step, subjects | frozenset(alarm.subjects))
+        for kind in set(asked) - {alarm.kind for alarm in alarms}:
+            self._told.pop(kind, None)
+        return new
+
+
+def _experts(numbers: Int64, verb: str = "is") -> str:
+    if numbers.size == 1:
+        return f"expert {numbers[0]} {verb}".strip()
+    return f"{numbers.size} experts ({_list(numbers)}) {'are' if verb else ''}".strip()
+
+
+def _list(numbers: Int64) -> str:
+    text = ", ".join(str(number) for number in numbers[:NAMED])
+    return text + (", ..." if numbers.size > NAMED else "")

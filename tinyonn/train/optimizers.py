@@ -7,92 +7,32 @@
 | experts | ``values`` of sparse layers | AdamW or Muon by group of weights, or frozen |
 | trunk.matrices | embeddings, head, and all matrices of a model without experts | frozen, or AdamW |
 | trunk.vectors | norms and biases | frozen, or AdamW without decay |
+
+The factor of all rates at the step after ``s`` others, warmup-stable-decay (Hu et al. 2024, MiniCPM, section 4):
+
+    factor(s) = (s + 1) / warmup                    s < warmup
+              = 1                                   s < steps - decay
+              = floor + (1 - floor) * (1 - p)       p = (s - (steps - decay)) / decay, in [0, 1)
+
+`transformers.get_wsd_schedule` begins with a step of rate 0 and wraps one optimizer, and
+`torch.nn.utils.clip_grad_norm_` adds squares in float32 and 1e-6 to the norm: other bits, so neither is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from tinyonn.errors import InputError
-from tinyonn.train.clipping import Clipped, SpikeWatch, clip_gradients, first_non_finite
-from tinyonn.train.sparse_adamw import SparseAdamW
-from tinyonn.train.sparse_muon import SparseMuon
-from tinyonn.train.value_groups import expert_layers
-
-__all__ = [
-    "Clipped",
-    "OptimizerOptions",
-    "SpikeWatch",
-    "build_optimizers",
-    "clip_gradients",
-    "first_non_finite",
-    "load_state_tensors",
-    "set_rates",
-    "state_tensors",
-]
-
-Rule = Literal["adamw", "muon", "frozen"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerOptions:
-    """What is trained by which rule.
-
-    Attributes
-    ----------
-    router : {"muon", "adamw", "frozen"}
-        Rule of the router's matrices; the rest of it goes by AdamW, or is frozen too.
-    router_lr : float
-        Peak learning rate of the whole router after the warm start; 0 holds it as that left it. Muon's updates have
-        AdamW's size (Liu et al. 2025), so one rate does.
-    router_decay : float
-        Weight decay of matrices and convolutions.
-    experts : {"adamw", "muon", "frozen"}
-    experts_lr, experts_decay : float
-    trunk_lr, trunk_decay : float
-        Of the trunk's matrices, which are embeddings and head, by AdamW; a rate of 0 freezes them.
-    norms_lr : float
-        Of norms and biases by AdamW; 0 freezes them.
-    betas : (float, float)
-        AdamW's.
-    momentum : float
-        Muon's.
-    """
-
-    router: Rule = "muon"
-    router_lr: float = 0.0
-    router_decay: float = 0.01
-    experts: Rule = "muon"
-    experts_lr: float
-    experts_decay: float = 0.0
-    trunk_lr: float
-    trunk_decay: float = 0.0
-    norms_lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    momentum: float = 0.95
-
-    def __post_init__(self) -> None:
-        rates = ("router_lr", "experts_lr", "trunk_lr", "norms_lr")
-        for name in (*rates, "router_decay", "experts_decay", "trunk_decay"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise InputError(f"{name} is {value}; give a number from 0 on")
-        for name in ("router", "experts"):
-            if getattr(self, name) not in ("adamw", "muon", "frozen"):
-                raise InputError(f"{name} is {getattr(self, name)!r}; use adamw, muon or frozen")
-        for name, value in (
-            ("betas[0]", self.betas[0]),
-            ("betas[1]", self.betas[1]),
-            ("momentum", self.momentum),
-        ):
-            if not 0 <= value < 1:
-                raise InputError(f"{name} is {value}; it lies from 0 to below 1")
+from tinyonn.train.expert_optimizers import SparseAdamW, SparseMuon, expert_layers
+from tinyonn.train.options import OptimizerOptions
 
 
 def build_optimizers(model: nn.Module, options: OptimizerOptions) -> list[Optimizer]:
@@ -191,20 +131,7 @@ def _of_experts(layers: list[Any], options: OptimizerOptions) -> Optimizer:
 def set_rates(
     optimizers: Sequence[Optimizer], factor: float, given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """Set every learning rate to its peak times the schedule's factor, or to what is given for it.
-
-    Parameters
-    ----------
-    optimizers : sequence of Optimizer
-    factor : float
-    given : mapping, optional
-        Rates by the first part of the param group's name: ``{"router": 3e-3}``.
-
-    Returns
-    -------
-    dict
-        Name of the param group -> learning rate.
-    """
+    """Set every learning rate to its peak times the schedule's factor, or to what is given for it."""
     found, known = {}, given or {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -214,15 +141,7 @@ def set_rates(
 
 
 def state_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What the optimizers know, for a checkpoint.
-
-    Returns
-    -------
-    tensors : dict
-        ``<param group>/<parameter>/<field>`` -> tensor, on the CPU, a copy.
-    settings : dict
-        Param group -> its hyperparameters and names of parameters, for JSON.
-    """
+    """What the optimizers know, for a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for optimizer in optimizers:
@@ -238,19 +157,7 @@ def state_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, torch.Tens
 def load_state_tensors(
     optimizers: Sequence[Optimizer], tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Bring optimizers into the state that `state_tensors` took, bit for bit.
-
-    Parameters
-    ----------
-    optimizers : sequence of Optimizer
-        Built for the same model by the same options.
-    tensors, settings : mapping
-
-    Raises
-    ------
-    InputError
-        Other parts, other parameters or other shapes; nothing has been changed then.
-    """
+    """Bring optimizers into the state that `state_tensors` took, bit for bit."""
     built = {group["name"]: group for optimizer in optimizers for group in optimizer.param_groups}
     if built.keys() != settings.keys():
         raise InputError(
@@ -298,3 +205,144 @@ def _sorted_out(
         device = "cpu" if field == "step" else parameter.device
         found.setdefault((part, name), {})[field] = value.to(device, copy=True)
     return found
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """What became of the gradients.
+
+    Attributes
+    ----------
+    norm : float
+        Before clipping; nan or inf if any gradient is.
+    scale : float
+        That all gradients were multiplied by, 1 if they were within the limit.
+    """
+
+    norm: float
+    scale: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient is a number."""
+        return self.norm < float("inf")
+
+
+def clip_gradients(parameters: Iterable[torch.Tensor], limit: float | None) -> Clipped:
+    """Scale gradients together, in place, so that their joint norm is at most `limit`.
+
+    Pascanu et al. 2013, algorithm 1. The norm is summed in float64, in the order of the parameters, so that it neither
+    overflows nor depends on their sizes.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return Clipped(0.0, 1.0)
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+    norm = float(torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms])))
+    if limit is None or not limit < norm < float("inf"):
+        return Clipped(norm, 1.0)
+    scale = limit / norm
+    for grad in grads:
+        grad.mul_(scale)
+    return Clipped(norm, scale)
+
+
+def first_non_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first parameter whose gradient is not finite; None if there is none."""
+    for name, parameter in named:
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return name
+    return None
+
+
+class SpikeWatch:
+    """Tells norms (or losses) that stand out from the last ones.
+
+    Parameters
+    ----------
+    factor : float
+        A spike is above `factor` times the median of the window.
+    window : int
+        Values looked back on; while there are fewer than a quarter of it, nothing is a spike.
+    """
+
+    def __init__(self, factor: float = 10.0, window: int = 64) -> None:
+        self.factor, self.window = factor, window
+        self._last: deque[float] = deque(maxlen=window)
+
+    def observe(self, value: float) -> bool:
+        """Whether the value is a spike; it joins the window in any case, unless it is not finite (always a spike)."""
+        if not abs(value) < float("inf"):
+            return True
+        ready = len(self._last) >= max(1, self.window // 4)
+        spike = ready and value > self.factor * statistics.median(self._last)
+        self._last.append(value)
+        return spike
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint keeps."""
+        return {"last": torch.tensor(list(self._last), dtype=torch.float64)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint."""
+        self._last = deque(state["last"].tolist(), maxlen=self.window)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Warmup-stable-decay, a pure function of the step.
+
+    Attributes
+    ----------
+    steps : int
+        Of the whole training.
+    warmup, decay : int
+        Steps at its beginning and end.
+    floor : float
+        Factor at the end of the decay, 0..1.
+
+    Raises
+    ------
+    InputError
+        Phases that do not fit into the steps, or a floor out of range.
+    """
+
+    steps: int
+    warmup: int = 0
+    decay: int = 0
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.warmup, self.decay) < 0 or self.warmup + self.decay > self.steps:
+            raise InputError(
+                f"{self.warmup} steps of warmup and {self.decay} of decay do not fit into {self.steps} steps; "
+                "shorten them, or train longer"
+            )
+        if not 0 <= self.floor <= 1:
+            raise InputError(f"the floor of the learning rate is {self.floor}; give a factor from 0 to 1")
+
+    @classmethod
+    def of_shares(
+        cls,
+        steps: int,
+        warmup: float = 0.05,
+        decay: float = 0.2,
+        floor: float = 0.0,
+    ) -> Schedule:
+        """A schedule whose phases are given as shares of the steps."""
+        first = round(steps * warmup)
+        return cls(steps, first, min(round(steps * decay), max(steps - first, 0)), floor)
+
+    def factor(self, step: int) -> float:
+        """Of the peak learning rate at a step, which counts from 0; above 0 before `steps`, `floor` from there on."""
+        if step < 0:
+            raise InputError(f"step {step} is before the first, 0")
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        start = self.steps - self.decay
+        if step < start:
+            return 1.0
+        if step >= self.steps:
+            return self.floor if self.decay else 1.0
+        passed = (step - start) / self.decay
+        return self.floor + (1 - self.floor) * (1 - passed)

@@ -5,14 +5,14 @@ What has no default here is an option and has it in `tinyonn.config`; what has o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.errors import InputError
-from tinyonn.train.optimizers import OptimizerOptions
 
+Rule = Literal["adamw", "muon", "frozen"]
 PRECISIONS = ("bfloat16", "float32")
 
 
@@ -67,7 +67,7 @@ class RoutingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.smk`.
+    """The two stages: which experts may change, how many are on, how fast they learn; see `tinyonn.train.stages`.
 
     Attributes
     ----------
@@ -101,12 +101,66 @@ class StageOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """Shares of the steps, as of `tinyonn.train.schedule.Schedule.of_shares`."""
+    """Shares of the steps, as of `tinyonn.train.optimizers.Schedule.of_shares`."""
 
     warmup: float = 0.05
     decay: float = 0.5
     floor: float = 0.0
-    form: Literal["linear", "root", "exponential"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What is trained by which rule.
+
+    Attributes
+    ----------
+    router : {"muon", "adamw", "frozen"}
+        Rule of the router's matrices; the rest of it goes by AdamW, or is frozen too.
+    router_lr : float
+        Peak learning rate of the whole router after the warm start; 0 holds it as that left it. Muon's updates have
+        AdamW's size (Liu et al. 2025), so one rate does.
+    router_decay : float
+        Weight decay of matrices and convolutions.
+    experts : {"adamw", "muon", "frozen"}
+    experts_lr, experts_decay : float
+    trunk_lr, trunk_decay : float
+        Of the trunk's matrices, which are embeddings and head, by AdamW; a rate of 0 freezes them.
+    norms_lr : float
+        Of norms and biases by AdamW; 0 freezes them.
+    betas : (float, float)
+        AdamW's.
+    momentum : float
+        Muon's.
+    """
+
+    router: Rule = "muon"
+    router_lr: float = 0.0
+    router_decay: float = 0.01
+    experts: Rule = "muon"
+    experts_lr: float
+    experts_decay: float = 0.0
+    trunk_lr: float
+    trunk_decay: float = 0.0
+    norms_lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        rates = ("router_lr", "experts_lr", "trunk_lr", "norms_lr")
+        for name in (*rates, "router_decay", "experts_decay", "trunk_decay"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value}; give a number from 0 on")
+        for name in ("router", "experts"):
+            if getattr(self, name) not in ("adamw", "muon", "frozen"):
+                raise InputError(f"{name} is {getattr(self, name)!r}; use adamw, muon or frozen")
+        for name, value in (
+            ("betas[0]", self.betas[0]),
+            ("betas[1]", self.betas[1]),
+            ("momentum", self.momentum),
+        ):
+            if not 0 <= value < 1:
+                raise InputError(f"{name} is {value}; it lies from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,3 +254,30 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def option_of(options: TrainOptions, name: str) -> Any:
+    """An option by its dotted name."""
+    found: Any = options
+    for part in name.split("."):
+        if not is_dataclass(found) or part not in {f.name for f in fields(found)}:
+            raise InputError(
+                f"train.{name} is no option of a training; give such as optimizers.router_lr or weights.ce"
+            )
+        found = getattr(found, part)
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise InputError(f"train.{name} = {found!r} is no number, so it has no range; leave it out")
+    return found
+
+
+def with_options(options: TrainOptions, values: Mapping[str, float]) -> TrainOptions:
+    """The options with some changed, by dotted names; whole numbers stay whole."""
+    for name, value in values.items():
+        whole = isinstance(option_of(options, name), int)
+        options = _changed(options, name.split("."), round(value) if whole else value)
+    return options
+
+
+def _changed(tree: Any, path: list[str], value: float) -> Any:
+    first, *rest = path
+    return replace(tree, **{first: _changed(getattr(tree, first), rest, value) if rest else value})

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinyonn.checks import check_teacher
+from tinyonn.checks import check_teacher, fitting
+from tinyonn.checks import experts_of as configured_experts
 from tinyonn.config import Config
 from tinyonn.corpus.corpus import is_corpus_of, prepare_corpus
 from tinyonn.corpus.file import Corpus
-from tinyonn.dense.load import choose_device, load_tokenizer
+from tinyonn.dense.load import load_tokenizer
 from tinyonn.dense.source import fingerprint_model
 from tinyonn.errors import InputError
-from tinyonn.machine import usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import Need, Tier
 from tinyonn.plan.facts import describe_model
-from tinyonn.train.build import cached_bytes, is_cached
+from tinyonn.plan.training import (
+    CACHED,
+    SYSTEM,
+    StudentFacts,
+    check_disk,
+    check_needs,
+    disk_needs,
+    router_weights,
+    train_needs,
+    written,
+)
 from tinyonn.train.checkpoint import Checkpoints
-from tinyonn.train.disk import CACHED, check_disk, disk_needs, router_weights, written
-from tinyonn.train.need import SYSTEM, StudentFacts, check_needs, train_needs
-from tinyonn.train.options import TrainOptions
+from tinyonn.train.options import (
+    LossWeights,
+    OptimizerOptions,
+    RoutingOptions,
+    StageOptions,
+    TrainOptions,
+)
 from tinyonn.train.spec import (
     RouterShape,
     Spec,
@@ -33,7 +45,8 @@ from tinyonn.train.spec import (
     identity_of,
     read_student,
 )
-from tinyonn.workers.ray import Places, alone, cluster_address, cluster_device, connected, places_of
+from tinyonn.train.worker import cached_bytes, is_cached
+from tinyonn.workers.ray import Places
 
 TEACHER_FINGERPRINT = "teacher-fingerprint.json"  # in the run's folder, if another model teaches
 
@@ -83,13 +96,7 @@ class TrainStageOptions:
 
 
 def make_spec(location: str, config: Config, options: TrainStageOptions) -> Spec:
-    """What the workers build from; checks what can be checked without loading a model.
-
-    Raises
-    ------
-    InputError
-        As of `train_run`.
-    """
+    """What the workers build from; checks what can be checked without loading a model."""
     run = local_folder(location).absolute()
     student = (options.student or run / "experts").absolute()
     tree = read_student(student)
@@ -144,14 +151,7 @@ def _check_taught(train: TrainOptions) -> None:
 
 
 def training_corpus(config: Config, folder: Path) -> Corpus:
-    """Tokenise what is trained on, or open what was tokenised before: ``train.data``, else all of ``data``.
-
-    Parameters
-    ----------
-    config : Config
-    folder : Path
-        Of the run.
-    """
+    """Tokenise what is trained on, or open what was tokenised before: ``train.data``, else all of ``data``."""
     data = config.train.data or config.data.model_copy(update={"samples": None})
     recorded = folder / "corpus.arrow"
     tokenizer = load_tokenizer(config.model)
@@ -196,20 +196,7 @@ class TrainPlan:
 
 
 def plan_training(spec: Spec, places: Places, limit: int | None = None) -> TrainPlan:
-    """What a training needs, of the memory that its workers share.
-
-    Parameters
-    ----------
-    spec : Spec
-    places : Places
-    limit : int, optional
-        Bytes in place of what is free.
-
-    Raises
-    ------
-    CapacityError
-        It does not fit.
-    """
+    """What a training needs, of the memory that its workers share."""
     tree = read_student(Path(spec.student))
     own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
     parameters, base = describe_model(own)
@@ -223,26 +210,7 @@ def plan_training(spec: Spec, places: Places, limit: int | None = None) -> Train
 
 
 def plan_disk(spec: Spec, model: bool = True, checkpoints: int | None = None) -> int:
-    """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps.
-
-    Parameters
-    ----------
-    spec : Spec
-    model : bool
-        The trained model is written.
-    checkpoints : int, optional
-        That lie there at a time; by default those that are kept and the one that is written.
-
-    Returns
-    -------
-    int
-        Bytes.
-
-    Raises
-    ------
-    CapacityError
-        It does not fit.
-    """
+    """What a training needs of the disk: checkpoints, model, the teacher's cache, lines of the steps."""
     tree, corpus, train = read_student(Path(spec.student)), Corpus(Path(spec.corpus)), spec.train
     own = spec.model if experts_of(tree) else spec.model.model_copy(update={"path": spec.student})
     parameters, base = describe_model(own)
@@ -260,33 +228,76 @@ def plan_disk(spec: Spec, model: bool = True, checkpoints: int | None = None) ->
     return check_disk([(folder, its), (Path(spec.output), output)])
 
 
-def take_places(
-    options: TrainStageOptions, config: Config, stack: ExitStack, most: int, held: Callable[[], str]
-) -> Places:
-    """Where it runs, at most so many workers; Ray, if it is needed, stays connected as long as the stack is open.
-
-    `held` says in words what is committed, for the error when Ray is lost.
-
-    Raises
-    ------
-    InputError
-        Numbers below 1, no such cluster or device, or more workers than there is work for.
-    """
-    address = cluster_address(options.address)
-    if options.workers is not None and options.workers < 1:
-        raise InputError(f"train.workers = {options.workers}; give at least 1")
-    if options.threads is not None and options.threads < 1:
-        raise InputError(f"train.threads = {options.threads}; give at least 1")
-    if address is None and (options.workers or 1) == 1:
-        device = choose_device(config.model.device)
-        return alone("cuda" if device.type == "cuda" else "cpu", options.threads or usable_cpus())
-    threads = options.threads or max(1, usable_cpus() // (options.workers or 1))
-    cpus = max(usable_cpus(), threads * (options.workers or 1))
-    stack.enter_context(connected(address, cpus, held))
-    return places_of(address, cluster_device(config), options.workers, options.threads, most)
-
-
 def _check_output(output: Path) -> None:
     """Refuse to replace a folder that is not a model."""
     if output.exists() and not (output / "config.json").is_file() and any(output.iterdir()):
         raise InputError(f"{output} is not empty and holds no model; give a new folder as --output")
+
+
+TEACHER_K = 64  # tokens of a cached teacher
+
+
+def train_options(config: Config) -> TrainOptions:
+    """What decides a training's result."""
+    given = config.train
+    plain = given.model_dump(
+        exclude={"data", "teacher", "teacher_model", "loss", "routing", "stages", "optimizers"}
+    )
+    stages = given.stages.model_dump()
+    stages |= {name: stages[name] or None for name in ("act_k", "min_k")}  # 0 stands for all
+    return TrainOptions(
+        **plain,
+        checkpointing=config.model.checkpointing,
+        weights=LossWeights(**given.loss.model_dump()),
+        routing=RoutingOptions(**_routing(config)),
+        stages=StageOptions(**stages),
+        optimizers=OptimizerOptions(**given.optimizers.model_dump()),
+    )
+
+
+def train_stage_options(
+    config: Config,
+    output: Path | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    memory: int | None = None,
+    fresh: bool = False,
+) -> TrainStageOptions:
+    """A call of `tinyonn.train.stage.train_run` as the configuration wants it.
+
+    Parameters
+    ----------
+    config : Config
+    output, workers, address, memory, fresh
+        As of `TrainStageOptions`.
+    """
+    return TrainStageOptions(
+        train=train_options(config),
+        router=RouterShape(**_router(config)),
+        teacher_k=TEACHER_K if config.train.teacher == "cached" else None,
+        output=output,
+        workers=workers,
+        address=address,
+        memory=memory,
+        fresh=fresh,
+    )
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    """The section's options; default numbers of experts that there are too few for are left out."""
+    given = config.train.routing
+    tree = given.model_dump()
+    return (
+        tree
+        if "ks" in given.model_fields_set
+        else tree | {"ks": fitting(given.ks, configured_experts(config))}
+    )
+
+
+def _router(config: Config) -> dict[str, Any]:
+    """The section's options; a default `top_k` beyond the experts is all that can be chosen."""
+    given = config.router
+    tree = given.model_dump()
+    if "top_k" not in given.model_fields_set and given.top_k is not None:
+        tree["top_k"] = min(given.top_k, configured_experts(config) - given.shared)
+    return tree

@@ -1,20 +1,22 @@
-"""Forward and backward of a step's samples, some at a time, every worker its own."""
+"""Forward and backward of a step's samples, some at a time, every worker its own; and what the step says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import distributed
 
 from tinyonn.corpus.tokens import UNLABELLED
 from tinyonn.train.data import Batch, share
-from tinyonn.train.diagnosis import cause_of
-from tinyonn.train.options import TrainOptions
+from tinyonn.train.options import LossWeights, TrainOptions
 from tinyonn.train.routing import Routed
-from tinyonn.train.student import Measured, Student, total
+from tinyonn.train.student import Measured, Student, cause_of, total
 from tinyonn.train.teacher import Teacher, TeacherOutput
-from tinyonn.train.workers import Workers
 
 PARTS = ("kl", "ce", "hidden", "entropy")
 
@@ -51,26 +53,7 @@ def run_samples(
     workers: Workers,
     value_gates: torch.Tensor | None = None,
 ) -> Sums:
-    """Run this worker's samples and leave their gradients, those of the router's own losses too, in ``grad``.
-
-    Parameters
-    ----------
-    student : Student
-    teacher : Teacher, optional
-    batch : Batch
-        The whole one.
-    routed : Routed, optional
-        For the whole batch.
-    options : TrainOptions
-    workers : Workers
-    value_gates : float [E], optional
-        As of `Student.forward`.
-
-    Returns
-    -------
-    Sums
-        If anything is not finite, gradients are of no use.
-    """
+    """Run this worker's samples and leave their gradients, those of the router's own losses too, in ``grad``."""
     counts = _counts(student, batch)
     leaf_BE = None
     if routed is not None:
@@ -129,3 +112,81 @@ def _totals(measured: Measured) -> torch.Tensor:
     parts = {**measured.parts, "entropy": measured.entropy}
     values = [float(parts[name].total.detach()) if name in parts else 0.0 for name in PARTS]
     return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The process group that this process belongs to.
+
+    Attributes
+    ----------
+    rank, world : int
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def found(cls) -> Workers:
+        """The initialised process group, or this process alone."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls()
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files."""
+        return self.rank == 0
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Sum each tensor over all workers, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
+    def agree(self, value: int, device: torch.device) -> bool:
+        """Whether all have the same number."""
+        if self.world == 1:
+            return True
+        ends = torch.tensor([value, -value], device=device)
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+        return int(ends[0]) == -int(ends[1])
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+
+TRAINED = ("kl", "ce", "hidden")
+
+
+def loss_of(sums: Sums, routed: Routed | None, weights: LossWeights) -> float:
+    """The whole loss: all parts by their weights, the router's own among them."""
+    parts = [getattr(weights, name) * sums.mean(name) for name in TRAINED if name in sums.counts]
+    return math.fsum(parts) + (0.0 if routed is None else float(routed.loss.detach()))
+
+
+def load_of(routed: Routed | None) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    """Samples that chose each expert, int64 [E]; None without a router, or while all experts are on."""
+    if routed is None or bool(routed.active_BE.all()):
+        return None
+    load: np.ndarray[Any, np.dtype[np.int64]] = routed.load_E.cpu().numpy()
+    return load
+
+
+def active_experts(routed: Routed | None, config: Any) -> torch.Tensor:
+    """Experts that were on for any sample, bool [E]; without a router those of the stated rule."""
+    if routed is not None:
+        return routed.active_BE.any(0).cpu()
+    active_E = torch.zeros(config.experts, dtype=torch.bool)
+    active_E[config.chosen_experts] = True
+    return active_E
+
+
+def sparsity(routed: Routed, sizes: list[int]) -> dict[str, float]:
+    """Experts and expert weights that a token runs through, mean over samples; the core counted among the weights."""
+    sizes_G = torch.tensor(sizes, dtype=torch.float64)
+    active_BE = routed.active_BE.cpu().double()
+    weights = float((active_BE @ sizes_G[:-1]).mean() + sizes_G[-1])
+    return {"active_experts": float(active_BE.sum(1).mean()), "active_weights": weights}

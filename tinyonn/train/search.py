@@ -89,13 +89,7 @@ class Found:
 
 
 def load_optuna() -> Any:
-    """The library, quiet.
-
-    Raises
-    ------
-    InputError
-        It is not installed.
-    """
+    """The library, quiet."""
     try:
         import optuna
     except ImportError:
@@ -105,17 +99,7 @@ def load_optuna() -> Any:
 
 
 def open_study(journal: Path, name: str, options: SearchOptions, part: int = 0) -> Any:
-    """Make a study, or take part in it.
-
-    Parameters
-    ----------
-    journal : Path
-        Its file; the folder is made if it is not there.
-    name : str
-    options : SearchOptions
-    part : int
-        Number of this process among those that search at the same time.
-    """
+    """Make a study, or take part in it."""
     optuna = load_optuna()
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -148,16 +132,7 @@ def begin(study: Any, first: Mapping[str, float], ranges: Mapping[str, Range]) -
 
 
 def search(study: Any, ranges: Mapping[str, Range], objective: Objective, trials: int) -> None:
-    """Try values until the study has so many trials, whoever ran them.
-
-    Parameters
-    ----------
-    study : optuna.Study
-    ranges : mapping of str to Range
-    objective : callable
-        Its value is the smaller the better; one that is not finite gives the trial up.
-    trials : int
-    """
+    """Try values until the study has so many trials, whoever ran them."""
     optuna = load_optuna()
     state = optuna.trial.TrialState
 
@@ -179,13 +154,7 @@ def search(study: Any, ranges: Mapping[str, Range], objective: Objective, trials
 
 
 def found(study: Any, name: str) -> Found:
-    """What the study has.
-
-    Raises
-    ------
-    InputError
-        No trial ran to its end.
-    """
+    """What the study has."""
     optuna = load_optuna()
     state = optuna.trial.TrialState
     finished = len(study.get_trials(deepcopy=False, states=(state.COMPLETE,)))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tinyonn.config import ModelConfig, RouterConfig, TrackConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import read_settings
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.train.branches import find_branches, shared_experts
 from tinyonn.train.options import TrainOptions, flat
 
@@ -46,13 +46,7 @@ class RouterShape:
     shared: int = ROUTER.shared
 
     def options(self, profile: Profile, prompt_tokens: int) -> RouterOptions:
-        """With the branches of a profile.
-
-        Raises
-        ------
-        InputError
-            Numbers that do not fit the experts.
-        """
+        """With the branches of a profile."""
         contribution_SE = profile.contribution[:, : profile.experts]
         try:
             return RouterOptions(
@@ -71,7 +65,7 @@ class RouterShape:
 
 @dataclass(frozen=True)
 class TargetOptions:
-    """How the profile becomes the router's targets; see `tinyonn.train.targets.ProfileTargets`.
+    """How the profile becomes the router's targets; see `tinyonn.train.routing.ProfileTargets`.
 
     Attributes
     ----------
@@ -91,7 +85,7 @@ class Spec:
     Attributes
     ----------
     folder : str
-        ``<run>/train``: checkpoints, curve, monitor.
+        ``<run>/train``: checkpoints, steps.
     student : str
         Folder of what is trained: an assembled model, or any causal language model.
     model : ModelConfig
@@ -153,17 +147,7 @@ def identity_of(
     router: Mapping[str, Any] | None,
     targets: TargetOptions | None,
 ) -> dict[str, Any]:
-    """What a checkpoint must agree on beside corpus and options, flat.
-
-    Parameters
-    ----------
-    student : mapping
-        Its ``config.json``.
-    teacher : mapping, optional
-        Its fingerprint, quantization and dtype.
-    router : mapping, optional
-    targets : TargetOptions, optional
-    """
+    """What a checkpoint must agree on beside corpus and options, flat."""
     assembly = student.get("assembly") or {}
     tree = {
         "assembly": assembly.get("id"),

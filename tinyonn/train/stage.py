@@ -1,7 +1,7 @@
 """``tinyonn train``: distil the dense model into the assembled one, its router and its experts.
 
 Data flow: assembled model, profile, corpus of the run → checks, memory → `Spec` → `train_loop` in this process, or in
-every worker of a Ray Train group → checkpoints, curve and monitor in ``<run>/train`` → ``<run>/model``. Killed at any
+every worker of a Ray Train group → checkpoints and steps in ``<run>/train`` → ``<run>/model``. Killed at any
 moment and called again it goes on from the newest checkpoint; a second trainer on the same folder is refused.
 """
 
@@ -26,15 +26,14 @@ from tinyonn.places import local_folder
 from tinyonn.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints, without_removed
-from tinyonn.train.follow import Follower, Progress
-from tinyonn.train.loop import STARTS, USE, train_loop
-from tinyonn.train.monitor import FILE, HEAT_MAP, read_lines
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
-from tinyonn.train.report import TrainReport, ends
+from tinyonn.train.monitor import FILE, FORMER, HEAT_MAP, read_lines, steps_file
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training
+from tinyonn.train.report import Follower, Progress, TrainReport, ends
 from tinyonn.train.spec import Spec
+from tinyonn.train.worker import STARTS, USE, train_loop
 from tinyonn.workers.alive import Waiting
 from tinyonn.workers.group import GroupOptions, run_group
-from tinyonn.workers.ray import Places
+from tinyonn.workers.ray import Places, take_places
 
 __all__ = ["TrainStageOptions", "train_run"]
 
@@ -84,7 +83,8 @@ def train_run(
             return TrainReport(**stored | {"location": location, "fresh": False})
         resumed, before = newest_step(folder), _starts(folder)
         with ExitStack() as stack:
-            places = take_places(options, config, stack, options.train.batch, lambda: _held(folder))
+            asked = options.address, options.workers, options.threads
+            places = take_places(*asked, config, stack, options.train.batch, lambda: _held(folder))
             spec = replace(spec, device=places.device, threads=places.threads)
             plan, disk = plan_training(spec, places, options.memory), plan_disk(spec)
             tier, each = plan.tier, plan.worker_bytes
@@ -102,7 +102,7 @@ def train_run(
                 group = GroupOptions(places.workers, places.threads, places.device)
                 since = f", going on from step {resumed}" if resumed else ""
                 tell(f"starting {places.workers} worker(s) on {places.device}{since}")
-                with progress, Follower(folder / FILE, progress, tell):
+                with progress, Follower(steps_file(folder), progress, tell):
                     waiting = Waiting(tell, lambda: _held(folder))
                     run_group(train_loop, spec, folder, group, lambda: newest_step(folder), tell, waiting)
         report = _report(location, spec, places, each, resumed, time.monotonic() - started)
@@ -162,7 +162,7 @@ def _is_damaged(folder: Path) -> bool:
 
 def _forget(folder: Path) -> None:
     Checkpoints(folder, {}).clear()
-    for name in (FILE, HEAT_MAP, DONE, STARTS, USE):
+    for name in (FILE, *FORMER, HEAT_MAP, DONE, STARTS, USE):
         (folder / name).unlink(missing_ok=True)
 
 

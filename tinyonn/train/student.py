@@ -211,3 +211,83 @@ def check_layers(student: tuple[torch.Tensor, ...], teacher: tuple[torch.Tensor,
             f"the student has {ours[0]} layers of width {ours[1]} and the teacher {theirs[0]} of {theirs[1]}, so "
             "hidden states cannot be compared; set train.loss.hidden to 0"
         )
+
+
+@torch.no_grad()
+def cause_of(
+    student: Student, teacher: TeacherOutput | None, batch: Batch, gates: torch.Tensor | None, precision: str
+) -> str:
+    """Say which part of a step brought in the first number that is not finite."""
+    where = f"(samples {', '.join(str(index) for index in batch.indexes)})"
+    if teacher is not None:
+        for number, hidden in enumerate(teacher.hidden):
+            if not _finite(hidden, batch):
+                return f"layer {number} of the teacher is not finite {where}"
+    if gates is not None and not bool(gates.isfinite().all()):
+        return f"the router's gates are not finite {where}"
+    if lost := weight_not_finite(student.model):
+        return lost
+    options: dict[str, Any] = {} if gates is None else {"gates": gates}
+    with torch.autocast(batch.ids_BT.device.type, torch.bfloat16, precision == "bfloat16"):
+        for number, hidden in enumerate(decoder_states(student.model, batch.ids_BT, **options)):
+            if not _finite(hidden, batch):
+                return f"layer {number} of the student is not finite {where}"
+    return f"the student's logits or loss are not finite {where}"
+
+
+def weight_not_finite(model: torch.nn.Module) -> str | None:
+    """Say which weight is not finite; None if all are."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the weight {name} is not finite"
+    return None
+
+
+def _finite(hidden: torch.Tensor, batch: Batch) -> bool:
+    own = batch.mask_BT.to(hidden.device)
+    return bool(hidden[own].isfinite().all())
+
+
+def prepare_model(model: Any, precision: str, checkpointing: bool) -> None:
+    """Bring a model into the state that it is trained in, in place; parameters stay the same objects.
+
+    What is trained is held in float32, all of it with ``precision: float32``. The model is in evaluation mode, so that
+    no dropout draws random numbers. Optimizers must have been built: they say what is trained. What norms and
+    embeddings with float32 masters give is brought to the type of the rest under autocast, as in the model that is
+    saved: else every linear layer behind a norm would make and keep a copy of its own.
+    """
+    model.eval()
+    if hasattr(model, "forget"):
+        model.forget()
+    for parameter in model.parameters():
+        if parameter.requires_grad or precision == "float32":
+            parameter.data = parameter.data.float()
+    if precision == "float32":
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
+    else:
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            learns = any(parameter.requires_grad for parameter in own) and "router" not in name.split(".")
+            if learns and (isinstance(module, torch.nn.Embedding) or all(one.dim() < 2 for one in own)):
+                module.register_forward_hook(_as_autocast)
+    if checkpointing:
+        _checkpoint_layers(model)
+
+
+def _as_autocast(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor) and output.dtype == torch.float32:
+        kind = output.device.type
+        if torch.is_autocast_enabled(kind):
+            return output.to(torch.get_autocast_dtype(kind))
+    return output
+
+
+def _checkpoint_layers(model: Any) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # layers checkpoint in training only; what is inside stays in evaluation

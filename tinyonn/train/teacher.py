@@ -127,13 +127,7 @@ class Cached:
         return int(self.about["vocabulary"])
 
     def __call__(self, batch: Batch) -> TeacherOutput:
-        """The likeliest tokens of a batch.
-
-        Raises
-        ------
-        InputError
-            A sample is not in the cache.
-        """
+        """The likeliest tokens of a batch."""
         k = self.about["k"]
         shape = (len(batch), batch.ids_BT.shape[1] - 1, k)
         indices_BTK = torch.zeros(shape, dtype=torch.int64)
@@ -165,26 +159,7 @@ def cache_teacher(
     k: int,
     tell: Callable[[int, int], None] | None = None,
 ) -> Cached:
-    """Write the teacher's likeliest tokens for all of a corpus; may be killed at any moment and called again.
-
-    Parameters
-    ----------
-    teacher : Live
-    corpus : Corpus
-    folder : path
-        One that is named by `cache_key` lies in it.
-    model : str
-        The teacher's fingerprint.
-    k : int
-        Tokens kept at a place; 6 bytes each.
-    tell : callable, optional
-        Called with parts done and parts in all.
-
-    Raises
-    ------
-    InputError
-        K beyond the vocabulary.
-    """
+    """Write the teacher's likeliest tokens for all of a corpus; may be killed at any moment and called again."""
     if not 1 <= k <= teacher.vocabulary:
         raise InputError(
             f"teacher top-k = {k}; from 1 to {teacher.vocabulary} tokens, the vocabulary, can be kept"
@@ -243,17 +218,7 @@ def log_probabilities(head: Any, hidden_TH: torch.Tensor) -> torch.Tensor:
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Make sure that both read text as the same tokens.
-
-    Parameters
-    ----------
-    student, teacher : transformers.PreTrainedTokenizerBase
-
-    Raises
-    ------
-    InputError
-        Their vocabularies differ.
-    """
+    """Make sure that both read text as the same tokens."""
     one, other = vocabulary_digest(student), vocabulary_digest(teacher)
     if one != other:
         raise InputError(

@@ -5,8 +5,8 @@ A step, for all its samples together:
 1. every worker routes the whole batch (`routing`);
 2. each runs its own samples, some at a time: teacher, student, loss parts over the tokens of the whole batch; backward;
 3. gradients are summed over workers, so that one and two workers take the same step up to rounding;
-4. stage rules (`rules`), clipping, learning rates, optimizers, the bias that balances the load;
-5. a line for the curve and the monitors; every so many steps a checkpoint.
+4. stage rules (`stages`), clipping, learning rates, optimizers, the bias that balances the load;
+5. a line of the monitor; every so many steps a checkpoint.
 
 What is random is a function of the seed and the step. So a training that was killed and resumed goes through the same
 numbers as one that was not: on CPUs with one worker bit for bit.
@@ -27,24 +27,25 @@ import torch
 
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
-from tinyonn.train.checkpoint import Checkpoints, Curve
-from tinyonn.train.clipping import clip_gradients, first_non_finite
+from tinyonn.train.checkpoint import Checkpoints, put_back, take, trained
 from tinyonn.train.data import Batch, Order
-from tinyonn.train.diagnosis import weight_not_finite
-from tinyonn.train.figures import active_experts, load_of, loss_of, sparsity
-from tinyonn.train.monitor import StepFacts
-from tinyonn.train.optimizers import build_optimizers, set_rates
+from tinyonn.train.monitor import Monitor, StepFacts
+from tinyonn.train.optimizers import Schedule, build_optimizers, clip_gradients, first_non_finite, set_rates
 from tinyonn.train.options import TrainOptions
-from tinyonn.train.prepare import check_fit, prepare_model
-from tinyonn.train.routing import Growth, Routed, choose_experts
-from tinyonn.train.rules import Rules
-from tinyonn.train.samples import PARTS, Sums, run_samples
-from tinyonn.train.schedule import Schedule
-from tinyonn.train.student import Student
-from tinyonn.train.targets import ProfileTargets
-from tinyonn.train.teacher import Teacher
-from tinyonn.train.training_state import put_back, take, trained
-from tinyonn.train.workers import Workers
+from tinyonn.train.routing import ProfileTargets, Routed, choose_experts
+from tinyonn.train.samples import (
+    PARTS,
+    Sums,
+    Workers,
+    active_experts,
+    load_of,
+    loss_of,
+    run_samples,
+    sparsity,
+)
+from tinyonn.train.stages import Growth, Rules
+from tinyonn.train.student import Student, prepare_model, weight_not_finite
+from tinyonn.train.teacher import Cached, Teacher
 
 LOG = logging.getLogger(__name__)
 LONG_STEP = 20.0  # seconds, of which what was compiled is a small part
@@ -56,9 +57,9 @@ class TrainingDivergedError(InputError):
 
 @dataclass(frozen=True)
 class _Done:
-    """A step that was taken: its line of the curve, and what the monitors get besides."""
+    """A step that was taken: its values, and what the monitor gets besides."""
 
-    line: dict[str, float]
+    values: dict[str, float]
     load_E: np.ndarray[Any, np.dtype[np.int64]] | None
     samples: int
     tokens: int
@@ -74,7 +75,7 @@ class Trainer:
     corpus : Corpus
     options : TrainOptions
     folder : path
-        For checkpoints and the curve; all workers must reach it.
+        For checkpoints and the steps' lines; all workers must reach it.
     teacher : Teacher, optional
         Needed unless the weights of ``kl`` and ``hidden`` are 0.
     targets : ProfileTargets, optional
@@ -84,8 +85,6 @@ class Trainer:
         any of it differs is refused.
     places : sequence of (str, int), optional
         Slices and positions to train on; the whole corpus by default.
-    observe : callable, optional
-        Called with the `StepFacts` of every step, on the first worker.
 
     Attributes
     ----------
@@ -93,6 +92,10 @@ class Trainer:
         Steps done, those of the warm start counted.
     steps : int
         In all.
+    observe : callable
+        Called with the line of every step, see `tinyonn.train.monitor`, on the first worker; may be set.
+    monitor : Monitor or None
+        Of the first worker, which has one from its first step on; another may be set before that.
 
     Raises
     ------
@@ -110,7 +113,6 @@ class Trainer:
         targets: ProfileTargets | None = None,
         identity: Mapping[str, Any] | None = None,
         places: Sequence[tuple[str, int]] | None = None,
-        observe: Callable[[StepFacts], None] | None = None,
     ) -> None:
         self.options, self.teacher, self.targets = options, teacher, targets
         self.student = Student(model, options.weights, options.temperature, options.prompt_loss)
@@ -118,7 +120,8 @@ class Trainer:
         self.optimizers = build_optimizers(model, options.optimizers)
         prepare_model(model, options.precision, options.checkpointing)
         self.workers = Workers.found()
-        self.observe = observe or (lambda facts: None)
+        self.observe: Callable[[Mapping[str, Any]], None] = lambda line: None
+        self.monitor: Monitor | None = None
         self.steps = options.warm_start + options.steps
         self.schedule = Schedule.of_shares(options.steps, **vars(options.schedule))
         self.order = Order(corpus, options.batch, options.seed, places, options.prompt_tokens)
@@ -134,34 +137,22 @@ class Trainer:
     # The loop
 
     def run(self, until: int | None = None) -> int:
-        """Train to the end, or until so many steps are done.
-
-        Returns
-        -------
-        int
-            Steps done.
-
-        Raises
-        ------
-        TrainingDivergedError
-            A loss or gradient is not a number: names the step and the cause.
-        CapacityError
-            No space for a checkpoint.
-        """
+        """Train to the end, or until so many steps are done."""
         last = self.steps if until is None else min(until, self.steps)
-        curve = Curve(self.folder / "curve.jsonl", self.step) if self.workers.first else None
+        if self.monitor is None and self.workers.first:
+            self.monitor = Monitor(self.folder, shared=self.shared, resumed=self.step)
         while self.step < last:
             started = time.monotonic()
             done = self._warm_step(self.step) if self.stage_of(self.step) == 0 else self._full_step(self.step)
             self.step += 1
-            if curve is not None:
-                curve.add(done.line)
-                values = {name: value for name, value in done.line.items() if name != "step"}
+            if self.monitor is not None:
                 seconds = time.monotonic() - started
-                self.observe(StepFacts(self.step, values, done.load_E, done.samples, done.tokens, seconds))
+                facts = StepFacts(self.step, done.values, done.load_E, done.samples, done.tokens, seconds)
+                self.monitor.record(facts)
+                self.observe(self.monitor.line)
             if self.step % self.options.checkpoint_every == 0 or self.step == self.steps:
-                if curve is not None:
-                    curve.sync()
+                if self.monitor is not None:
+                    self.monitor.sync()
                 self.save()
         return self.step
 
@@ -187,8 +178,13 @@ class Trainer:
         self._forget_gradients()
         return seconds
 
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Experts that are always on, beside the core."""
+        return () if self.student.router is None else tuple(self.student.router.options.shared)
+
     def stage_of(self, step: int) -> int:
-        """0 in the warm start, then 1 or 2."""
+        """Of the step after so many: 0 in the warm start, then 1 or 2."""
         if step < self.options.warm_start:
             return 0
         return 1 if step - self.options.warm_start < self.options.first_stage else 2
@@ -203,11 +199,7 @@ class Trainer:
         )
         self._check_loss(step, sums, routed)
         self.workers.add(self._gradients())
-        line: dict[str, float] = {
-            "step": step,
-            "stage": stage,
-            "loss": loss_of(sums, routed, self.options.weights),
-        }
+        line: dict[str, float] = {"stage": stage, "loss": loss_of(sums, routed, self.options.weights)}
         line |= {name: sums.mean(name) for name in PARTS if name in sums.counts}
         if self._learns("values"):
             active_E = active_experts(routed, self.student.model.config)
@@ -236,7 +228,7 @@ class Trainer:
         norm = self._clip(step)
         set_rates(self.optimizers, 1.0, {"router": self.options.warm_start_lr})
         self._update(routed)
-        line = {"step": step, "stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
+        line = {"stage": 0, "loss": loss, "gradient_norm": norm, **routed.parts}
         return _Done(line, load_of(routed), len(batch), int(batch.prompts_B.sum()))
 
     def _route(self, batch: Batch, step: int, growth: Growth | None, warm: bool = False) -> Routed | None:
@@ -259,7 +251,7 @@ class Trainer:
             lost = weight_not_finite(self.student.model)
             self._diverged(step, lost or f"the gradient of {first_non_finite(named)} is not finite")
         if self.stage_of(step) and self.rules.spikes.observe(clipped.norm):
-            LOG.warning("step %d: the norm of the gradients jumped to %.3g", step, clipped.norm)
+            LOG.warning("step %d: the norm of the gradients jumped to %.3g", step + 1, clipped.norm)
         return clipped.norm
 
     def _update(self, routed: Routed | None) -> None:
@@ -301,7 +293,7 @@ class Trainer:
         kept = self.checkpoints.paths()
         where = f"{kept[-1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
         raise TrainingDivergedError(
-            f"step {step}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
+            f"step {step + 1}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
         )
 
     def _learns(self, what: str) -> bool:
@@ -333,3 +325,51 @@ class Trainer:
             put_back(found, self.student.model, self.optimizers, self.rules)
             self.step = found.step
             LOG.info("resumed at step %d", self.step)
+
+
+def check_fit(
+    student: Student, teacher: Teacher | None, targets: ProfileTargets | None, options: TrainOptions
+) -> None:
+    """Refuse what cannot be trained."""
+    weights = options.weights
+    if teacher is None and (weights.kl > 0 or weights.hidden > 0):
+        raise InputError(
+            "train.loss.kl and hidden need a teacher and there is none; give one, or set both to 0"
+        )
+    if isinstance(teacher, Cached):
+        if weights.hidden > 0:
+            raise InputError(
+                "train.loss.hidden needs the teacher's hidden states, which a cache does not hold; set it to 0"
+            )
+        if options.temperature != 1:
+            raise InputError(
+                f"train.temperature = {options.temperature} needs all of the teacher's logits, of which a cache "
+                "holds a few; set it to 1"
+            )
+    vocabulary = int(student.model.get_output_embeddings().weight.shape[0])
+    if teacher is not None and teacher.vocabulary < vocabulary:
+        raise InputError(
+            f"the teacher's head has {teacher.vocabulary} tokens and the student's {vocabulary}; "
+            "train with the dense model that the student was made from"
+        )
+    if student.router is None:
+        if options.warm_start or options.routing.ks or weights.profile > 0:
+            raise InputError(
+                "train.warm_start, routing.ks and loss.profile need a router and the model has none; leave them out"
+            )
+        return
+    if (options.warm_start or weights.profile > 0) and targets is None:
+        raise InputError(
+            "train.warm_start and loss.profile need the profile's targets; run `tinyonn profile` first"
+        )
+    if targets is not None and targets.experts != student.experts:
+        raise InputError(
+            f"the profile is of {targets.experts} experts but the model has {student.experts}; profile this assembly"
+        )
+    if wrong := [k for k in options.routing.ks if not 0 <= k <= student.experts]:
+        raise InputError(
+            f"train.routing.ks has {wrong[0]} but there are {student.experts} experts; 0 is all of them"
+        )
+    top_k = student.router.top_k
+    if top_k is not None and top_k > student.experts:
+        raise InputError(f"top_k = {top_k} but there are {student.experts} experts; give at most as many")

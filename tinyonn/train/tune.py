@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,17 @@ from tinyonn.errors import InputError
 from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
 from tinyonn.progress import Bar
+from tinyonn.sheet import Sheet, whole
+from tinyonn.sizes import format_seconds
 from tinyonn.store.lock import RunLock
-from tinyonn.train.build import build_trainer
 from tinyonn.train.checkpoint import without_removed
-from tinyonn.train.dotted import option_of, with_options
-from tinyonn.train.monitor import StepFacts
-from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training, take_places
+from tinyonn.train.options import option_of, with_options
+from tinyonn.train.plan import TrainStageOptions, make_spec, plan_disk, plan_training
 from tinyonn.train.search import Found, Range, Report, SearchOptions, begin, found, open_study, search
 from tinyonn.train.spec import Spec
 from tinyonn.train.trainer import TrainingDivergedError
-from tinyonn.train.tune_report import TuneReport
-from tinyonn.workers.ray import Places
+from tinyonn.train.worker import build_trainer
+from tinyonn.workers.ray import Places, take_places
 
 STUDY = "train"
 JOURNAL = "train.log"
@@ -122,8 +122,8 @@ def tune_train(
         study = open_study(folder / JOURNAL, STUDY, _search(options))
         begin(study, first, options.ranges)
         with ExitStack() as stack:
-            asked = replace(train, workers=options.workers)
-            places = take_places(asked, config, stack, options.trials, lambda: "the trials that ended stay")
+            asked = train.address, options.workers, train.threads
+            places = take_places(*asked, config, stack, options.trials, lambda: "the trials that ended stay")
             spec = replace(spec, device=places.device, threads=places.threads)
             plan_training(spec, places, train.memory)
             plan_disk(spec, model=False, checkpoints=places.workers)  # one of each trial, removed at its end
@@ -139,19 +139,7 @@ def tune_train(
 def take_part(
     spec: Spec, options: TuneOptions, folder: str, part: int, tell: Tell = lambda line: None
 ) -> None:
-    """Run trials until the study has enough; one of several that do.
-
-    Parameters
-    ----------
-    spec : Spec
-        Of a short run.
-    options : TuneOptions
-    folder : str
-        Of the study.
-    part : int
-        Number of this process.
-    tell : callable
-    """
+    """Run trials until the study has enough; one of several that do."""
     study = open_study(Path(folder) / JOURNAL, STUDY, _search(options), part)
     finished = len([trial for trial in study.trials if trial.state.is_finished()])
     bar = Bar("tuning", max(0, options.trials - finished), "trials", count=options.trials, before=finished)
@@ -184,10 +172,10 @@ def short_run(spec: Spec, report: Report) -> float:
     steps = spec.train.steps
     every = max(1, steps // REPORTS)
 
-    def observe(facts: StepFacts) -> None:
-        if facts.values.get("stage") == 0:  # the warm start
+    def observe(line: Mapping[str, Any]) -> None:
+        if line["values"]["stage"] == 0:  # the warm start
             return
-        losses.append(facts.values["ce"])
+        losses.append(line["values"]["ce"])
         recent = losses[-max(1, steps // LAST) :]
         if len(losses) % every == 0 and report(len(losses), math.fsum(recent) / len(recent)):
             raise _GivenUp
@@ -249,3 +237,43 @@ def _report(
         options.steps,
         seconds,
     )
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a search found.
+
+    Attributes
+    ----------
+    best : dict of str to float
+        By dotted names of `TrainOptions`.
+    loss, first_loss : float
+        Of the best trial, and of the options as they were given (NaN if they are out of range or were given up), nats.
+    finished, pruned : int
+        Trials.
+    """
+
+    location: str
+    best: dict[str, float]
+    loss: float
+    first_loss: float | None
+    finished: int
+    pruned: int
+    steps: int
+    tune_seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    def table(self) -> Sheet:
+        """For people."""
+        given = "" if self.first_loss is None else f", {self.first_loss:.4f} with the options as given"
+        notes = [
+            f"{self.loss:.4f} nats after {self.steps:,} steps{given}",
+            f"{self.finished:,} trials and {self.pruned:,} that were given up, in {format_seconds(self.tune_seconds)}",
+        ]
+        sheet = Sheet(f"tuned {whole(self.location)}", notes).text("option").number("best")
+        for name, value in self.best.items():
+            sheet.add(f"train.{name}", f"{value:.3g}")
+        return sheet

@@ -17,8 +17,9 @@ import ray
 
 from tinyonn import endings
 from tinyonn.config import Config
+from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
-from tinyonn.machine import Device, free_ram, gpus
+from tinyonn.machine import Device, free_ram, gpus, usable_cpus
 from tinyonn.private import scratch_folder
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
 
@@ -223,6 +224,44 @@ def places_of(
     cpus = min(int(node.get("CPU", 1)) for node in nodes)
     memory = free_ram() if len(nodes) == 1 else _least_ram(nodes)
     return Places(address, device, count, threads or max(1, cpus // sharing), sharing, memory)
+
+
+def take_places(
+    address: str | None,
+    workers: int | None,
+    threads: int | None,
+    config: Config,
+    stack: ExitStack,
+    most: int,
+    held: Callable[[], str],
+) -> Places:
+    """Where a training runs, at most so many workers; Ray, if it is needed, stays connected while the stack is open.
+
+    Parameters
+    ----------
+    address, workers, threads, most
+        As of `cluster_address` and `places_of`.
+    config : Config
+    stack : ExitStack
+    held : callable
+        Says in words what is committed, for the error when Ray is lost.
+
+    Raises
+    ------
+    InputError
+        Numbers below 1, no such cluster or device, or more workers than there is work for.
+    """
+    address = cluster_address(address)
+    if workers is not None and workers < 1:
+        raise InputError(f"train.workers = {workers}; give at least 1")
+    if threads is not None and threads < 1:
+        raise InputError(f"train.threads = {threads}; give at least 1")
+    if address is None and (workers or 1) == 1:
+        device = choose_device(config.model.device)
+        return alone("cuda" if device.type == "cuda" else "cpu", threads or usable_cpus())
+    each = threads or max(1, usable_cpus() // (workers or 1))
+    stack.enter_context(connected(address, max(usable_cpus(), each * (workers or 1)), held))
+    return places_of(address, cluster_device(config), workers, threads, most)
 
 
 def _vram() -> int | None:

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
 
-from tests.dense.architectures import ARCHITECTURES, make_model
-from tests.experts.assembled import assemble, assembled, dense_model, random_groups
+from tests.dense.architectures import ARCHITECTURES
+from tests.dense.conftest import ModelFactory
+from tests.model.assembled import assemble, assembled, dense_model, random_groups
 from tinyonn.config import ModelConfig
 from tinyonn.dense.load import load_model
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
@@ -25,30 +26,12 @@ from tinyonn.model.sparse_tinyonn import dense_of
 from tinyonn.reference import model_path
 
 UP = "model.layers.0.mlp.up_proj"
-Folder = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = make_model(name, tmp_path_factory.mktemp("models") / name)
-        return made[name]
-
-    return get
 
 
 @pytest.fixture
-def pair(folder_of: Folder) -> tuple[Any, TinyONNForCausalLM]:
+def pair(model_of: ModelFactory) -> tuple[Any, TinyONNForCausalLM]:
     """A base and a model with four experts and 60 % of its weights."""
-    return assembled(folder_of("qwen2"), kept=0.6)
+    return assembled(model_of("qwen2"), kept=0.6)
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
@@ -78,8 +61,8 @@ def saved(model: TinyONNForCausalLM, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_all_on_is_the_dense_model(folder_of: Folder, tmp_path: Path, name: str) -> None:
-    base, model = assembled(folder_of(name))
+def test_all_on_is_the_dense_model(model_of: ModelFactory, tmp_path: Path, name: str) -> None:
+    base, model = assembled(model_of(name))
     ids = tokens()
     with torch.no_grad():
         wanted = base(ids).logits
@@ -123,8 +106,8 @@ def test_reference_model_continues_the_same() -> None:
         assert torch.equal(model.generate(**ids, **settings), wanted)
 
 
-def test_bfloat16_is_kept(folder_of: Folder, tmp_path: Path) -> None:
-    base = dense_model(folder_of("qwen2"), dtype=torch.bfloat16)
+def test_bfloat16_is_kept(model_of: ModelFactory, tmp_path: Path) -> None:
+    base = dense_model(model_of("qwen2"), dtype=torch.bfloat16)
     model = assemble(base, random_groups(base, 3), 3)
     saved(model, tmp_path)
     for options in ({}, {"dtype": "auto"}, {"device_map": {"": "cpu"}}, {"low_cpu_mem_usage": True}):
@@ -178,9 +161,9 @@ def test_gates_per_token_mix(pair: tuple[Any, TinyONNForCausalLM]) -> None:
                 assert far(Y[sample, token], layer(X[sample : sample + 1, token])[0]) <= 1e-5
 
 
-def test_rule_chooses_by_prior(folder_of: Folder) -> None:
+def test_rule_chooses_by_prior(model_of: ModelFactory) -> None:
     prior = [0.1, 0.9, 0.4, 0.9]
-    base, model = assembled(folder_of("qwen2"), kept=0.6, expert_prior=prior, experts_top_k=2)
+    base, model = assembled(model_of("qwen2"), kept=0.6, expert_prior=prior, experts_top_k=2)
     assert model.config.chosen_experts == [1, 3]
     with torch.no_grad():
         wanted = gated(base, model, torch.tensor([0.0, 1, 0, 1]))(tokens()).logits
@@ -285,9 +268,9 @@ def test_sampling_beams_and_static_cache(pair: tuple[Any, TinyONNForCausalLM]) -
     assert beams.shape[0] == 4
 
 
-def test_pipeline_and_chat(pair: tuple[Any, TinyONNForCausalLM], folder_of: Folder) -> None:
+def test_pipeline_and_chat(pair: tuple[Any, TinyONNForCausalLM], model_of: ModelFactory) -> None:
     _, model = pair
-    tokenizer = AutoTokenizer.from_pretrained(folder_of("qwen2"))
+    tokenizer = AutoTokenizer.from_pretrained(model_of("qwen2"))
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "hi"}]
     answer = write(chat, max_new_tokens=4, do_sample=False)[0]["generated_text"]
@@ -476,10 +459,10 @@ def test_bad_shards(
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_shard_of_other_sizes(folder_of: Folder, tmp_path: Path) -> None:
+def test_shard_of_other_sizes(model_of: ModelFactory, tmp_path: Path) -> None:
     """The same id, but entries that the configuration does not speak of."""
     for seed in (0, 1):
-        _, model = assembled(folder_of("qwen2"), kept=0.6, seed=seed)
+        _, model = assembled(model_of("qwen2"), kept=0.6, seed=seed)
         model.save_pretrained(tmp_path / str(seed))
     shutil.copy(tmp_path / "1" / "model.safetensors", tmp_path / "0")
     with pytest.raises(ValueError, match=r"model\.safetensors: .* has shape .* config\.json asks for"):

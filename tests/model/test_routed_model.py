@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.dense.architectures import make_model
-from tests.experts.assembled import assemble, assembled, dense_model, random_groups
-from tests.experts.routers import FOUR, decide
+from tests.dense.conftest import ModelFactory
+from tests.model.assembled import assemble, assembled, dense_model, random_groups
+from tests.model.routers import FOUR, decide
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
 from tinyonn.model.configuration_tinyonn import GATE_RULE, ROUTER_RULE
 from tinyonn.model.router_tinyonn import PromptRouter
@@ -22,9 +22,8 @@ SETTINGS: dict[str, Any] = {"do_sample": False, "pad_token_id": 256}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return make_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
+def folder(model_of: ModelFactory) -> Path:
+    return model_of("qwen2")
 
 
 def routed(folder: Path, options: dict[str, Any] | None = None, **configuration: Any) -> TinyONNForCausalLM:

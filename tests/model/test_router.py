@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
-from tests.experts.routers import decide
-from tinyonn.model.router_options_tinyonn import RouterOptions
+from tests.dense.conftest import ModelFactory
+from tests.model.assembled import dense_model
+from tests.model.routers import decide
+from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]
@@ -18,9 +18,8 @@ TREE: dict[str, Any] = {"branches": BRANCHES, "width": 16, "top_k": 2}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(1)
-    return dense_model(make_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2"))
+def base(model_of: ModelFactory) -> Any:
+    return dense_model(model_of("qwen2"))
 
 
 @pytest.fixture

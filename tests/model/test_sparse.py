@@ -252,7 +252,7 @@ def test_saved_files_alone_with_and_without_compilers(without: str, tmp_path: Pa
     package = tmp_path / "saved"
     package.mkdir()
     source = Path(sparse.__file__).parent
-    for name in ("sparse", "batched", "matrix", "cpu", "entries", "llvm", "triton", "gated_triton"):
+    for name in ("sparse", "batched", "matrix", "cpu", "llvm", "triton", "gated_triton"):
         shutil.copy(source / f"{name}_tinyonn.py", package)
     files = sorted(package.iterdir())
     script = f"""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a chunk in float32: for the cache, and for few launches
+from tinyonn.plan.training import CHUNK_BYTES
 
 
 class Targets(Protocol):
@@ -141,19 +141,7 @@ class Hard:
 
 
 def token_losses(student_TV: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Losses of all tokens, in chunks.
-
-    Parameters
-    ----------
-    student_TV : float [T, V]
-        Logits.
-    targets : Targets
-
-    Returns
-    -------
-    float32 [T], float64 for float64 logits
-        With gradient for the student.
-    """
+    """Losses of all tokens, in chunks."""
     losses: torch.Tensor = _TokenLosses.apply(student_TV, targets)  # type: ignore[no-untyped-call]
     return losses
 

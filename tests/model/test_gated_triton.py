@@ -19,7 +19,7 @@ import sys
 import torch
 import torch.utils.checkpoint
 import tinyonn.model.batched_tinyonn as batched
-from tests.experts.test_batched import GATES, VALUE_GATES, by_definition, exact, leaves, run
+from tests.model.test_batched import GATES, VALUE_GATES, by_definition, exact, leaves, run
 from tinyonn.model import gated_triton_tinyonn as kernels
 
 device = sys.argv[1]

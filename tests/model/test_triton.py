@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="Triton is an optional package")
 SCRIPT = """
 import sys
 import torch
-from tests.experts.test_sparse import by_definition, compress, random_matrix
+from tests.model.test_sparse import by_definition, compress, random_matrix
 from tinyonn.model import triton_tinyonn
 from tinyonn.model.sparse_tinyonn import dense_of, merge, sparse_linear
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assembled
-from tests.experts.routers import FOUR
+from tests.model.assembled import assembled
+from tests.model.routers import FOUR
 
 HIDDEN = (
     "tinyonn",

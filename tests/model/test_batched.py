@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinyonn.model.batched_tinyonn as batched
 from tests.dense.architectures import make_model
-from tests.experts.assembled import assemble, assembled, dense_model, random_groups
-from tests.experts.test_sparse import by_definition, random_matrix
+from tests.dense.conftest import ModelFactory
+from tests.model.assembled import assemble, assembled, dense_model, random_groups
+from tests.model.test_sparse import by_definition, random_matrix
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.model.sparse_tinyonn import batched_linear, gated_linear
 
@@ -253,8 +254,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
+def base_folder(model_of: ModelFactory) -> Path:
+    return model_of("qwen2")
 
 
 @pytest.fixture

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.dense.architectures import make_model
-from tests.experts.assembled import dense_model
-from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits, limit_load
-from tinyonn.model.selection_tinyonn import slopes
+from tests.dense.conftest import ModelFactory
+from tests.model.assembled import dense_model
+from tinyonn.model.router_tinyonn import PromptRouter, RouterLogits, limit_load, slopes
 
 BRANCHES = [[4, 0, 2], [1], [3, 5]]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tmp_path_factory.mktemp("models")
-    return dense_model(make_model("qwen2", folder / "qwen2"))
+def base(model_of: ModelFactory) -> Any:
+    return dense_model(model_of("qwen2"))
 
 
 def routed(base: Any, **options: Any) -> PromptRouter:

@@ -1,9 +1,13 @@
-"""From a spec to a trainer: every worker loads student, teacher, corpus and targets for itself."""
+"""What every worker of a training does, alone or in a group: build, train, write the model.
+
+Every worker loads student, teacher, corpus and targets for itself, from the same `Spec`.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,20 @@ import torch
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Corpus
 from tinyonn.dense.load import load_model, load_tokenizer
+from tinyonn.dense.source import model_folder
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.experts.card import write_card
+from tinyonn.experts.folder import read_settings
+from tinyonn.files import line_of, write_json
+from tinyonn.plan.usage import Meter, measured
+from tinyonn.track import Tracker
+from tinyonn.train.checkpoint import save_model
+from tinyonn.train.monitor import Monitor
+from tinyonn.train.routing import ProfileTargets, find_profiled
+from tinyonn.train.samples import Workers
 from tinyonn.train.spec import Spec, assembled_id, experts_of, read_student
-from tinyonn.train.targets import ProfileTargets, find_profiled
 from tinyonn.train.teacher import Cached, Live, Teacher, cache_key, cache_teacher, check_tokenizers
 from tinyonn.train.trainer import Trainer
-from tinyonn.train.workers import Workers
 
 LOG = logging.getLogger(__name__)
 CACHE = "teacher"  # in the training's folder
@@ -26,19 +38,7 @@ POLL = 2.0  # seconds between looks for a cache that another worker writes
 
 
 def build_trainer(spec: Spec) -> Trainer:
-    """Build all that a worker needs; resumes the newest checkpoint.
-
-    Parameters
-    ----------
-    spec : Spec
-
-    Raises
-    ------
-    InputError
-        Something is missing, damaged, or does not fit the rest; a checkpoint of another training.
-    CapacityError
-        The GPU's memory is too small.
-    """
+    """Build all that a worker needs; resumes the newest checkpoint."""
     torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
     if device.type == "cuda":
@@ -62,13 +62,7 @@ def build_trainer(spec: Spec) -> Trainer:
 
 
 def build_student(spec: Spec, device: torch.device) -> Any:
-    """What is trained: an assembled model with its own or a new router, or a dense one without any.
-
-    Raises
-    ------
-    InputError
-        It cannot be loaded, or has another number of experts than the router.
-    """
+    """What is trained: an assembled model with its own or a new router, or a dense one without any."""
     from tinyonn.experts.folder import open_assembled
 
     folder = Path(spec.student)
@@ -85,13 +79,7 @@ def build_student(spec: Spec, device: torch.device) -> Any:
 
 
 def build_teacher(spec: Spec, corpus: Corpus, device: torch.device) -> Teacher | None:
-    """The teacher or what is cached of it; None if no loss needs it.
-
-    Raises
-    ------
-    InputError
-        Student and teacher have different tokenizers.
-    """
+    """The teacher or what is cached of it; None if no loss needs it."""
     if not spec.needs_teacher:
         return None
     check_tokenizers(load_tokenizer(ModelConfig(path=spec.student)), load_tokenizer(spec.teacher))
@@ -141,13 +129,7 @@ def _taught_by(spec: Spec) -> str:
 
 
 def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:
-    """What the profile wants of the router on samples of `corpus`; None if nothing asks for it.
-
-    Raises
-    ------
-    InputError
-        The corpus has none of the profiled samples, or the profile is of another one than was recorded.
-    """
+    """What the profile wants of the router on samples of `corpus`; None if nothing asks for it."""
     from tinyonn.profile.profile import open_profile
 
     if not spec.needs_targets or spec.profile is None:
@@ -163,3 +145,85 @@ def build_targets(spec: Spec, corpus: Corpus) -> ProfileTargets | None:
         per_E = contribution_SE.mean(0, dtype=np.float64)
     there = indexes >= 0
     return ProfileTargets(indexes[there].tolist(), contribution_SE[there], spec.targets.sharpness, per_E)
+
+
+STARTS = "starts.jsonl"  # in the training's folder: the step that every start went on from
+USE = "use.json"  # in the training's folder: what the first worker used
+
+Report = Callable[[Mapping[str, float]], None]
+Tell = Callable[[str], None]
+Observe = Callable[[Mapping[str, Any]], None]  # a line of the monitor
+
+
+def train_loop(
+    spec: Spec,
+    report: Report = lambda metrics: None,
+    tell: Tell = lambda line: None,
+    observe: Observe = lambda line: None,
+) -> None:
+    """Train to the end, from the newest checkpoint on, and write the model."""
+    with measured() as meter:
+        _loop(spec, report, tell, observe, meter)
+
+
+def _loop(spec: Spec, report: Report, tell: Tell, observe: Observe, meter: Meter) -> None:
+    trainer = build_trainer(spec)
+    if trainer.step:
+        tell(f"going on from step {trainer.step} of {trainer.steps}")
+    # Where it is the router alone that learns at first, only a try can tell how long the rest will take.
+    seconds = trainer.rehearse() if 0 <= trainer.step < spec.train.warm_start else None
+    if not trainer.workers.first:
+        _train(trainer, report)
+        trainer.workers.wait()  # the model is written
+        return
+    folder = Path(spec.folder)
+    with (folder / STARTS).open("a", encoding="utf-8") as file:
+        start = {"step": trainer.step, "workers": trainer.workers.world, "step_seconds": seconds}
+        file.write(line_of(start))
+    tracker = Tracker(spec.track, folder, f"{folder.absolute().parent.name}-{folder.name}")
+    try:
+        monitor = Monitor(folder, tracker, spec.window, tell, trainer.shared, trainer.step)
+        trainer.monitor, trainer.observe = monitor, observe
+        try:
+            _train(trainer, report)
+        finally:
+            monitor.close()
+    finally:
+        tracker.close()
+    write_json(folder / USE, {"peak_bytes": peak_bytes(spec.device, meter)})
+    save_model(trainer.student.model, spec.output, provenance(spec, trainer), spec.student)
+    _write_card(spec)
+    trainer.workers.wait()
+
+
+def _write_card(spec: Spec) -> None:
+    """Beside a model that was assembled from a run."""
+    tree = read_settings(Path(spec.output), "train it again")
+    if "report" in tree.get("assembly", {}):
+        write_card(Path(spec.output), tree, model_folder(spec.model, weights=False))
+
+
+def _train(trainer: Trainer, report: Report) -> None:
+    """To the end, checkpoint by checkpoint."""
+    every = trainer.options.checkpoint_every
+    while trainer.step < trainer.steps:
+        trainer.run(min(trainer.steps, (trainer.step // every + 1) * every))
+        report({"step": float(trainer.step)})
+
+
+def provenance(spec: Spec, trainer: Trainer) -> dict[str, Any]:
+    """What the trained model says of its training."""
+    return {
+        "steps": trainer.step,
+        "corpus": trainer.order.corpus.fingerprint,
+        "workers": trainer.workers.world,
+        "options": trainer.options.deciding(),
+        **{f"of/{name}": value for name, value in spec.identity.items() if name != "router.branches"},
+    }
+
+
+def peak_bytes(device: str, meter: Meter) -> int:
+    """Most memory that this worker had: of the GPU, or RAM."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_reserved())
+    return meter.usage.peak

@@ -95,6 +95,13 @@ def test_a_pass_finds_the_nearest_centre_of_every_row() -> None:
     check_sums(rows, space, found)
 
 
+def test_of_equally_near_cells_the_lowest_number_wins() -> None:
+    rows, space = world(5)
+    centres = np.random.default_rng(0).uniform(0, 10, (20, space.axes))
+    found = KMeans(rows, space).assign(np.concatenate([centres, centres[::-1]]))
+    assert np.array_equal(found.labels, inertia_of(rows, space, centres)[1])
+
+
 def test_bounds_skip_no_row_that_would_change() -> None:
     """After any number of iterations the labels are those of a full pass with the centres before the last move."""
     rows, space = world(7, rows=900)

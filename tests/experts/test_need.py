@@ -119,6 +119,15 @@ def test_groups_and_counts_fit(made: Any) -> None:
         assert cuts.kept.sum() == selection.tensors[name].kept.sum()
 
 
+def test_of_equally_near_experts_the_lowest_number_wins() -> None:
+    groups_N, bins_SN, table_SB = np.array([0, 1, 3], np.uint8), np.zeros((2, 3), np.uint16), np.zeros((2, 1))
+    centres = np.array([[2, 1, 1], [2, 1, 1]], np.float32), np.zeros(3, np.float32)
+    labels_N, counts_K, sums_KS = np.zeros(3, np.uint8), np.zeros(3, np.int64), np.zeros((3, 2))
+    need_passes._nearest(groups_N, bins_SN, table_SB, centres, 3, labels_N, counts_K, sums_KS)
+    assert labels_N.tolist() == [1, 1, 0]  # the third is the core's
+    assert counts_K.tolist() == [0, 2, 0]
+
+
 def test_needed_budgets_undo_the_allocation() -> None:
     budgets, shares = np.array([0.01, 0.1, 0.3]), np.array([0.002, 0.05, 0.5])
     assert np.allclose(needed_budgets(shares, budgets, shares), budgets)

@@ -53,7 +53,7 @@ def assemble(
         bool, typer.Option("--then-train", help="Then profile the experts and train router and experts.")
     ] = False,
 ) -> None:
-    """Keep the best weights of every cell and write them as experts of a model that `transformers` loads."""
+    """Keep the best weights of every tensor and write them as experts of a model that `transformers` loads."""
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.experts.assemble import assemble_run

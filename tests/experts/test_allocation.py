@@ -26,6 +26,11 @@ def test_apportioning_is_exact_proportional_and_keeps_limits() -> None:
             assert (factor - slack).max() <= (factor + slack).min() + 1e-6
 
 
+def test_what_is_left_over_goes_to_the_largest_remainders_and_of_equal_ones_to_the_first() -> None:
+    assert apportion(10, [5.6, 2.3, 2.1], [10, 10, 10]).tolist() == [6, 2, 2]
+    assert apportion(10, [2.5, 2.5, 5.0], [10, 10, 10]).tolist() == [3, 2, 5]
+
+
 def test_a_large_total_comes_out_to_the_unit() -> None:
     sizes = np.array([17_694_720, 6_553_600, 17_694_720] * 130)
     for total in (1_000_000_000, 1, int(sizes.sum()), int(sizes.sum()) - 1):

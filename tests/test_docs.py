@@ -28,11 +28,11 @@ from tests.documents import (
 )
 from tests.options import written
 from tests.record.runs import config_of, serial_run, write_rows
-from tinyonn import screen
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, EvaluateConfig, known_keys, parse_config
 from tinyonn.score.stage import score_run
+from tinyonn.show import screen
 
 PLAN_WIDTH = 100
 SECTIONS = "|".join(Config.model_fields)

@@ -47,7 +47,7 @@ from tinyonn.plan.demands import LIBRARY_BYTES, DataFacts, Machine
 from tinyonn.plan.facts import describe_model
 from tinyonn.plan.recording import RecordPlan, plan_record
 from tinyonn.record.worker import Worker
-from tinyonn.sizes import GiB, MiB, format_size
+from tinyonn.show.sizes import GiB, MiB, format_size
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import Float64, TensorCalibration, UInt16

@@ -47,7 +47,7 @@ from tinyonn.config import ClusterConfig, ModelConfig, ScoreConfig
 from tinyonn.dense.source import SHAPES
 from tinyonn.plan.facts import describe_model
 from tinyonn.score.stage import score_run
-from tinyonn.sizes import GiB
+from tinyonn.show.sizes import GiB
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import Float64
 from tinyonn.store.repository import Store

@@ -25,7 +25,7 @@ from benchmarks.large_run import Measured, PeakWatch, chunk_keys, disk_bytes, le
 from benchmarks.report import at_most, finish
 from tinyonn.dense.parameters import Parameter
 from tinyonn.experts.shards import plan_shards, write_tensors
-from tinyonn.sizes import GiB
+from tinyonn.show.sizes import GiB
 from tinyonn.store.repository import Store
 
 BLOCK = 1 << 23

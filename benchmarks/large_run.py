@@ -28,7 +28,7 @@ from benchmarks.synthetic import synthesise
 from tinyonn.config import ModelConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.plan.facts import describe_model
-from tinyonn.sizes import GiB
+from tinyonn.show.sizes import GiB
 from tinyonn.store.arrays import band_rows, bands, create_array
 from tinyonn.store.repository import Store
 

@@ -1,4 +1,4 @@
-"""Memory and speed of a recorder that meets ever new lengths of samples, with the settings of `tinyonn.runtime` or not.
+"""Memory and speed of a recorder that meets ever new lengths of samples, with the settings of `tinyonn.machine` or not.
 
     python benchmarks/lengths.py [--model PATH] [--lengths 300] [--tokens 512] [--sweep [NAME ...]] [--json]
 
@@ -149,7 +149,7 @@ class Child:
 
 def serve(path: str, plain: bool) -> None:
     """Answer questions on standard input: record a sample, or tell the digest of all sums."""
-    from tinyonn import runtime
+    from tinyonn import machine as runtime
     from tinyonn.config import ModelConfig
     from tinyonn.corpus.file import Sample
     from tinyonn.dense.load import load_model

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, finish
 from tinyonn.reference import model_path
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 
 STAGES = (
     "record", "merge", "score", "cluster", "assemble", "profile", "train", "evaluate", "evaluate --trained",

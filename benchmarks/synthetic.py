@@ -31,8 +31,8 @@ def recorded(run: Path, **options: Any) -> Path:
     """The run, recorded and merged with the demo's configuration and these options of ``record`` if it is not there."""
     from tinyonn.cli import DEMO_CONFIG
     from tinyonn.config import load_config
-    from tinyonn.merging import merge_run
     from tinyonn.record.driver import record
+    from tinyonn.run import merge_run
 
     if not Store.exists(run / "store"):
         config = load_config(DEMO_CONFIG)

@@ -28,8 +28,8 @@ from typer.testing import CliRunner, Result
 from tests.dense.architectures import make_model
 from tests.record.runs import POISON, make_sick_model, reasons
 from tinyonn.cli import app
-from tinyonn.logs import close_logging
 from tinyonn.run import open_run
+from tinyonn.show.logs import close_logging
 from tinyonn.store.lock import RunLock
 
 pytestmark = pytest.mark.timeout(900)  # the worst of machines

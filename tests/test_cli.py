@@ -24,10 +24,10 @@ from tinyonn.config import Config
 from tinyonn.dense.parameters import Parameter
 from tinyonn.doctor import examine, look_at_disk, look_at_nf4, look_at_python, look_at_ram, look_at_ray
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
-from tinyonn.logs import FILE_BYTES, close_logging, setup_logging
-from tinyonn.merging import merge_run
 from tinyonn.places import local_folder, run_location, store_location
-from tinyonn.sizes import GiB, format_count, format_seconds, format_size, parse_size
+from tinyonn.run import merge_run
+from tinyonn.show.logs import FILE_BYTES, close_logging, setup_logging
+from tinyonn.show.sizes import GiB, format_count, format_seconds, format_size, parse_size
 from tinyonn.status import is_complete, read_status
 from tinyonn.store.arrays import SegmentWriter
 from tinyonn.store.lock import RunLock

@@ -28,11 +28,11 @@ from tests.documents import (
 )
 from tests.options import written
 from tests.record.runs import config_of, serial_run, write_rows
-from tinyonn import screen
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, EvaluateConfig, known_keys, parse_config
 from tinyonn.score.stage import score_run
+from tinyonn.show import screen
 
 PLAN_WIDTH = 100
 SECTIONS = "|".join(Config.model_fields)
@@ -124,8 +124,8 @@ def test_command_runs(command: Block, place: Path, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0, result.output
 
 
-def test_plan_in_the_readme_is_what_plan_prints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = (block for block in blocks("text") if block.page == "README.md" and "VRAM" in block.text)
+def test_plan_in_the_docs_is_what_plan_prints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (block for block in blocks("text") if block.page == "docs/stages.md" and "VRAM" in block.text)
     (command,) = (c for c in commands() if c.page == "README.md" and c.text.startswith("tinyonn plan qwen"))
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -9,8 +9,8 @@ import pytest
 
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import usable_cpus
-from tinyonn.progress import Bar
-from tinyonn.sizes import GiB, MiB
+from tinyonn.show.progress import Bar
+from tinyonn.show.sizes import GiB, MiB
 from tinyonn.workers.tasks import PROCESS_BYTES, EngineOptions, Watch, computing
 
 

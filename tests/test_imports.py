@@ -18,7 +18,7 @@ COMPUTING = """
 corpus.file corpus.files corpus.forms corpus.json_rows corpus.messages corpus.tokens dense.checkpoint
 dense.gguf_folder dense.load dense.parameters dense.source errors experts machine plan.demands
 plan.recording profile.groups profile.kernel profile.measure record.recorder record.worker
-reference sizes store.records train.data train.losses train.optimizers train.options
+reference show.sizes store.records train.data train.losses train.optimizers train.options
 train.routing train.samples train.student train.teacher
 """.split()
 HEAVY = "torch ray dask zarr transformers numba".split()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tinyonn.pace import MOST, Pace, Phase, rate_of
+from tinyonn.show.pace import MOST, Pace, Phase, rate_of
 
 FACTOR = 1.5
 FIRST = 10.0  # seconds

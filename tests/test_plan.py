@@ -28,7 +28,7 @@ from tinyonn.plan.recording import (
     sample_seconds,
     segment_size,
 )
-from tinyonn.sizes import GiB, MiB
+from tinyonn.show.sizes import GiB, MiB
 
 QWEN = Path(__file__).parent.parent / "configs" / "qwen1.5-4b.yaml"
 

@@ -11,12 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "tinyonn"
 ORDER = """
-errors escape sizes sheet screen machine files sealed_folder places options pace progress endings runtime private
+errors files show machine places options endings
 model reference dense checks yaml_text config
-corpus store plan workers run
-logs track command
+corpus store plan workers run command
 record score cluster experts profile train evaluate
-merging status doctor cli_experts cli __main__
+status doctor cli_experts cli __main__
 """.split()
 
 

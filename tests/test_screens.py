@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from tinyonn import progress
 from tinyonn.cluster.report import Cell, Churn, ClusterReport
 from tinyonn.config import RecordConfig
 from tinyonn.dense.parameters import Parameter
@@ -32,16 +31,17 @@ from tinyonn.evaluate.sensitivity import Found
 from tinyonn.evaluate.trained import TrainedLine, TrainedReport
 from tinyonn.experts.export import ExportReport
 from tinyonn.experts.report import AssembleReport, Kept, Totals
-from tinyonn.merging import MergeReport
-from tinyonn.pace import Phase
 from tinyonn.plan.demands import DataFacts, Machine, ModelFacts
 from tinyonn.plan.recording import plan_record
 from tinyonn.profile.profile import ProfileReport
-from tinyonn.progress import Bar, counted, shown_progress
 from tinyonn.record.report import RecordReport
+from tinyonn.run import MergeReport
 from tinyonn.score.stage import ScoreReport
-from tinyonn.sheet import HARD, Sheet, whole, wrap
-from tinyonn.sizes import GiB
+from tinyonn.show import progress
+from tinyonn.show.pace import Phase
+from tinyonn.show.progress import Bar, counted, shown_progress
+from tinyonn.show.sheet import HARD, Sheet, whole, wrap
+from tinyonn.show.sizes import GiB
 from tinyonn.status import SliceStatus, StatusReport
 from tinyonn.train.report import TrainReport
 from tinyonn.train.tune import TuneReport
@@ -323,10 +323,10 @@ def test_the_live_line_is_one_line_with_the_time_left(width: int) -> None:
 SCRIPT = """
 import logging, os, sys, time
 from pathlib import Path
-from tinyonn import screen
-from tinyonn.sheet import pairs
-from tinyonn.logs import setup_logging
-from tinyonn.progress import Bar, shown_progress
+from tinyonn.show import screen
+from tinyonn.show.sheet import pairs
+from tinyonn.show.logs import setup_logging
+from tinyonn.show.progress import Bar, shown_progress
 setup_logging(sys.argv[1], "stage")
 with screen.kept_for_us(Path(sys.argv[1]) / "libraries.log", False), shown_progress():
     with Bar("working", 8, "units") as bar:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from tinyonn.errors import InputError
-from tinyonn.escape import shortened
+from tinyonn.show.escape import shortened
 
 if TYPE_CHECKING:
     from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig

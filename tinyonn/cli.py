@@ -72,7 +72,7 @@ def plan(
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.plan.facts import plan_run
-        from tinyonn.sizes import parse_size
+        from tinyonn.show.sizes import parse_size
 
         limits = {name: parse_size(text, f"--{name}") for name, text in given(vram=vram, ram=ram, disk=disk)}
         return plan_run(location, local_folder(location), settings, limits)
@@ -119,7 +119,7 @@ def merge(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = F
     """Average committed segments until each slice has one (as far as it is recorded)."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.merging import merge_run
+        from tinyonn.run import merge_run
 
         return merge_run(location)
 
@@ -220,7 +220,7 @@ def demo(as_json: JsonOption = False) -> None:
         from tinyonn.evaluate.stage import evaluate_options, evaluate_run
         from tinyonn.evaluate.trained import continue_text, evaluate_trained
         from tinyonn.experts.assemble import assemble_run
-        from tinyonn.merging import merge_run
+        from tinyonn.run import merge_run
         from tinyonn.score.stage import score_run
         from tinyonn.status import is_complete, read_status
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol
 
 import typer
 
-from tinyonn import endings, screen
+from tinyonn import endings
 from tinyonn.errors import CapacityError, EngineLostError, InputError, TinyONNError
-from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
+from tinyonn.show import screen
+from tinyonn.show.escape import shortened
 
 if TYPE_CHECKING:
     from tinyonn.config import Config
-    from tinyonn.sheet import Sheet
+    from tinyonn.show.sheet import Sheet
     from tinyonn.workers.tasks import EngineOptions
 
 UNUSABLE = (  # what a path can be wrong with
@@ -90,8 +91,8 @@ def run_stage(
 
         settings = load_config(config)
         location = run_location(run, settings.storage.root)
+        from tinyonn.machine import bound_caches
         from tinyonn.plan.usage import measured
-        from tinyonn.runtime import bound_caches
 
         bound_caches()
 
@@ -166,7 +167,7 @@ def engine_options(kind: str, workers: int | None, memory: str | None, address: 
 
 def size_of(memory: str | None) -> int | None:
     """Bytes of --memory."""
-    from tinyonn.sizes import parse_size
+    from tinyonn.show.sizes import parse_size
 
     return None if memory is None else parse_size(memory, "--memory")
 
@@ -210,12 +211,12 @@ def _console(stage: str, location: str, as_json: bool, log: bool) -> Iterator[No
     """The console for this stage alone, its log and its progress."""
     chatter = None
     if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
-        from tinyonn.logs import chatter_file, setup_logging
+        from tinyonn.show.logs import chatter_file, setup_logging
 
         folder = local_folder(location) / "logs"
         setup_logging(folder, stage)
         chatter = chatter_file(folder, stage)
-    from tinyonn.progress import Bar, shown_progress
+    from tinyonn.show.progress import Bar, shown_progress
 
     with screen.kept_for_us(chatter, as_json), shown_progress():
         if not log:  # quick, and reads alone

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from tinyonn.checks import Score, contradictions
 from tinyonn.errors import InputError
-from tinyonn.escape import SHOWN, shortened
 from tinyonn.options import (
     BelowOne,
     Budget,
@@ -37,6 +36,7 @@ from tinyonn.options import (
     page,
     section_of,
 )
+from tinyonn.show.escape import SHOWN, shortened
 from tinyonn.yaml_text import read_yaml
 
 Auto = Literal["auto"]

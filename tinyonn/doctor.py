@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tinyonn.files import open_to_others
 from tinyonn.machine import free_disk, free_ram, gpus, usable_cpus
-from tinyonn.private import open_to_others
-from tinyonn.sheet import Sheet, Style, whole
-from tinyonn.sizes import GiB, format_size
+from tinyonn.show.sheet import Sheet, Style, whole
+from tinyonn.show.sizes import GiB, format_size
 
 State = Literal["ok", "warn", "fail"]
 PYTHONS = ((3, 11), (3, 14))  # from, before

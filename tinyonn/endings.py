@@ -18,8 +18,8 @@ import time
 from dataclasses import dataclass
 from typing import NoReturn
 
-from tinyonn import screen
 from tinyonn.errors import TinyONNError
+from tinyonn.show import screen
 
 LOG = logging.getLogger(__name__)
 GRACE = 8.0  # seconds from the first signal to the end

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from tinyonn.errors import InputError
-from tinyonn.escape import shortened
+from tinyonn.show.escape import shortened
 
 LONGEST_PATH = 3000  # bytes; below it lie the store's own files, and Linux takes 4,096
 LONGEST_PART = 255  # bytes of one name in a path

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinyonn.escape import visible
 from tinyonn.places import check_there, local_folder, store_location
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_count, format_size
+from tinyonn.show.escape import visible
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_count, format_size
 
 if TYPE_CHECKING:
     from tinyonn.run import Run

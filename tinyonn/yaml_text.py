@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tinyonn.errors import InputError
-from tinyonn.escape import shortened
+from tinyonn.show.escape import shortened
 
 LARGEST = 1 << 18  # bytes of a file
 DEEPEST = 32

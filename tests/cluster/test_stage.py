@@ -19,7 +19,7 @@ from tinyonn.errors import CapacityError, InputError, StoreBusyError
 from tinyonn.plan.demands import codec_bytes
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.store.records import Float64, unpack
 from tinyonn.workers.tasks import EngineOptions

@@ -19,10 +19,10 @@ from tests.hardening.configurations import TEXTS, files
 from tests.hardening.fuzz import COMMON, SECONDS, bounded
 from tinyonn.config import load_config, parse_config
 from tinyonn.errors import InputError, TinyONNError
-from tinyonn.escape import shortened
 from tinyonn.places import local_folder, run_location
 from tinyonn.plan.facts import plan_run
-from tinyonn.sizes import parse_size
+from tinyonn.show.escape import shortened
+from tinyonn.show.sizes import parse_size
 
 LIMITS = {"ram": 32 << 30, "disk": 1 << 40}
 seen: Counter[str] = Counter()

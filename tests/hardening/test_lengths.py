@@ -72,7 +72,7 @@ def test_private_memory_after_many_lengths_is_that_after_few(code: str, more: fl
 
 
 def test_what_the_user_has_set_stays_and_goes_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinyonn.runtime import CACHE_ENTRIES, bound_caches, worker_environment
+    from tinyonn.machine import CACHE_ENTRIES, bound_caches, worker_environment
 
     monkeypatch.setenv(CACHES[0], "7")
     monkeypatch.delenv(CACHES[1], raising=False)

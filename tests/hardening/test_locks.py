@@ -29,9 +29,9 @@ from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
 from tinyonn.evaluate.trained import evaluate_trained
 from tinyonn.experts.assemble import assemble_run
-from tinyonn.merging import merge_run
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.record.driver import record
+from tinyonn.run import merge_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.lock import RunLock, only_writer, read_owner
 from tinyonn.train.stage import train_run

@@ -65,7 +65,7 @@ print(json.dumps([row for row in found if row[3] != "UNIMPLEMENTED"]))
 """
 SCRATCH = """
 import json, sys
-from tinyonn.private import scratch_folder
+from tinyonn.files import scratch_folder
 with scratch_folder() as folder:
     (folder / "r" / "logs").mkdir(parents=True)
     (folder / "r").chmod(0o777)
@@ -234,7 +234,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else() ->
 
 
 def test_a_scratch_folder_lies_where_nobody_can_rename_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tinyonn.private import scratch_folder
+    from tinyonn.files import scratch_folder
 
     with shared_folder() as folder:
         open_one, long_one, good = folder / "o", folder / ("l" * 40), folder / "g"
@@ -318,7 +318,7 @@ def test_a_group_that_trains_here_listens_for_this_machine_alone(tmp_path: Path)
 
 @needs_root
 def test_a_run_is_its_owners_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tinyonn.logs import close_logging, setup_logging
+    from tinyonn.show.logs import close_logging, setup_logging
     from tinyonn.store.lock import RunLock
 
     with shared_folder() as folder:

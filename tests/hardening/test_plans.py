@@ -24,7 +24,7 @@ from tinyonn.errors import CapacityError
 from tinyonn.plan.demands import LOGITS_BYTES, ModelFacts
 from tinyonn.plan.facts import describe_model
 from tinyonn.plan.training import StudentFacts, train_needs
-from tinyonn.sizes import GiB, MiB
+from tinyonn.show.sizes import GiB, MiB
 from tinyonn.store.arrays import SegmentWriter, bands
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import TensorCalibration

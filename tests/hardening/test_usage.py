@@ -17,7 +17,7 @@ import numpy as np
 
 from tinyonn.plan import usage
 from tinyonn.plan.usage import Meter, measured, total_peak
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 
 SIZE = 160 * MiB
 SLACK = 24 * MiB
@@ -189,7 +189,7 @@ def test_without_proc_it_is_resident_memory() -> None:
 def test_every_stage_tells_it_as_json_and_to_people(tmp_path: Path) -> None:
     code = f"""
 import subprocess, sys, tinyonn.command as command
-from tinyonn.sheet import pairs
+from tinyonn.show.sheet import pairs
 class Report:
     def figures(self): return {{}}
     def table(self): return pairs("done", {{"answer": "42"}})

@@ -25,13 +25,13 @@ from tests.record.runs import make_sick_model
 from tests.recorded import SLICES, calibration, make_run, make_store, segment_of
 from tinyonn.cli import app
 from tinyonn.cluster import plot
-from tinyonn.escape import UNSEEN, code, markdown, picture, visible
-from tinyonn.escape import html as as_html
 from tinyonn.experts.card import write_card
-from tinyonn.logs import close_logging, setup_logging
-from tinyonn.progress import Bar, print_line
 from tinyonn.run import open_run
-from tinyonn.sheet import Sheet, pairs, whole
+from tinyonn.show.escape import UNSEEN, code, markdown, picture, visible
+from tinyonn.show.escape import html as as_html
+from tinyonn.show.logs import close_logging, setup_logging
+from tinyonn.show.progress import Bar, print_line
+from tinyonn.show.sheet import Sheet, pairs, whole
 from tinyonn.store.arrays import SegmentWriter
 from tinyonn.store.manifest import Segment
 

@@ -12,7 +12,7 @@ from tinyonn.config import SEED_WEIGHTS, ScoreConfig
 from tinyonn.errors import CapacityError, InputError, StoreBusyError, StoreDamagedError
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run, spread, task_groups
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.store.records import unpack
 from tinyonn.workers.tasks import EngineOptions

@@ -16,7 +16,7 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.plan.demands import ModelFacts, Need
 from tinyonn.plan.training import StudentFacts, check_needs, train_needs
-from tinyonn.sizes import GiB, MiB
+from tinyonn.show.sizes import GiB, MiB
 
 BASE = ModelFacts("big", 40, 2560, 6912, 151_936, "nf4", 2)
 PARAMETERS = [

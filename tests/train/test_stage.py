@@ -32,7 +32,7 @@ from tinyonn.evaluate.trained import (
     trained_card_figures,
 )
 from tinyonn.files import read_json, write_json
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.train.data import held_out_batches
 from tinyonn.train.monitor import FILE, read_lines

@@ -14,8 +14,8 @@ import numpy as np
 
 from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import InputError
-from tinyonn.escape import html, picture
 from tinyonn.run import Run, open_run
+from tinyonn.show.escape import html, picture
 from tinyonn.store.arrays import bands, read_together
 from tinyonn.store.records import Float64
 

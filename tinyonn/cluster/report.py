@@ -13,8 +13,8 @@ from tinyonn.cluster.features import CODE_AXES, Space
 from tinyonn.cluster.histogram import NO_CELL, Moved, Place
 from tinyonn.cluster.kmeans import Assignment, Rows
 from tinyonn.dense.parameters import Parameter, kind_of
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_count, format_seconds
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_count, format_seconds
 
 SHOWN = 20  # cells in the table, the largest
 

@@ -33,12 +33,12 @@ from tinyonn.config import ClusterConfig
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.machine import free_ram, usable_cpus
-from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
 from tinyonn.plan.demands import codec_bytes
-from tinyonn.progress import Bar
 from tinyonn.score.stage import task_groups
-from tinyonn.sizes import MiB, format_size
+from tinyonn.show.pace import Phase
+from tinyonn.show.progress import Bar
+from tinyonn.show.sizes import MiB, format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
 from tinyonn.workers.tasks import THREADS, Call, Compute, EngineOptions, Watch, computing

@@ -45,8 +45,8 @@ from tinyonn.corpus.tokens import REWRITES, Encoded, encode_rows
 from tinyonn.dense.settings import context_length, vocabulary_size
 from tinyonn.dense.source import model_folder
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
-from tinyonn.private import make_private
-from tinyonn.progress import counted
+from tinyonn.files import make_private
+from tinyonn.show.progress import counted
 
 __all__ = ["Corpus", "Sample", "SetAside", "even_shares", "max_tokens", "prepare_corpus", "stored_order"]
 

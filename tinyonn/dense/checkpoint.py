@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyonn.errors import InputError
-from tinyonn.progress import Bar, hub_bar
+from tinyonn.show.progress import Bar, hub_bar
 
 if TYPE_CHECKING:
     import torch

@@ -24,9 +24,9 @@ import torch
 from tinyonn.dense.gguf_file import GGUFFile, GGUFTensors
 from tinyonn.dense.quiet import quiet
 from tinyonn.errors import CapacityError, InputError
+from tinyonn.files import SEALS, folder_fault, seal_folder
 from tinyonn.machine import free_disk
-from tinyonn.sealed_folder import FILE, folder_fault, seal_folder
-from tinyonn.sizes import format_size
+from tinyonn.show.sizes import format_size
 
 HEAD = 64 << 20  # bytes, more than any configuration and vocabulary take
 SHARD = 1 << 30  # bytes of a file of weights: what is held in memory beside the tensor that is read
@@ -191,7 +191,7 @@ def _write_weights(file: GGUFFile, shell: Path, folder: Path, dtype: torch.dtype
     logger.info(
         "%s: converting it to %s of %s in %s, once", file.path.name, format_size(needed), dtype, folder.parent
     )
-    shutil.copytree(shell, folder, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
+    shutil.copytree(shell, folder, ignore=shutil.ignore_patterns(SEALS), dirs_exist_ok=True)
     tree = json.loads((folder / "config.json").read_text("utf-8"))
     tree["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")

@@ -39,7 +39,7 @@ from tinyonn.dense.source import (
     resolve_model,
 )
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.runtime import bound_memory
+from tinyonn.machine import bound_memory
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig

@@ -13,7 +13,7 @@ from tinyonn.dense.checkpoint import BIN, SAFETENSORS, fetch, fetch_weights, wei
 from tinyonn.dense.copies import check_regular
 from tinyonn.errors import InputError
 from tinyonn.files import read_derived, write_json
-from tinyonn.progress import Bar
+from tinyonn.show.progress import Bar
 
 if TYPE_CHECKING:
     from tinyonn.config import ModelConfig

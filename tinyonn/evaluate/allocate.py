@@ -39,11 +39,11 @@ from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
-from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_seconds
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_seconds
 from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from tinyonn.plan.demands import (
     is_quantized,
     state_ram,
 )
-from tinyonn.sizes import MiB, format_size
+from tinyonn.show.sizes import MiB, format_size
 
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.errors import InputError
-from tinyonn.escape import picture
 from tinyonn.evaluate.loss import Losses
 from tinyonn.experts.source import digest
 from tinyonn.files import damaged, read_derived, read_json, write_json
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_seconds
+from tinyonn.show.escape import picture
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_seconds
 
 VERSION = 1
 REMEDY = "delete it and evaluate again"

@@ -34,9 +34,9 @@ from tinyonn.experts.source import RunSource
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
-from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
+from tinyonn.show.progress import Bar
 from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)

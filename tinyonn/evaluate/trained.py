@@ -27,9 +27,9 @@ from tinyonn.model.configuration_tinyonn import RouterOptions
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
 from tinyonn.plan.training import StudentFacts, sparse_bytes
-from tinyonn.progress import Bar
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_seconds
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_seconds
 from tinyonn.store.lock import evaluating
 from tinyonn.train.data import Batch, held_out_batches
 from tinyonn.train.spec import experts_of, read_student

@@ -65,9 +65,9 @@ from tinyonn.experts.source import RunSource, digest, tensors_outside
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import codec_bytes
-from tinyonn.progress import Bar
 from tinyonn.run import Run, open_run
-from tinyonn.sizes import MiB
+from tinyonn.show.progress import Bar
+from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock, only_writer
 from tinyonn.workers.tasks import THREADS, Call, EngineOptions, Watch, computing
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tinyonn.escape import code, markdown
+from tinyonn.show.escape import code, markdown
 
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -23,7 +23,7 @@ from tinyonn.errors import InputError
 from tinyonn.experts.scores import score_named
 from tinyonn.experts.selection import SelectOptions, TensorCuts
 from tinyonn.experts.source import DROPPED, Band, Float32, Source, check_labels
-from tinyonn.sizes import MiB
+from tinyonn.show.sizes import MiB
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import UInt8, dither_seed
 

@@ -29,8 +29,8 @@ from tinyonn.experts.folder import AGAIN, INDEX, MARKER, check_model, compare, r
 from tinyonn.experts.shards import Compressed, expand, write_tensors
 from tinyonn.model.matrix_tinyonn import ExpertMatrix, matrix_fault
 from tinyonn.plan.demands import Need, state_ram
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import MiB, format_size
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import MiB, format_size
 
 if TYPE_CHECKING:
     from tinyonn.run import Run

@@ -1,7 +1,7 @@
 """An assembled or trained model's folder as it was written, or the file of it that is not.
 
 Four things say so: the shards' own digests, those of our settings in ``config.json`` (`digests_tinyonn`), the index,
-which follows from the shards' headers, and ``digests.json`` for all else but the card (`tinyonn.sealed_folder`).
+which follows from the shards' headers, and ``digests.json`` for all else but the card (`tinyonn.files`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from tinyonn.dense.source import read_model_config
 from tinyonn.errors import InputError
+from tinyonn.files import SEALS, check_folder, folder_fault, seal_folder
+from tinyonn.machine import bound_memory
 from tinyonn.model.configuration_tinyonn import FREE, TinyONNConfig
 from tinyonn.model.digests_tinyonn import DIGESTS, check_files, check_settings, free_settings_differ
 from tinyonn.model.shards_tinyonn import check_index
-from tinyonn.runtime import bound_memory
-from tinyonn.sealed_folder import FILE, check_folder, folder_fault, seal_folder
 
 if TYPE_CHECKING:
     from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
@@ -121,7 +121,7 @@ def shard_fault(path: Path) -> str | None:
 
 def seal_model(folder: Path) -> None:
     """Write ``digests.json`` for all files that have no digests of their own and that nobody is meant to change."""
-    own = {CONFIG, MARKER, FILE, "README.md"}
+    own = {CONFIG, MARKER, SEALS, "README.md"}
     files = [path for path in folder.iterdir() if path.is_file() and path.name not in own]
     seal_folder(folder, [path for path in files if path.suffix not in (".safetensors", ".part", ".partial")])
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.experts.selection import Selection
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_count, format_seconds, format_size
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_count, format_seconds, format_size
 
 
 @dataclass(frozen=True)

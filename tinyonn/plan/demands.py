@@ -28,7 +28,7 @@ from math import prod
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
 from tinyonn.machine import Device, free_ram
-from tinyonn.sizes import GiB, MiB, format_size
+from tinyonn.show.sizes import GiB, MiB, format_size
 
 LOG = logging.getLogger(__name__)
 NF4_BYTES = 0.5 + 4 / 64

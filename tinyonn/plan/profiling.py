@@ -27,7 +27,7 @@ from tinyonn.plan.demands import (
     Tier,
     compute_needs,
 )
-from tinyonn.sizes import MiB, format_size
+from tinyonn.show.sizes import MiB, format_size
 
 # Of a process that measures by itself, libraries and kernels included.
 ALONE_BYTES = {"cpu": 900 * MiB, "cuda": CUDA_PROCESS_BYTES}

@@ -36,8 +36,8 @@ from tinyonn.plan.demands import (
     disk_tier,
     host_needs,
 )
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_count, format_seconds, format_size
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_count, format_seconds, format_size
 
 if TYPE_CHECKING:
     from tinyonn.config import RecordConfig

@@ -41,7 +41,7 @@ from tinyonn.plan.demands import (
     Tier,
     is_quantized,
 )
-from tinyonn.sizes import MiB, format_size
+from tinyonn.show.sizes import MiB, format_size
 
 if TYPE_CHECKING:
     from tinyonn.train.options import OptimizerOptions, TrainOptions

@@ -30,7 +30,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tinyonn.sizes import format_size
+from tinyonn.show.sizes import format_size
 
 __all__ = ["Meter", "Usage", "measured", "process_meter", "total_peak"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from tinyonn.errors import InputError
 from tinyonn.profile.dataset import STATISTICS, Manifest, read_manifest, read_part
 from tinyonn.profile.kernel import Int64
-from tinyonn.sheet import Sheet, pairs, whole
-from tinyonn.sizes import format_seconds, format_size
+from tinyonn.show.sheet import Sheet, pairs, whole
+from tinyonn.show.sizes import format_seconds, format_size
 from tinyonn.store.records import Float64
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]

@@ -31,10 +31,10 @@ from tinyonn.profile.dataset import Dataset, Manifest, Part
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
 from tinyonn.profile.measure import Job, PartProfile, ProfileWorker
 from tinyonn.profile.profile import Profile, ProfileReport, open_profile, spread
-from tinyonn.progress import Bar
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import Run, open_run
-from tinyonn.sizes import format_size
+from tinyonn.show.progress import Bar
+from tinyonn.show.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.workers.crew import Answer, Crew, start_actor
 from tinyonn.workers.facts import WorkerUse

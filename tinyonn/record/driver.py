@@ -27,15 +27,15 @@ from tinyonn.places import local_folder, store_location
 from tinyonn.plan.facts import plan_recording
 from tinyonn.plan.recording import layer_windows
 from tinyonn.plan.usage import Meter, measured
-from tinyonn.progress import Bar
 from tinyonn.record.identity import check_same, corpus_of_run, identity_of
 from tinyonn.record.report import Efforts, Progress, RecordReport, Task
 from tinyonn.record.worker import Worker
+from tinyonn.show.progress import Bar
+from tinyonn.show.track import Tracker
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.merge import merge_ready, next_segment, ready_merges
 from tinyonn.store.repository import Store
-from tinyonn.track import Tracker
 from tinyonn.workers.crew import LOST, Answer, Crew, share, start_actor
 from tinyonn.workers.ray import (
     capacity,

@@ -15,9 +15,9 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.machine import Device
 from tinyonn.plan.recording import commit_seconds, sample_seconds
 from tinyonn.plan.usage import Meter, total_peak
-from tinyonn.progress import Bar
-from tinyonn.sheet import Sheet, pairs, whole
-from tinyonn.sizes import format_seconds, format_size
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, pairs, whole
+from tinyonn.show.sizes import format_seconds, format_size
 from tinyonn.store.manifest import Segment
 from tinyonn.store.repository import Store
 from tinyonn.workers.facts import WorkerUse

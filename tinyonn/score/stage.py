@@ -18,13 +18,13 @@ import numpy as np
 from tinyonn.config import ScoreConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.pace import Phase
 from tinyonn.places import local_folder, store_location
 from tinyonn.plan.demands import codec_bytes
-from tinyonn.progress import Bar
 from tinyonn.score.tables import Part, ScoreTables, ScoreWeights, fit_tables, score_records
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import MiB, format_seconds
+from tinyonn.show.pace import Phase
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import MiB, format_seconds
 from tinyonn.store.arrays import BandWriter, attributes_of, band_rows, bands, codebooks_of, read_chunk
 from tinyonn.store.lock import RunLock
 from tinyonn.store.manifest import Manifest, Segment

@@ -31,8 +31,8 @@ from types import TracebackType
 from typing import Any
 
 from tinyonn.errors import StoreBusyError, StoreError
+from tinyonn.files import make_private
 from tinyonn.places import local_folder
-from tinyonn.private import make_private
 
 LOG = logging.getLogger(__name__)
 HEARTBEAT = 5.0  # seconds between heartbeats

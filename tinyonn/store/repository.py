@@ -22,7 +22,7 @@ from icechunk import ForkSession
 from zarr.core.sync import sync
 
 from tinyonn.errors import InputError, StoreBusyError, StoreDamagedError, StoreError
-from tinyonn.private import make_private
+from tinyonn.files import make_private
 from tinyonn.store.arrays import SegmentWriter, band_rows, bands, create_array, open_array, read_rows
 from tinyonn.store.faults import newer_store, translated
 from tinyonn.store.location import check_absent, storage_of

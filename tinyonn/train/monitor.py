@@ -42,7 +42,7 @@ BRIGHTEST = 4.0  # times the mean load
 
 
 class Scalars(Protocol):
-    """Where scalars go; a `tinyonn.track.Tracker`."""
+    """Where scalars go; a `tinyonn.show.track.Tracker`."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send scalars by name."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyonn.files import NotSealedError, opened_text
-from tinyonn.pace import Phase
-from tinyonn.progress import Bar
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_count, format_seconds, format_size
+from tinyonn.show.pace import Phase
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_count, format_seconds, format_size
 
 ENDS = 20  # steps at the beginning and at the end that losses are averaged over
 PARTS = ("kl", "ce", "hidden", "balance", "z", "profile")

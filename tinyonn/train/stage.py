@@ -23,7 +23,7 @@ from tinyonn.errors import InputError
 from tinyonn.experts.folder import model_faults, read_settings
 from tinyonn.files import read_derived, read_log, write_json
 from tinyonn.places import local_folder
-from tinyonn.sizes import format_size
+from tinyonn.show.sizes import format_size
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import Checkpoints, without_removed
 from tinyonn.train.monitor import FILE, FORMER, HEAT_MAP, read_lines, steps_file

@@ -29,7 +29,7 @@ from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.experts.shards import write_tensors
 from tinyonn.files import read_json, write_json
 from tinyonn.model.digests_tinyonn import check_files
-from tinyonn.progress import Bar
+from tinyonn.show.progress import Bar
 from tinyonn.train.data import Batch, collate
 
 LOG = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from tinyonn.corpus.file import Corpus
 from tinyonn.errors import InputError
 from tinyonn.files import read_json, write_json
 from tinyonn.places import local_folder
-from tinyonn.progress import Bar
-from tinyonn.sheet import Sheet, whole
-from tinyonn.sizes import format_seconds
+from tinyonn.show.progress import Bar
+from tinyonn.show.sheet import Sheet, whole
+from tinyonn.show.sizes import format_seconds
 from tinyonn.store.lock import RunLock
 from tinyonn.train.checkpoint import without_removed
 from tinyonn.train.options import option_of, with_options

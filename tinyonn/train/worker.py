@@ -23,7 +23,7 @@ from tinyonn.experts.card import write_card
 from tinyonn.experts.folder import read_settings
 from tinyonn.files import line_of, write_json
 from tinyonn.plan.usage import Meter, measured
-from tinyonn.track import Tracker
+from tinyonn.show.track import Tracker
 from tinyonn.train.checkpoint import save_model
 from tinyonn.train.monitor import Monitor
 from tinyonn.train.routing import ProfileTargets, find_profiled

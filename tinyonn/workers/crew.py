@@ -12,8 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from tinyonn.errors import CapacityError, EngineLostError, TinyONNError
-from tinyonn.machine import Device
-from tinyonn.runtime import worker_environment
+from tinyonn.machine import Device, worker_environment
 from tinyonn.workers.alive import LOOK, Waiting, check
 from tinyonn.workers.facts import WorkerFacts
 from tinyonn.workers.ray import first_line

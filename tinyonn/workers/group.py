@@ -20,8 +20,7 @@ from typing import Any
 from tinyonn import errors
 from tinyonn.errors import CapacityError, InputError, TinyONNError
 from tinyonn.files import read_derived, write_json
-from tinyonn.machine import Device
-from tinyonn.runtime import worker_environment
+from tinyonn.machine import Device, worker_environment
 from tinyonn.workers.alive import Waiting, patience, patiently
 
 LOG = logging.getLogger(__name__)

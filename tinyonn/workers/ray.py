@@ -19,8 +19,8 @@ from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
+from tinyonn.files import scratch_folder
 from tinyonn.machine import Device, free_ram, gpus, usable_cpus
-from tinyonn.private import scratch_folder
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
 
 LOG = logging.getLogger(__name__)

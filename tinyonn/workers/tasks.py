@@ -16,11 +16,10 @@ from typing import Any, Literal
 from dask import compute, delayed  # type: ignore[attr-defined]
 
 from tinyonn.errors import CapacityError, EngineLostError, InputError
-from tinyonn.machine import free_ram, usable_cpus
-from tinyonn.private import scratch_folder
-from tinyonn.progress import Bar
-from tinyonn.runtime import freed_memory_kept
-from tinyonn.sizes import MiB, format_size
+from tinyonn.files import scratch_folder
+from tinyonn.machine import free_ram, freed_memory_kept, usable_cpus
+from tinyonn.show.progress import Bar
+from tinyonn.show.sizes import MiB, format_size
 
 LOG = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 
 from tinyonn.errors import InputError
-from tinyonn.escape import visible
-from tinyonn.private import make_private, open_to_others
-from tinyonn.progress import print_line
+from tinyonn.files import make_private, open_to_others
+from tinyonn.show.escape import visible
+from tinyonn.show.progress import print_line
 
 FILE_BYTES = 5_000_000
 FILES = 4

@@ -15,11 +15,11 @@ from math import isfinite
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from tinyonn import screen
-from tinyonn.escape import visible
-from tinyonn.pace import Pace, Phase
-from tinyonn.sheet import cells, wrap
-from tinyonn.sizes import format_count, format_seconds, format_size
+from tinyonn.show import screen
+from tinyonn.show.escape import visible
+from tinyonn.show.pace import Pace, Phase
+from tinyonn.show.sheet import cells, wrap
+from tinyonn.show.sizes import format_count, format_seconds, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

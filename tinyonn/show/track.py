@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tinyonn.config import TrackConfig
 from tinyonn.errors import InputError
-from tinyonn.escape import visible
+from tinyonn.show.escape import visible
+
+if TYPE_CHECKING:
+    from tinyonn.config import TrackConfig
 
 UNFIT = re.compile(r"[/\\#?%:]")  # in an id of W&B's
 

@@ -1,6 +1,6 @@
 """The streams that a person sees: what this package shows goes there, and what libraries print does not.
 
-On a terminal sheets (`tinyonn.sheet`) and lines are as wide as it; elsewhere they are plain lines.
+On a terminal sheets (`tinyonn.show.sheet`) and lines are as wide as it; elsewhere they are plain lines.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from tinyonn.escape import visible
-from tinyonn.sheet import wrap
+from tinyonn.show.escape import visible
+from tinyonn.show.sheet import wrap
 
 if TYPE_CHECKING:
-    from tinyonn.sheet import Sheet
+    from tinyonn.show.sheet import Sheet
 
 _own: dict[str, TextIO] = {}  # streams of ours while those of the process are the libraries'
 

@@ -58,7 +58,6 @@ RANDOM: dict[str, Any] = {  # beside the configuration of `tests.hardening.lives
         "samples": 16,
         "methods": ["default", "wanda", "magnitude"],
         "budgets": [0.6],
-        "oracle": None,
     },
 }
 

@@ -16,7 +16,6 @@ import pytest
 
 from tests.cluster.crash_child import CELLS, SCORES
 from tests.recorded import make_run, parameters
-from tinyonn.cluster.histogram import NO_CELL
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 
@@ -51,7 +50,7 @@ def check(folder: Path, expected: dict[float, dict[str, bytes]]) -> tuple[float 
         sizes += np.bincount(np.asarray(run.labels(parameter.name)).reshape(-1), minlength=256)
     cells = [cell["size"] for cell in labels["cells"]]
     assert sizes[: len(cells)].tolist() == cells
-    assert sizes[NO_CELL] == labels["trunk"]
+    assert sizes[255] == labels["trunk"]
     assert sizes.sum() == sum(parameter.size for parameter in parameters())
     return preset, len(cells)
 

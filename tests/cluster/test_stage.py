@@ -9,7 +9,7 @@ import pytest
 
 from tests.recorded import SLICES, commit_part, make_run, make_store, parameters
 from tinyonn.cluster.features import space_of
-from tinyonn.cluster.histogram import NO_CELL, Grid, Moved, count_bytes
+from tinyonn.cluster.histogram import Grid, Moved, count_bytes
 from tinyonn.cluster.kmeans import match_numbers, stored_centres
 from tinyonn.cluster.report import churn_of
 from tinyonn.cluster.stage import OWN_BYTES, cluster_run
@@ -73,7 +73,7 @@ def test_every_weight_gets_the_nearest_centre(scored: Path, weights: FeatureWeig
     for parameter in parameters():
         own = labels[parameter.name].reshape(-1)
         if kind_of(parameter) in config.trunk:
-            assert np.all(own == NO_CELL)
+            assert np.all(own == 255)
             continue
         features = features_of(scored, parameter.name, weights, config)
         distances = ((features[:, None, :] - centres[None]) ** 2).sum(2)
@@ -130,7 +130,7 @@ def test_new_data_start_from_the_stored_centres_and_keep_the_numbers(tmp_path: P
     after = labels_of(tmp_path)
     assert report.started_from == "stored centres"
     assert report.churn is not None
-    inside = {name: before[name] != NO_CELL for name in before}
+    inside = {name: before[name] != 255 for name in before}
     moved = sum(int((before[name] != after[name])[inside[name]].sum()) for name in before)
     total = sum(int(mask.sum()) for mask in inside.values())
     assert report.churn.share == pytest.approx(moved / total)
@@ -164,7 +164,7 @@ def test_stored_centres_are_taken_over_by_the_names_of_the_axes() -> None:
 
 def test_churn_counts_weights_that_changed_cell() -> None:
     moves = np.zeros((256, 256), np.int64)
-    moves[0, 0], moves[0, 1], moves[1, 1], moves[NO_CELL, NO_CELL] = 6, 2, 12, 1000
+    moves[0, 0], moves[0, 1], moves[1, 1], moves[255, 255] = 6, 2, 12, 1000
     churn = churn_of({"w": Moved.of(moves)}, 2)
     assert churn.share == pytest.approx(2 / 20)
     assert churn.cells == pytest.approx([0.25, 0.0])

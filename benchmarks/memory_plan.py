@@ -99,7 +99,6 @@ def configuration(model: str, samples: int, tokens: int, checkpointing: bool) ->
         "experts": {"count": 20},
         "router": {"top_k": 5},
         "train": {"steps": 2, "warm_start": 2, "batch": 4, "micro_batch": 4, "checkpoint_every": 1},
-        "evaluate": {"samples": samples, "methods": ["default", "wanda"], "budgets": [0.315]},
     }
     tree["train"]["routing"] = {"ks": [5, 0]}
     return tree
@@ -137,6 +136,8 @@ def measure(
     for stage in stages:
         name, *options = stage.split()
         out = [str(folder / options[-1])] if name == "export" else []
+        if name == "evaluate":
+            options += ["--samples", str(samples), "--methods", "default,wanda", "--budgets", "0.315"]
         command = [
             sys.executable,
             "-m",

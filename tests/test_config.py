@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyonn.config import REMOVED, Config, configuration_page, known_keys, load_config, parse_config
+from tinyonn.config import REMOVED, Config, known_keys, load_config, parse_config
 from tinyonn.errors import InputError
-from tinyonn.options import is_first, known_options
+from tinyonn.options import is_first, known_options, page
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -98,7 +98,7 @@ def test_there_are_few_options_and_ten_that_a_newcomer_meets() -> None:
 
 def test_the_page_of_options_is_made_of_them() -> None:
     path = Path(__file__).parent.parent / "docs" / "configuration.md"
-    assert path.read_text("utf-8") == configuration_page(), path.read_text("utf-8").splitlines()[0]
+    assert path.read_text("utf-8") == page(Config), path.read_text("utf-8").splitlines()[0]
 
 
 def test_what_is_fixed_is_refused_with_what_to_do_instead() -> None:

@@ -181,13 +181,15 @@ def evaluate(
     ] = False,
     methods: Annotated[
         str | None,
-        typer.Option("--methods", help="Instead of evaluate.methods, such as default,wanda,sparsegpt."),
+        typer.Option(
+            "--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else eleven."
+        ),
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option("--budgets", help="Instead of evaluate.budgets, such as 0.5,0.315.")
+        str | None, typer.Option("--budgets", help="What is kept, such as 0.5,0.315; else four shares.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Instead of evaluate.samples.")
+        int | None, typer.Option("--samples", min=1, help="Held-out samples; else 252.")
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against kept share into the run.")] = False,
     trained: Annotated[

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from tinyonn.checks import Score, contradictions
 from tinyonn.errors import InputError
@@ -30,11 +29,10 @@ from tinyonn.options import (
     Width,
     Windows,
     fixed,
-    instead_of,
+    fixed_in,
     known_options,
     option,
     page,
-    section_of,
 )
 from tinyonn.show.escape import SHOWN, shortened
 from tinyonn.yaml_text import read_yaml
@@ -42,20 +40,10 @@ from tinyonn.yaml_text import read_yaml
 Auto = Literal["auto"]
 
 TOLD = 5  # faults that a message names
-PAGE = """<!-- Made by `python -m tinyonn.config > docs/configuration.md` from tinyonn/config.py. -->
-
-# Options
-
-One YAML file for all stages, given as `--config FILE`; what is left out is as below. Start with the ten in bold.
-An unknown option is refused with the nearest known one, one that was removed with what to do instead
-([note 026](decisions/026-options.md)).
-
-"""
 
 # Options that were, and values of options (`key=value`): what to do instead. Older runs' saved options may name them.
 REMOVED: dict[str, str] = {
-    "router.threshold": "router.top_k says how many experts are on",
-    "router.max_k": "router.top_k says how many experts are on",
+    **dict.fromkeys(("router.threshold", "router.max_k"), "router.top_k says how many experts are on"),
     "train.loss.specificity": "experts by need differ as they are made, and the warm start teaches the router",
     "router.gate": "a chosen expert works with gate 1, as in the dense model",
     "evaluate.oracle": "leave it out; masks of one slice are not evaluated any more",
@@ -80,14 +68,17 @@ REMOVED: dict[str, str] = {
     "train.loss.kl": "it is 1, to which the other weights are relative; leave it out",
     "train.loss.z": "it is 0.001; leave it out",
     "train.loss.profile": "the router learns from the profile in the warm start alone; leave it out",
-    "train.stages.least": "the number of experts is at least halved and at most doubled; leave it out",
-    "train.stages.most": "the number of experts is at least halved and at most doubled; leave it out",
+    **{
+        f"train.stages.{end}": "experts on are at least half and at most twice as many"
+        for end in ("least", "most")
+    },
     "train.optimizers.router": "its matrices learn by Muon in the warm start; leave it out",
     "train.optimizers.router_lr": "the router is held after the warm start; leave it out",
     "train.optimizers.router_decay": "it is 0.01; leave it out",
     "train.optimizers.experts": "experts learn by Muon; leave it out",
-    "train.optimizers.experts_decay": "nothing decays; leave it out",
-    "train.optimizers.trunk_decay": "nothing decays; leave it out",
+    **dict.fromkeys(
+        (f"train.optimizers.{part}_decay" for part in ("experts", "trunk")), "nothing decays; leave it out"
+    ),
 }
 
 # Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq): the first idea's; activation alone.
@@ -412,7 +403,7 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration", whole: boo
         Names the key or value, what is allowed, and for an unknown key the nearest known one, for one that was removed
         what to do instead; or options that contradict each other.
     """
-    wrong = [] if whole else list(_fixed_in(tree, Config))
+    wrong = [] if whole else list(fixed_in(tree, Config))
     if not wrong:
         try:
             config = Config.model_validate(tree)
@@ -424,23 +415,6 @@ def parse_config(tree: dict[str, Any], origin: str = "configuration", whole: boo
         more = [f"and {len(wrong) - TOLD:,} more"] if len(wrong) > TOLD else []
         raise InputError(f"{origin}: " + "; ".join([*wrong[:TOLD], *more]))
     return config
-
-
-def _fixed_in(tree: Any, section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """What of a tree is fixed, with what to do instead."""
-    if isinstance(tree, list | tuple) and issubclass(section, DataConfig):
-        tree = {"sources": tree}
-    for name in section.model_fields if isinstance(tree, dict) else ():
-        if name not in tree:
-            continue
-        field, value = section.model_fields[name], tree[name]
-        inner = section_of(field)
-        if (instead := instead_of(field)) is not None:
-            yield f"{prefix}{name} was removed: {instead}"
-        elif inner is not None:
-            many = isinstance(value, list | tuple) and not issubclass(inner, DataConfig)
-            for item in value if many else [value]:
-                yield from _fixed_in(item, inner, f"{prefix}{name}.")
 
 
 def _explain(item: Any) -> str:
@@ -470,10 +444,5 @@ def load_config(path: str | Path | None) -> Config:
     return parse_config(tree, str(path))
 
 
-def configuration_page() -> str:
-    """``docs/configuration.md``."""
-    return PAGE + page(Config)
-
-
 if __name__ == "__main__":
-    print(configuration_page(), end="")
+    print(page(Config), end="")

@@ -19,6 +19,16 @@ MOST = 10**12  # samples, tokens, steps
 WIDEST = 10**6  # what a machine holds at a time
 STEEPEST = 1e6  # of a factor
 
+PAGE = """<!-- Made by `python -m tinyonn.config > docs/configuration.md` from tinyonn/config.py. -->
+
+# Options
+
+One YAML file for all stages, given as `--config FILE`; what is left out is as below. Start with the ten in bold.
+An unknown option is refused with the nearest known one, one that was removed with what to do instead
+([note 026](decisions/026-options.md)).
+
+"""
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(gt=0, le=MOST)]  # of what is gone through one after another
 Width = Annotated[int, Field(gt=0, le=WIDEST)]  # of what is held together
@@ -87,6 +97,23 @@ def known_options(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[
             yield prefix + name, field
 
 
+def fixed_in(tree: Any, section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """What a tree sets that no configuration sets, with what to do instead; a list may be a section of sources."""
+    if isinstance(tree, list | tuple) and "sources" in section.model_fields:
+        tree = {"sources": tree}
+    for name in section.model_fields if isinstance(tree, dict) else ():
+        if name not in tree:
+            continue
+        field, value = section.model_fields[name], tree[name]
+        inner = section_of(field)
+        if (instead := instead_of(field)) is not None:
+            yield f"{prefix}{name} was removed: {instead}"
+        elif inner is not None:
+            many = isinstance(value, list | tuple) and "sources" not in inner.model_fields
+            for item in value if many else [value]:
+                yield from fixed_in(item, inner, f"{prefix}{name}.")
+
+
 def is_first(field: FieldInfo) -> bool:
     """Whether a newcomer should know an option."""
     extra = field.json_schema_extra
@@ -136,7 +163,7 @@ def _limits(metadata: Sequence[Any]) -> Iterator[str]:
 
 def page(tree: type[Section]) -> str:
     """All options, for people: Markdown."""
-    lines = []
+    lines = [PAGE.rstrip("\n"), ""]
     for section, options in _by_section(known_options(tree)):
         about = tree
         for part in section.split("."):

@@ -252,7 +252,7 @@ class _Job:
                 raise CapacityError(
                     f"the distinct rows of {done:,} of {total:,} weights take {format_size(found * ROW_BYTES)} already "
                     f"and {format_size(self.row_budget)} are left for them; give --memory about {format_size(need)} "
-                    "more, or set cluster.features.row and .column to 0, which makes rows repeat more"
+                    "more"
                 )
         return places
 

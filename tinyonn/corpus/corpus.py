@@ -4,7 +4,7 @@
 
 1. (derived slices only) fit the slices on an even share of the rows;
 2. survey: give every row its slice, or the reason why it is set aside;
-3. tokenise the rows that are wanted, and write them slice by slice in an order shuffled by ``data.seed``.
+3. tokenise the rows that are wanted, and write them slice by slice in a shuffled order.
 
 A position in a slice's stored order never changes, so that segments are plain half-open ranges of positions; what is
 added to a corpus later comes after what is there (`tinyonn.corpus.growth`).

@@ -264,7 +264,7 @@ def recipe_of(method: str, selection: SelectOptions, budget: float, shares: Mapp
         return Recipe(method, replace(plain, score="magnitude"))
     if score not in SCORES:
         known = ", ".join(dict.fromkeys([*METHODS, *SCORES]))
-        raise InputError(f"evaluate.methods has {method!r}, which is no method; there are {known}")
+        raise InputError(f"--methods has {method!r}, which is no method; there are {known}")
     return Recipe(method, replace(plain, score=score))
 
 
@@ -303,7 +303,7 @@ def cut(dense: DenseWeights, recipe: Recipe, source: Source, samples: Sequence[S
             yield selection.budget
         return
     if not samples:
-        raise InputError(f"{recipe.method} needs calibration samples; set evaluate.calibration to 1 or more")
+        raise InputError(f"{recipe.method} needs calibration samples; give 1 or more")
     counts: Mapping[str, int | torch.Tensor] = kept_by_tensor(selection)
     keep = counts if recipe.method == "sparsegpt" else dict(masks_of(selection, source))
     with dense.replaced({}):

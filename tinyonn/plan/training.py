@@ -210,7 +210,7 @@ def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int 
         raise CapacityError(
             f"training needs {format_size(tier.total)} of {name} and {format_size(limit or 0)} are there ({what}); "
             "use a smaller train.micro_batch or data.max_tokens, train.checkpointing: true, a cached teacher, "
-            "train.optimizers.experts: muon or frozen, train.optimizers.trunk_lr: 0, or fewer workers"
+            "train.optimizers.trunk_lr: 0, or fewer workers"
         )
     return tier
 
@@ -356,8 +356,8 @@ def check_disk(places: Sequence[tuple[Path, Sequence[Need]]], limits: Mapping[in
             what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in its if need.bytes)
             raise CapacityError(
                 f"training needs {format_size(tier.total)} of disk where {folders[device]} lies and "
-                f"{format_size(free)} are free ({what}); free some, use train.keep: 1, "
-                "train.optimizers.experts: muon or frozen, train.optimizers.trunk_lr: 0, or another --output"
+                f"{format_size(free)} are free ({what}); free some, use "
+                "train.optimizers.trunk_lr: 0, or another --output"
             )
     return sum(need.bytes for its in needs.values() for need in its)
 

@@ -292,9 +292,7 @@ class Trainer:
     def _diverged(self, step: int, cause: str) -> None:
         kept = self.checkpoints.paths()
         where = f"{kept[-1]} is the last good checkpoint" if kept else "there is no checkpoint yet"
-        raise TrainingDivergedError(
-            f"step {step + 1}: {cause}; {where}; lower the learning rates or train.clip, or use precision float32"
-        )
+        raise TrainingDivergedError(f"step {step + 1}: {cause}; {where}; lower the learning rates")
 
     def _learns(self, what: str) -> bool:
         return any(what in name.split(".") for name, _ in trained(self.student.model))

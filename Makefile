@@ -1,6 +1,7 @@
 # make demo   record the shipped corpus with the shipped model; ends in a table        (the README's first command)
-# make test   run the tests                                                            (the README's second command)
-# make test-all  these, and the slow ones: same bits with 1, 2 and 3 workers, kills, Ray jobs; 15 minutes or more
+# make test   run the tests, in two processes                                          (the README's second command)
+# make nightly   what the slow ones try, once each, in ten minutes: 1 and 2 workers, a kill in every stage, a Ray job
+# make test-all  all tests, one after another: these, and the slow ones in full; an hour or more
 # make check  ruff and mypy
 # make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM, and gpu.py)
 # make gpu    prove the GPU path: bits, speed and memory on the machine's NVIDIA card, in eight minutes
@@ -10,7 +11,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench gpu clean
+.PHONY: help demo test nightly test-all check bench gpu clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -18,6 +19,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?=
 PYTEST_ARGS ?=
+# Files of tests are dealt to so many processes; 0 is this one alone.
+PROCESSES ?= 2
 # The scripts among them; the rest are their parts.
 BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v -e four_billion -e gpu)
 CONSTRAINTS := requirements/constraints.txt
@@ -31,13 +34,16 @@ export PYTHONNOUSERSITE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/tinyonn demo
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)
+
+nightly: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -n $(PROCESSES) -m nightly $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)

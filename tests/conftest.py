@@ -8,10 +8,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 # Before anything imports Ray, which reads its environment then. Short: sockets lie below, and their paths are limited.
 HOME = Path(tempfile.mkdtemp(prefix="tonn-", dir="/tmp"))
 TOKEN = HOME / "ray_token"
@@ -27,6 +30,39 @@ os.environ.update(
 )
 for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS"):
     os.environ.pop(name, None)
+
+
+# What takes longest comes first: the last of several processes is then done when the others are.
+LONGEST = ("tests/benchmarks/", "tests/hardening/", "tests/train/")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process of `pytest -n`, and for what it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@cache
+def part_of(file: str) -> str:
+    """What `pytest -n` deals to one process: a file, whose fixtures are made once, or all files that share a Ray."""
+    return "Ray" if "ray_cluster" in (ROOT / file).read_text("utf-8") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Parts(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return part_of(nodeid.split("::")[0])
+
+    config.option.loadscopereorder = False  # which would begin with what has most tests
+    return Parts(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (part_of(file_of(item)) != "Ray", not file_of(item).startswith(LONGEST)))
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.nodeid.split("::")[0]
 
 
 def pytest_sessionfinish() -> None:

@@ -86,6 +86,7 @@ def test_decode() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_routing(tmp_path: Path) -> None:
     tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small", "--teacher-steps", "2")
     lines = {(line["arm"], line["k"]): line for line in tree["figures"]["lines"]}

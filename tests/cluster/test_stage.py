@@ -170,7 +170,9 @@ def test_churn_counts_weights_that_changed_cell() -> None:
     assert churn.cells == pytest.approx([0.25, 0.0])
 
 
-@pytest.mark.parametrize("engine", ["distributed", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["distributed", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.nightly])]
+)
 def test_every_engine_gives_the_same_labels(scored: Path, engine: str) -> None:
     results = []
     for options in (EngineOptions("threads", 1), EngineOptions("threads", 3), EngineOptions(engine, 2)):  # type: ignore[arg-type]

@@ -107,7 +107,9 @@ def test_a_second_call_finds_nothing_to_do_and_what_is_lost_is_made_again(
     assert kept.stat().st_mtime_ns == stamp  # it was whole and stayed
 
 
-@pytest.mark.parametrize("engine", ["threads", pytest.param("distributed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["threads", pytest.param("distributed", marks=[pytest.mark.slow, pytest.mark.nightly])]
+)
 def test_any_engine_gives_the_same_bytes(
     clustered: tuple[Path, Config], tmp_path: Path, engine: Kind
 ) -> None:

@@ -83,6 +83,7 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.nightly
 def test_a_job_records_and_a_second_one_has_nothing_to_do(head: Head, tmp_path: Path) -> None:
     model = make_sick_model(tmp_path / "model")
     rows = write_rows(tmp_path / "rows.jsonl", SLICES)

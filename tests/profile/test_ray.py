@@ -62,7 +62,7 @@ def wait_until_gone() -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [*(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2)), 3])
 def test_any_number_of_workers_writes_the_same_bytes(
     world: World, wanted: dict[str, bytes], address: str, tmp_path: Path, workers: int
 ) -> None:

@@ -96,6 +96,7 @@ def finished(world: World) -> tuple[Path, RecordReport]:
     return folder, run(world, folder, workers=2)
 
 
+@pytest.mark.nightly
 def test_two_workers_give_the_serial_bits(world: World, finished: tuple[Path, RecordReport]) -> None:
     folder, report = finished
     assert_complete(world, folder)
@@ -106,7 +107,7 @@ def test_two_workers_give_the_serial_bits(world: World, finished: tuple[Path, Re
     assert not actors()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_any_number_of_workers_gives_the_same_bits(world: World, tmp_path: Path, workers: int) -> None:
     took_part = run(world, tmp_path / "run", workers=workers).workers
     assert workers - 1 <= took_part <= workers  # on a busy machine the last may come up when all is done

@@ -105,7 +105,9 @@ def test_a_damaged_chunk_is_named_and_nothing_is_committed(tmp_path: Path) -> No
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize("engine", ["distributed", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["distributed", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.nightly])]
+)
 def test_every_engine_gives_the_same_bits(tmp_path: Path, engine: str) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b")

@@ -17,6 +17,7 @@ STEPS, WINDOW = 120, 40
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("balanced", [False, True])
 def test_collapse(tmp_path: Path, balanced: bool) -> None:
     torch.set_num_threads(1)

@@ -31,9 +31,8 @@ from tinyonn.config import ClusterConfig, Config, RecordConfig, ScoreConfig, loa
 from tinyonn.corpus.corpus import prepare_corpus
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
-from tinyonn.evaluate.baselines import METHODS
 from tinyonn.evaluate.report import DENSE, ORIGINAL, EvaluateReport
-from tinyonn.evaluate.stage import BUDGETS, EvaluateOptions, evaluate_run
+from tinyonn.evaluate.stage import DEFAULT, EvaluateOptions, evaluate_run
 from tinyonn.experts.selection import select_options, stored_shares
 from tinyonn.record.worker import Worker
 from tinyonn.score.stage import score_run
@@ -58,8 +57,8 @@ def main() -> None:
         "--search", type=int, default=56, help="recorded samples that the allocation is searched with"
     )
     parser.add_argument("--calibration", type=int, default=112, help="recorded samples for updates")
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--budgets", type=float, nargs="+", default=DEFAULT.budgets)
+    parser.add_argument("--methods", nargs="+", default=DEFAULT.methods)
     parser.add_argument("--rounds", type=int, default=2, help="of that search")
     parser.add_argument("--small", action="store_true", help="a few samples, one seed: does it work?")
     parser.add_argument("--threads", type=int, default=2)

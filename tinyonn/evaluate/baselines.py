@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tinyonn.checks import UPDATED
+from tinyonn.config import EvaluateConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
@@ -207,10 +209,7 @@ def second_moments(
     return sums
 
 
-UPDATED = "+update"  # of a method's name: its mask, with SparseGPT's update of what is kept
-METHODS = (
-    "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt", "default+update",
-)  # fmt: skip
+METHODS = EvaluateConfig().methods
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.config import Config, DataConfig
+from tinyonn.config import Config, DataConfig, EvaluateConfig
 from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import InputError
-from tinyonn.evaluate.baselines import METHODS, Recipe, cut, recipe_of
+from tinyonn.evaluate.baselines import Recipe, cut, recipe_of
 from tinyonn.evaluate.demand import evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
@@ -41,7 +41,7 @@ from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)
 UPDATE_EFFORT = 2.0  # of a line that updates weights, in those of one that only cuts
-BUDGETS = (0.5, 0.315, 0.25, 0.1)
+DEFAULT = EvaluateConfig()
 HELD_OUT = "heldout"  # split of the reference corpus
 
 
@@ -69,11 +69,11 @@ class EvaluateOptions:
         Draw ``loss.png`` in the run's folder.
     """
 
-    methods: tuple[str, ...] = METHODS
-    budgets: tuple[float, ...] = BUDGETS
+    methods: tuple[str, ...] = DEFAULT.methods
+    budgets: tuple[float, ...] = DEFAULT.budgets
     data: DataConfig | None = None
-    samples: int | None = 252
-    calibration: int = 112
+    samples: int | None = DEFAULT.samples
+    calibration: int = DEFAULT.calibration
     selection: SelectOptions = field(default_factory=SelectOptions)
     shares: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     plot: bool = False

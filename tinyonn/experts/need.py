@@ -116,7 +116,7 @@ COUNTS = "counts.json"  # beside the labels, once all else is there: weights of 
 class NeedOptions:
     """What decides the experts beside the selection; `seed` is of the sample and of k-means."""
 
-    experts: int = 100
+    experts: int
     seed: int = 0
 
     def __post_init__(self) -> None:

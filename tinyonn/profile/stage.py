@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tinyonn.config import Config
+from tinyonn.config import Config, ProfileConfig
 from tinyonn.corpus.corpus import even_shares
 from tinyonn.corpus.file import Corpus
 from tinyonn.corpus.tokens import PROMPT_TOKENS
@@ -79,7 +79,7 @@ class ProfileOptions:
     """
 
     groups: Wanted = "auto"
-    samples: int | None = None
+    samples: int | None = ProfileConfig().samples
     prompt_tokens: int = PROMPT_TOKENS
     excerpt: int = 160
     workers: int | None = None

@@ -137,9 +137,8 @@ def test_upload_has_code_model_and_corpus_and_no_runs(tmp_path: Path, include_gi
     clone.mkdir()
     for name in (".gitignore", ".rayignore", "pyproject.toml"):
         (clone / name).write_bytes((ROOT / name).read_bytes())
-    shipped = [
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "tinyonn" / "base" / "reference").rglob("*")
-    ]
+    shipped = [path.relative_to(ROOT).as_posix() for path in (ROOT / "tinyonn" / "reference").rglob("*")]
+    assert shipped
     wanted = ["jobs/record.py", "configs/demo.yaml", "tinyonn/cli.py", "tinyonn/dense/shapes/a/config.json"]
     wanted += [name for name in shipped if (ROOT / name).is_file() and "__pycache__" not in name]
     unwanted = [

@@ -140,7 +140,7 @@ def check_upload(head: Head) -> None:
     assert packages
     for package in packages:
         assert (package / "jobs" / "record.py").is_file()
-        assert (package / "tinyonn" / "base" / "reference").is_dir()
+        assert (package / "tinyonn" / "reference").is_dir()
         assert not {path.name for path in package.iterdir()} & {".git", ".venv", ".mypy_cache", ".hypothesis"}
         assert not [path for path in (package / "storage").glob("*") if path.name != "README.md"]
         assert sum(path.stat().st_size for path in package.rglob("*") if path.is_file()) < UPLOAD

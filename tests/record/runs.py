@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,14 @@ def assert_same_records(one: Records, other: Records) -> None:
     assert one.keys() == other.keys()
     for name, records in one.items():
         np.testing.assert_array_equal(records, other[name], err_msg=name)
+
+
+def wait_until_gone() -> None:
+    """Until no recording actor lives any more; Ray ends them after it has said so."""
+    deadline = time.monotonic() + 60
+    while left := actors():
+        assert time.monotonic() < deadline, f"actors outlived their recording: {left}"
+        time.sleep(0.05)
 
 
 def actors() -> list[psutil.Process]:

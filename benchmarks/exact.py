@@ -21,7 +21,7 @@ from tinyonn.corpus.file import Sample
 from tinyonn.dense.parameters import Use
 from tinyonn.dense.passes import attach
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import weight_of
+from tinyonn.record.sums import weight_of
 from tinyonn.store.records import Float64, TensorCalibration
 
 SMALLEST = 2.0**-126  # of float32's normal numbers: what is smaller counts as zero

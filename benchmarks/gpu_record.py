@@ -46,7 +46,7 @@ from tinyonn.record.device import gpu_kernels
 from tinyonn.record.gradients import LevelSink, product_bands, spill
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import WithRows, embedding_gradient
+from tinyonn.record.sums import WithRows, embedding_gradient
 from tinyonn.record.worker import calibrate
 from tinyonn.store.records import TensorCalibration
 
@@ -331,14 +331,14 @@ def _run_all(recorder: Recorder, samples: Sequence[Sample]) -> None:
 
 def _fused(limit: int, recorder: Recorder, samples: Sequence[Sample]) -> None:
     """With the kernel that forms product and levels in one for samples of up to so many tokens."""
-    from tinyonn.record import sites
+    from tinyonn.record import sums
 
-    before = sites.FUSED_TOKENS
-    sites.FUSED_TOKENS = limit
+    before = sums.FUSED_TOKENS
+    sums.FUSED_TOKENS = limit
     try:
         _run_all(recorder, samples)
     finally:
-        sites.FUSED_TOKENS = before
+        sums.FUSED_TOKENS = before
 
 
 def _waits(recorder: Recorder, sample: Sample, setting: Setting) -> list[str]:

@@ -32,7 +32,7 @@ from tinyonn.dense.parameters import Use, list_uses
 from tinyonn.dense.passes import attach
 from tinyonn.record.levels import SUM_SAMPLES
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import embedding_gradient, mean_square, normalised, token_share, weight_of
+from tinyonn.record.sums import embedding_gradient, mean_square, normalised, token_share, weight_of
 from tinyonn.record.worker import calibrate
 from tinyonn.reference import model_path
 

@@ -11,7 +11,7 @@ from bitsandbytes.nn import Linear4bit
 
 from tinyonn.dense.nf4 import CODES, NF4Linear, dequantize, quantize, round_to_nf4
 from tinyonn.dense.parameters import Use
-from tinyonn.record.sites import weight_of
+from tinyonn.record.sums import weight_of
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -16,7 +16,7 @@ from tinyonn.record import kernels_triton as kernels
 from tinyonn.record.activations import add_dense_levels, input_bins
 from tinyonn.record.gradients import LevelSink
 from tinyonn.record.levels import levels_torch
-from tinyonn.record.sites import embedding_gradient
+from tinyonn.record.sums import embedding_gradient
 
 DEVICE = sys.argv[1]
 

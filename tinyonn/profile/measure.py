@@ -30,10 +30,10 @@ from tinyonn.errors import CapacityError, InputError
 from tinyonn.plan.usage import process_meter
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
-from tinyonn.record.checks import Checks, raise_top
 from tinyonn.record.gradients import product_bands
+from tinyonn.record.levels import Checks, raise_top
 from tinyonn.record.recorder import BadSampleError
-from tinyonn.record.sites import mean_square, weight_of
+from tinyonn.record.sums import mean_square, weight_of
 from tinyonn.store.records import TensorCalibration
 from tinyonn.workers.facts import WorkerFacts, WorkerUse
 

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.record.checks import raise_top
 from tinyonn.record.device import gpu_kernels, on_host
-from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS
+from tinyonn.record.levels import FLOAT32_SHIFT, LEVELS, raise_top
 from tinyonn.store.records import Float64, UInt8, UInt16
 
 BINS = 256

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numba import njit
 
-from tinyonn.record.checks import raise_top
 from tinyonn.record.device import gpu_kernels, on_host
 from tinyonn.record.levels import (
     FLOAT32_SHIFT,
@@ -24,6 +23,7 @@ from tinyonn.record.levels import (
     add_levels_bfloat16,
     add_levels_float32,
     levels_torch,
+    raise_top,
 )
 from tinyonn.store.records import UInt8, UInt16
 

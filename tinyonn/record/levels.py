@@ -8,6 +8,8 @@ Numba, Torch and Triton agree on every bit. ``base`` is calibrated per tensor an
 lands on level 7; zero is level 0 and infinity would be level 15 (non-finite samples are set aside before).
 
 A bfloat16 is the upper half of a float32, so its level is ``bits >> 6``.
+
+What was not finite in a sample is asked once at its end: on a GPU every question before would wait for the device.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ SUM_SAMPLES = 17  # 17 samples of level 15 fill a uint8
 FLOAT32_SHIFT = 22
 HALF_OCTAVES = 512  # distinct values of bits >> 22 for a non-negative float32
 FINITE_HALF_OCTAVES = 510  # shifted bits from here on are infinity or NaN
+BLOCK = 1024  # slots of `Checks`
+NOT_FINITE = 511  # half octave of a NaN
 
 
 def levels(values: np.ndarray, base: int) -> UInt8:
@@ -103,3 +107,53 @@ def add_levels_bfloat16(bits: np.ndarray, base: int, sums: UInt8) -> int:
         top = max(top, half_octave)
         sums[i] += np.uint8(min(max(np.int16(half_octave - low), np.int16(0)), np.int16(15)))
     return int(top)
+
+
+class Checks:
+    """An int32 slot for each thing that may be not finite, for the largest half octave (``bits >> 22``) seen of it.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._blocks: list[torch.Tensor] = []
+        self._names: list[str] = []
+
+    def slot(self, name: str) -> torch.Tensor:
+        """A new slot, int32 [1], holding 0; kernels and `raise_top` raise it."""
+        block, place = divmod(len(self._names), BLOCK)
+        if block == len(self._blocks):
+            self._blocks.append(torch.zeros(BLOCK, dtype=torch.int32, device=self._device))
+        self._names.append(name)
+        return self._blocks[block][place : place + 1]
+
+    def add(self, name: str, finite: bool | torch.Tensor) -> None:
+        """Note whether something was finite; a tensor stays where it is."""
+        if isinstance(finite, torch.Tensor):
+            raise_top(self.slot(name), (~finite).int() * NOT_FINITE)
+        else:
+            raise_top(self.slot(name), NOT_FINITE * (not finite))
+
+    def first(self) -> str | None:
+        """Name of the first slot that holds a value that is not finite. Waits for the device."""
+        used = (len(self._names) + BLOCK - 1) // BLOCK
+        tops = torch.cat(self._blocks[:used]).cpu()[: len(self._names)] if used else torch.zeros(0)
+        wrong = (tops >= FINITE_HALF_OCTAVES).nonzero()
+        return self._names[int(wrong[0])] if len(wrong) else None
+
+    def clear(self) -> None:
+        """Begin a new sample."""
+        for block in self._blocks:
+            block.zero_()
+        self._names.clear()
+
+
+def raise_top(top: torch.Tensor, seen: int | torch.Tensor) -> None:
+    """Raise a slot, int32 [1], to a half octave."""
+    if isinstance(seen, torch.Tensor):
+        torch.maximum(top, seen.reshape(1).to(torch.int32), out=top)
+    elif seen:
+        top.clamp_(min=seen)

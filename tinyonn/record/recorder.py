@@ -2,7 +2,7 @@
 
 Data flow of a sample: token ids -> decoder -> hidden states -> head and loss, in chunks of tokens -> backward. Every
 module's tap (`tinyonn.dense.passes`) then has its input X and the gradient G of its output, and the module's sites
-(`sites.py`) journal the inputs and add the levels of the weight gradient to their sums.
+(`sums.py`) journal the inputs and add the levels of the weight gradient to their sums.
 
 The head is run apart from the decoder and only on the labelled tokens, so that the logits of a long sample with a
 large vocabulary are never held whole. A tensor with several uses (tied embeddings) waits until all have come.
@@ -26,10 +26,10 @@ from tinyonn.dense.parameters import Parameter, Use, list_parameters, list_uses
 from tinyonn.dense.passes import attach, checked_head, forward_backward
 from tinyonn.errors import InputError
 from tinyonn.record.activations import column_bins, input_bins
-from tinyonn.record.checks import Checks
-from tinyonn.record.levels import SUM_SAMPLES
-from tinyonn.record.sites import (
+from tinyonn.record.levels import SUM_SAMPLES, Checks
+from tinyonn.record.sums import (
     Site,
+    VectorSums,
     WithRows,
     feed_embedding,
     feed_linear,
@@ -39,7 +39,6 @@ from tinyonn.record.sites import (
     token_share,
     weight_of,
 )
-from tinyonn.record.vectors import VectorSums
 from tinyonn.store.records import TensorCalibration
 
 

@@ -27,7 +27,7 @@ from tinyonn.record.encode import Encoder
 from tinyonn.record.gradients import CountSink
 from tinyonn.record.levels import FLOAT32_SHIFT, MEDIAN_LEVEL, SUM_SAMPLES, base_from_counts
 from tinyonn.record.recorder import Recorder
-from tinyonn.record.sites import EIGHTHS, Site
+from tinyonn.record.sums import EIGHTHS, Site
 from tinyonn.store.manifest import Segment
 from tinyonn.store.records import TensorCalibration, UInt8, dither_seed
 from tinyonn.workers.facts import WorkerFacts, WorkerUse

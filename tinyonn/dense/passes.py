@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from tinyonn.dense.head import REMEDY, Head, head_of
-from tinyonn.dense.parameters import looked_up
+from tinyonn.dense.parameters import Use, looked_up
 from tinyonn.errors import InputError
 
 OnBackward = Callable[[torch.Tensor, torch.Tensor], None]
+Meeting = tuple[Use, torch.Tensor, torch.Tensor]  # a use of a tensor, X and G [tokens, out] of its module
 CHUNK_BYTES = 256 << 20  # of logits and their gradients
 VALUE_BYTES = 14  # a logit, in the dtype of the head, in float32, and their gradients
 FORM_BYTES = 16  # the same of a scaled or capped one's steps
@@ -76,6 +79,75 @@ def attach(module: torch.nn.Module, on_backward: OnBackward, is_active: Callable
         return tapped
 
     return module.register_forward_hook(hook, with_kwargs=True)
+
+
+class Taps:
+    """Behind every module whose tensors are asked for: what a use of a tensor met is fed at once, or kept in `late`.
+
+    Parameters
+    ----------
+    uses : mapping of str to list of Use
+        By tensor.
+    head : torch.nn.Module
+        Its tokens come in chunks, so that what it met is late, as for tensors of several modules.
+    feed : callable
+        Takes a use, X and G [tokens, out].
+    active : callable
+        Whether a tensor, by its name, is asked for now.
+    done : str
+        What cannot be done with a model that calls a module twice: ``recorded``.
+
+    Attributes
+    ----------
+    late : dict of str to list of (Use, X, G)
+        By tensor, since `clear`.
+    """
+
+    def __init__(
+        self,
+        uses: Mapping[str, list[Use]],
+        head: torch.nn.Module,
+        feed: Callable[[Use, torch.Tensor, torch.Tensor], None],
+        active: Callable[[str], bool],
+        done: str,
+    ) -> None:
+        self.late: dict[str, list[Meeting]] = defaultdict(list)
+        self._uses, self._head, self._feed, self._active, self._done = uses, head, feed, active, done
+        self._seen: set[tuple[str, str]] = set()
+        modules: dict[str, list[Use]] = defaultdict(list)
+        for own in uses.values():
+            for use in own:
+                modules[use.module_name].append(use)
+        for own in modules.values():
+            names = {use.parameter_name for use in own}
+            attach(own[0].module, partial(self._meet, own), partial(self._any_active, names))
+
+    def clear(self) -> None:
+        """Begin a new sample."""
+        self.late.clear()
+        self._seen.clear()
+
+    def _any_active(self, names: set[str]) -> bool:
+        return any(self._active(name) for name in names)
+
+    def _meet(self, uses: list[Use], X: torch.Tensor, G: torch.Tensor) -> None:
+        """X and G of a module have met."""
+        G = G.detach()
+        G_TO = G.reshape(-1, G.shape[-1])
+        for use in uses:
+            name = use.parameter_name
+            if not self._active(name):
+                continue
+            if len(self._uses[name]) > 1 or use.module is self._head:
+                self.late[name].append((use, X, G_TO))
+                continue
+            if (name, use.module_name) in self._seen:
+                raise InputError(
+                    f"{use.module_name} is called more than once in a forward pass, which cannot be {self._done}; "
+                    "the model's code must call each module once"
+                )
+            self._seen.add((name, use.module_name))
+            self._feed(use, X, G_TO)
 
 
 class Labelled(Protocol):

@@ -15,24 +15,22 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from tinyonn.corpus.file import Sample
 from tinyonn.corpus.tokens import UNLABELLED, prompt_length
 from tinyonn.dense.load import DenseModel, load_model
 from tinyonn.dense.parameters import Use, list_parameters, list_uses
-from tinyonn.dense.passes import attach, checked_head, forward_backward
+from tinyonn.dense.passes import Taps, checked_head, forward_backward
 from tinyonn.errors import CapacityError, InputError
 from tinyonn.plan.usage import process_meter
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
 from tinyonn.record.gradients import product_bands
 from tinyonn.record.levels import Checks, raise_top
-from tinyonn.record.recorder import BadSampleError
+from tinyonn.record.recorder import BadSampleError, finite_loss
 from tinyonn.record.sums import mean_square, weight_of
 from tinyonn.store.records import TensorCalibration
 from tinyonn.workers.facts import WorkerFacts, WorkerUse
@@ -78,12 +76,11 @@ class Measurer:
         self._pool = ThreadPoolExecutor(1) if threads > 1 else None
         self._group: dict[str, torch.Tensor] = {}
         self._uses: dict[str, list[Use]] = defaultdict(list)
-        self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        self._seen: set[str] = set()
         self._checks = Checks(self.device)
         self._sums = GroupSums(self.groups, self.device)
         self._read(groups)
-        self._attach(model)
+        self._find_uses(model)
+        self._taps = Taps(self._uses, self.head.module, self._meet, lambda name: True, "profiled")
 
     def run(self, sample: Sample) -> Measured:
         """Profile a sample.
@@ -93,17 +90,12 @@ class Measurer:
         BadSampleError
             A loss, an input or a gradient was not finite.
         """
-        self._pending.clear()
-        self._seen.clear()
+        self._taps.clear()
         self._checks.clear()
         self._sums = GroupSums(self.groups, self.device, self._pool)
         loss, hidden_TH = forward_backward(self.decoder, self.head, sample)
         self._finish(hidden_TH)
-        if not np.isfinite(found := float(loss)):
-            raise BadSampleError(f"loss is {found}")
-        if (name := self._checks.first()) is not None:
-            raise BadSampleError(f"{name} is not finite")
-        return Measured(found, self._sums.totals())
+        return Measured(finite_loss(loss, self._checks), self._sums.totals())
 
     def _read(self, groups: WeightGroups) -> None:
         """Groups lie on the device if they take no more than half of what is free there."""
@@ -113,7 +105,7 @@ class Measurer:
         for parameter in groups.tensors:
             self._group[parameter.name] = torch.from_numpy(groups.read(parameter.name)).to(place)
 
-    def _attach(self, model: torch.nn.Module) -> None:
+    def _find_uses(self, model: torch.nn.Module) -> None:
         for use in list_uses(model):
             if use.parameter_name in self._group:
                 self._uses[use.parameter_name].append(use)
@@ -121,33 +113,14 @@ class Measurer:
             raise InputError(
                 f"the model has no tensor {min(lost)}, which has groups; give the recorded model"
             )
-        modules: dict[str, list[Use]] = defaultdict(list)
-        for uses in self._uses.values():
-            for use in uses:
-                assert use.operation in ("linear", "conv1d"), use
-                modules[use.module_name].append(use)
-        for uses in modules.values():
-            attach(uses[0].module, partial(self._meet, uses), lambda: True)
+        assert all(use.operation in ("linear", "conv1d") for uses in self._uses.values() for use in uses)
 
-    def _meet(self, uses: list[Use], X: torch.Tensor, G: torch.Tensor) -> None:
-        """X and G of a module have met: sum its tensor, or keep them until all its uses have come."""
-        G_TO = G.detach().reshape(-1, G.shape[-1])
-        for use in uses:
-            name = use.parameter_name
-            if use.module is self.head.module or len(self._uses[name]) > 1:
-                self._pending[name].append((use, X, G_TO))
-                continue
-            if use.module_name in self._seen:
-                raise InputError(
-                    f"{use.module_name} is called more than once in a forward pass, which cannot be profiled; "
-                    "the model's code must call each module once"
-                )
-            self._seen.add(use.module_name)
-            self._add(use, X, G_TO, mean_square(X))
+    def _meet(self, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
+        self._add(use, X, G_TO, mean_square(X))
 
     def _finish(self, hidden_TH: torch.Tensor) -> None:
         """The head, whose tokens came in chunks, and tensors of several modules."""
-        for parts in self._pending.values():
+        for parts in self._taps.late.values():
             # Every token is the head's input, labelled or not.
             inputs = {
                 use.module_name: hidden_TH if use.module is self.head.module else X for use, X, _ in parts
@@ -155,7 +128,7 @@ class Measurer:
             square = torch.stack([mean_square(X) for X in inputs.values()]).sum(0)
             X, G = torch.cat([X for _, X, _ in parts]), torch.cat([G for _, _, G in parts])
             self._add(parts[0][0], X, G, square)
-        self._pending.clear()
+        self._taps.late.clear()
 
     def _add(self, use: Use, X_TI: torch.Tensor, G_TO: torch.Tensor, square_I: torch.Tensor) -> None:
         name, by_row = use.parameter_name, use.operation == "conv1d"

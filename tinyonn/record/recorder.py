@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import isfinite
 from typing import Any
 
@@ -23,8 +23,7 @@ import torch
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import DenseModel
 from tinyonn.dense.parameters import Parameter, Use, list_parameters, list_uses
-from tinyonn.dense.passes import attach, checked_head, forward_backward
-from tinyonn.errors import InputError
+from tinyonn.dense.passes import Meeting, Taps, checked_head, forward_backward
 from tinyonn.record.activations import column_bins, input_bins
 from tinyonn.record.levels import SUM_SAMPLES, Checks
 from tinyonn.record.sums import (
@@ -85,12 +84,11 @@ class Recorder:
         self._pool = ThreadPoolExecutor(1) if threads > 1 else None
         self._active: set[str] = set()
         self._spills = False
-        self._pending: dict[str, list[tuple[Use, torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        self._seen: set[tuple[str, str]] = set()
         self._checks = Checks(self.device)
         self._shared_input: tuple[torch.Tensor, torch.Tensor] | None = None
         self._vectors = VectorSums([], self.device)
-        self._attach()
+        ours = {name: site.uses for name, site in self.sites.items()}
+        self._taps = Taps(ours, self.head.module, self._meet, lambda name: name in self._active, "recorded")
 
     def open(self, calibration: dict[str, TensorCalibration], spills: bool) -> None:
         """Start sums for the tensors named in `calibration`; the others are left alone."""
@@ -175,55 +173,21 @@ class Recorder:
         BadSampleError
             A loss, activation or gradient was not finite; sums since the last spill are spoilt.
         """
-        self._pending.clear()
-        self._seen.clear()
+        self._taps.clear()
         self._checks.clear()
         self._vectors.clear()
         self._shared_input = None
         loss, hidden_TH = forward_backward(self.decoder, self.head, sample, self._check_loss)
         self._finish(hidden_TH)
         self._checks.add("input or gradient of a norm or bias", self._vectors.add())
-        if not isfinite(found := float(loss)):  # a GPU is asked here, when all of its work has been given
-            raise BadSampleError(f"loss is {found}")
-        if (name := self._checks.first()) is not None:
-            raise BadSampleError(f"{name} is not finite")
-        return found
+        return finite_loss(loss, self._checks)
 
     def _check_loss(self, loss: torch.Tensor) -> None:
         if loss.device.type == "cpu" and not isfinite(loss):
             raise BadSampleError(f"loss is {float(loss)}", touched=False)
 
-    def _attach(self) -> None:
-        modules: dict[str, list[Use]] = defaultdict(list)
-        for site in self.sites.values():
-            for use in site.uses:
-                modules[use.module_name].append(use)
-        for uses in modules.values():
-            names = {use.parameter_name for use in uses}
-            attach(uses[0].module, partial(self._meet, uses), partial(self._any_active, names))
-
-    def _any_active(self, names: set[str]) -> bool:
-        return not names.isdisjoint(self._active)
-
-    def _meet(self, uses: list[Use], X: torch.Tensor, G: torch.Tensor) -> None:
-        """X and G of a module have met: feed its sites, or keep them until all uses of a tensor have come."""
-        G = G.detach()
-        G_TO = G.reshape(-1, G.shape[-1])
-        for use in uses:
-            site = self.sites[use.parameter_name]
-            if use.parameter_name not in self._active:
-                continue
-            if site.tied or use.module is self.head.module:
-                self._pending[use.parameter_name].append((use, X, G_TO))
-                continue
-            key = (use.parameter_name, use.module_name)
-            if key in self._seen:
-                raise InputError(
-                    f"{use.module_name} is called more than once in a forward pass, which cannot be recorded; "
-                    "the model's code must call each module once"
-                )
-            self._seen.add(key)
-            self._feed(site, use, X, G_TO)
+    def _meet(self, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
+        self._feed(self.sites[use.parameter_name], use, X, G_TO)
 
     def _feed(self, site: Site, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
         name, operation = site.parameter.name, use.operation
@@ -251,7 +215,7 @@ class Recorder:
 
     def _finish(self, hidden_TH: torch.Tensor) -> None:
         """Feed the head and the tied tensors, whose uses have all come by now."""
-        for name, uses in self._pending.items():
+        for name, uses in self._taps.late.items():
             site = self.sites[name]
             if site.tied:
                 self._feed_tied(site, uses, hidden_TH)
@@ -262,11 +226,9 @@ class Recorder:
                 feed_linear(self._sink(site), use, X, G, self._checks.slot(f"gradient of {name}"))
             else:
                 self._feed(site, use, X, G)
-        self._pending.clear()
+        self._taps.late.clear()
 
-    def _feed_tied(
-        self, site: Site, uses: list[tuple[Use, torch.Tensor, torch.Tensor]], hidden_TH: torch.Tensor
-    ) -> None:
+    def _feed_tied(self, site: Site, uses: list[Meeting], hidden_TH: torch.Tensor) -> None:
         rows, columns = site.matrix_shape
         row_square = torch.zeros(rows, device=self.device)
         column_square = torch.zeros(columns, device=self.device)
@@ -277,9 +239,8 @@ class Recorder:
                 row_square += token_share(X, rows, use.scale)
                 row_parts.append((X, G, use.scale))
         for use in linear.values():
-            column_square += mean_square(
-                hidden_TH if use.module is self.head.module else _joined(uses, use, 1)
-            )
+            met = [X for other, X, _ in uses if other.module_name == use.module_name]
+            column_square += mean_square(hidden_TH if use.module is self.head.module else torch.cat(met))
         X_TI = torch.cat([X for use, X, _ in uses if use.operation == "linear"])
         G_TO = torch.cat([G for use, _, G in uses if use.operation == "linear"])
         sink, top = (
@@ -306,5 +267,16 @@ class Recorder:
         return torch.ones(size, device=self.device)
 
 
-def _joined(uses: list[tuple[Use, torch.Tensor, torch.Tensor]], use: Use, part: int) -> torch.Tensor:
-    return torch.cat([entry[part] for entry in uses if entry[0].module_name == use.module_name])  # type: ignore[misc]
+def finite_loss(loss: torch.Tensor, checks: Checks) -> float:
+    """A sample's loss; a GPU is asked here, when all of its work has been given.
+
+    Raises
+    ------
+    BadSampleError
+        It, or something that was checked, is not finite.
+    """
+    if not isfinite(found := float(loss)):
+        raise BadSampleError(f"loss is {found}")
+    if (name := checks.first()) is not None:
+        raise BadSampleError(f"{name} is not finite")
+    return found

@@ -30,7 +30,7 @@ from tinyonn.plan.recording import (
 )
 from tinyonn.show.sizes import GiB, MiB
 
-QWEN = Path(__file__).parent.parent / "configs" / "qwen1.5-4b.yaml"
+QWEN = Path(__file__).parents[2] / "configs" / "qwen1.5-4b.yaml"
 
 
 def model_of(layers: int = 4, hidden: int = 256, inner: int = 512, vocabulary: int = 1000) -> ModelFacts:

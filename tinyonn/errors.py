@@ -43,3 +43,8 @@ class EngineLostError(TinyONNError):
     """What a stage's workers run on, such as Ray, is gone. Exit code 4."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Of what an error says, so many characters, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 from tinyonn.corpus.forms import MEDIA
 from tinyonn.corpus.json_rows import Numbered, Record, json_rows
 from tinyonn.corpus.text_rows import csv_rows, text_rows
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, first_line
 
 KINDS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json"),
@@ -212,7 +212,7 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
                 yield number, record
     except (*UNPACKING, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: unreadable from row {number} on ({_reason(error)}); fetch it again, or save it as UTF-8"
+            f"{path}: unreadable from row {number} on ({first_line(error)}); fetch it again, or save it as UTF-8"
         ) from None
 
 
@@ -323,7 +323,7 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
                 pass
         raise InputError(
             f"{path}: not a readable {'Parquet' if kind == 'parquet' else 'Arrow'} file, perhaps truncated "
-            f"({_reason(error)}); fetch it again"
+            f"({first_line(error)}); fetch it again"
         ) from None
     with table:
 
@@ -369,7 +369,7 @@ def _table_rows(path: Path, columns: list[str] | None) -> Iterator[Numbered]:
                     number += 1
         except (pa.ArrowException, OSError) as error:
             raise InputError(
-                f"{path}: unreadable from row {number} on ({_reason(error)}); fetch it again"
+                f"{path}: unreadable from row {number} on ({first_line(error)}); fetch it again"
             ) from None
 
 
@@ -390,7 +390,7 @@ def table_records(batch: Any) -> Iterator[Record | str]:
             except UnicodeDecodeError as error:
                 yield f"not UTF-8 ({error.reason})"
             except UNTOLD as error:
-                yield f"a value that cannot be read ({type(error).__name__}: {_reason(error)})"
+                yield f"a value that cannot be read ({type(error).__name__}: {first_line(error)})"
 
 
 def _filled(column: Any) -> Any:
@@ -410,7 +410,3 @@ def bare(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: bare(part) for key, part in value.items() if part is not None}
     return [bare(part) for part in value] if isinstance(value, list) else value
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -26,7 +26,7 @@ from tinyonn.corpus.files import (
 from tinyonn.corpus.forms import FORMS, Reading, known_forms, misfit, recognise
 from tinyonn.corpus.messages import Fault, Message, read_tools
 from tinyonn.dense.source import REFERENCE, sha256
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, first_line
 
 __all__ = ["REFERENCE_CORPUS", "Columns", "Message", "Row", "Source"]
 
@@ -235,10 +235,9 @@ def _dataset(config: SourceConfig) -> Any:
             "cannot be reached); give a .jsonl or .parquet file, a folder of them, or 'reference'"
         ) from None
     except Exception as error:  # unknown split or configuration, scripts, no network: all told by the message
-        reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
         raise InputError(
             f"data.path = {config.path!r}, name {config.name!r}, split {config.split!r}: the data set cannot "
-            f"be loaded ({type(error).__name__}: {reason}); check data.name and data.split, or give a file"
+            f"be loaded ({type(error).__name__}: {first_line(error)}); check data.name and data.split, or give a file"
         ) from None
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from tinyonn.corpus.spans import Chat, LeftOut, Span, special_pattern
 from tinyonn.corpus.turns import mapped
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from tinyonn.corpus.rows import Message, Row
@@ -202,8 +202,7 @@ def _encode_chat(
     except LeftOut as left:
         return _Labelled(fault=f"the chat template leaves out {left}")
     except Exception as error:  # whatever a template raises, jinja2's TemplateError first of all
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return _Labelled(fault=f"the chat template refuses the messages ({reason})")
+        return _Labelled(fault=f"the chat template refuses the messages ({first_line(error, 200)})")
     return _labelled(chat, special, max_tokens)
 
 

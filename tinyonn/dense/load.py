@@ -38,7 +38,7 @@ from tinyonn.dense.source import (
     read_model_config,
     resolve_model,
 )
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.errors import CapacityError, InputError, first_line
 from tinyonn.machine import bound_memory
 
 if TYPE_CHECKING:
@@ -149,13 +149,13 @@ def load_model(config: ModelConfig, device: torch.device | None = None) -> Dense
             )
     except torch.cuda.OutOfMemoryError as error:
         raise CapacityError(
-            f"{config.path} in {config.quantization} does not fit on {target}: {str(error).splitlines()[0]}; "
+            f"{config.path} in {config.quantization} does not fit on {target}: {first_line(error)}; "
             "see `tinyonn plan`, use quantization: nf4 or model.device: cpu"
         ) from None
     except Exception as error:  # safetensors, transformers and the OS each have their own
         raise InputError(
             f"{config.path}: its weights in {folder} cannot be read "
-            f"({type(error).__name__}: {_first_line(error)}); fetch or save the model again"
+            f"({type(error).__name__}: {first_line(error)}); fetch or save the model again"
         ) from None
     lost = (
         sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"]) + _misshapen(model)
@@ -187,7 +187,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise InputError(
-            f"{config.path}: no usable tokenizer in {folder} ({type(error).__name__}: {_first_line(error)}); "
+            f"{config.path}: no usable tokenizer in {folder} ({type(error).__name__}: {first_line(error)}); "
             "save the model's tokenizer beside it with save_pretrained()"
         ) from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -237,7 +237,7 @@ def load_shape(config: ModelConfig) -> torch.nn.Module:
         raise InputError(
             f"{config.path}: model_type {tree.get('model_type')!r} is not a causal language model that "
             f"transformers {transformers.__version__} can build ({type(error).__name__}: "
-            f"{_first_line(error)}); choose another model"
+            f"{first_line(error)}); choose another model"
         ) from None
     model.tie_weights()
     if config.quantization == "nf4":
@@ -322,11 +322,6 @@ def _checkpoint(model: Any) -> None:
 def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_(True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else "no message"
 
 
 class _Assumed(TorchDispatchMode):

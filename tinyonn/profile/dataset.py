@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinyonn.errors import InputError, StoreDamagedError
+from tinyonn.errors import InputError, StoreDamagedError, first_line
 from tinyonn.files import damaged, read_json, write_json, write_whole
 from tinyonn.profile.groups import Identity
 from tinyonn.profile.measure import PartProfile
@@ -275,7 +275,7 @@ def _read_table(path: Path) -> pa.Table:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, str(error).splitlines()[0]) from None
+        raise _damaged(path, first_line(error)) from None
     metadata = dict(table.schema.metadata or {})
     digest = metadata.pop(DIGEST, None)  # earlier versions wrote none
     if digest is not None and digest != _digest(table, metadata):

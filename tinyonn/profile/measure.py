@@ -24,7 +24,7 @@ from tinyonn.corpus.tokens import UNLABELLED, prompt_length
 from tinyonn.dense.load import DenseModel, load_model
 from tinyonn.dense.parameters import Use, list_parameters, list_uses
 from tinyonn.dense.passes import Taps, checked_head, forward_backward
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.errors import CapacityError, InputError, first_line
 from tinyonn.plan.usage import process_meter
 from tinyonn.profile.groups import WeightGroups
 from tinyonn.profile.kernel import GroupSums, Totals
@@ -269,7 +269,7 @@ class ProfileWorker:
                 aside[sample.index] = str(error)
             except torch.cuda.OutOfMemoryError as error:
                 raise CapacityError(
-                    f"out of GPU memory on {self._device} ({str(error).splitlines()[0]}); "
+                    f"out of GPU memory on {self._device} ({first_line(error)}); "
                     "use a smaller data.max_tokens or model.checkpointing: true"
                 ) from None
             self._done += 1

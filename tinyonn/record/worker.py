@@ -20,7 +20,7 @@ import torch
 
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import DenseModel, load_model
-from tinyonn.errors import CapacityError, InputError
+from tinyonn.errors import CapacityError, InputError, first_line
 from tinyonn.plan.usage import process_meter
 from tinyonn.record.activations import BINS, COLUMN_LOW, STEPS, WEIGHT_LOW, weight_bins
 from tinyonn.record.encode import Encoder
@@ -189,7 +189,7 @@ class Worker:
             bad = self.recorder.record(good, self._count)
         except torch.cuda.OutOfMemoryError as error:
             raise CapacityError(
-                f"out of GPU memory on {self.recorder.device} ({str(error).splitlines()[0]}); "
+                f"out of GPU memory on {self.recorder.device} ({first_line(error)}); "
                 "use more record.windows, a smaller data.max_tokens or model.checkpointing: true"
             ) from None
         self._recording += time.perf_counter() - started

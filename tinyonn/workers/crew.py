@@ -11,11 +11,10 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from tinyonn.errors import CapacityError, EngineLostError, TinyONNError
+from tinyonn.errors import CapacityError, EngineLostError, TinyONNError, first_line
 from tinyonn.machine import Device, worker_environment
 from tinyonn.workers.alive import LOOK, Waiting, check
 from tinyonn.workers.facts import WorkerFacts
-from tinyonn.workers.ray import first_line
 
 LOG = logging.getLogger(__name__)
 MAX_LOSSES = 3  # times the whole crew may die without a segment committed in between

@@ -18,7 +18,7 @@ import ray
 from tinyonn import endings
 from tinyonn.config import Config
 from tinyonn.dense.load import choose_device
-from tinyonn.errors import InputError
+from tinyonn.errors import InputError, first_line
 from tinyonn.files import scratch_folder
 from tinyonn.machine import Device, free_ram, gpus, usable_cpus
 from tinyonn.workers.alive import Watch, let_go, patiently, starting
@@ -152,11 +152,6 @@ def cluster_device(config: Config) -> Device:
     if config.model.device == "cuda" and gpus == 0:
         raise InputError("model.device = 'cuda' but no machine of the Ray cluster has a GPU; use cpu or auto")
     return "cuda" if gpus and config.model.device != "cpu" else "cpu"
-
-
-def first_line(error: BaseException) -> str:
-    """Of what an error says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

@@ -308,15 +308,7 @@ def dense_weight(matrix: ExpertMatrix, gates_G: torch.Tensor, W_OI: torch.Tensor
 
 
 def dense_weights(dense: Spread, gates_PG: torch.Tensor, W_POI: torch.Tensor) -> None:
-    """Write the dense weights of some samples.
-
-    Parameters
-    ----------
-    dense : Spread
-    gates_PG : float [samples, groups]
-    W_POI : bfloat16 or float32 [samples, out, inputs]
-        Written.
-    """
+    """Write the dense weight [out, inputs], bfloat16 or float32, of one row of gates, float [groups]."""
     weights = dense.values_OI.numel()
     with _device_of(W_POI):
         _fill[(triton.cdiv(weights, WEIGHTS),)](
@@ -331,21 +323,7 @@ def gated_product(
     bias: torch.Tensor | None = None,
     transposed: bool = False,
 ) -> torch.Tensor:
-    """Each sample's tokens times its own weight, which is never written.
-
-    Parameters
-    ----------
-    X_BTI : bfloat16 or float32 [samples, tokens, inputs]
-        [samples, tokens, out] if transposed: the product is then `X W_b`, as for the input's gradient.
-    dense : Spread
-    gates_BG : float [samples, groups]
-    bias : float [out], optional
-    transposed : bool
-
-    Returns
-    -------
-    tensor [samples, tokens, out], or [samples, tokens, inputs] if transposed, dtype of `X_BTI`
-    """
+    """Write the dense weights [samples, out, inputs], bfloat16 or float32, of gates, float [samples, groups]."""
     samples, tokens, depth = X_BTI.shape
     out, inputs = dense.values_OI.shape
     size, strides = (inputs, (1, inputs)) if transposed else (out, (inputs, 1))
@@ -394,16 +372,7 @@ def gated_gradient(
 def gather(
     matrix: ExpertMatrix, D_POI: torch.Tensor, gates_PG: torch.Tensor, of_values: torch.Tensor
 ) -> None:
-    """Add to each entry the sum over samples of gate times what lies at its place.
-
-    Parameters
-    ----------
-    matrix : ExpertMatrix
-    D_POI : bfloat16 or float32 [samples, out, inputs]
-    gates_PG : float [samples, groups]
-    of_values : float32 [entries]
-        Added to.
-    """
+    """Add to each entry, float32 [entries], the sum over samples of gate times what lies at its place in `D_POI`."""
     with _device_of(D_POI):
         _gather[_rows(matrix, ROWS)](
             D_POI, *_parts(matrix)[1:], gates_PG.float().contiguous(), of_values, len(D_POI),
@@ -446,7 +415,7 @@ def _table(gates_BG: torch.Tensor) -> torch.Tensor:
 
 
 def _device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Sums over a group's entries of value times what lies at their places, float64 [samples, groups]."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -404,20 +404,7 @@ def costs(out: int, inputs: int, entries: int, tokens: int, itemsize: int = 2) -
 
 
 def gpu_costs(out: int, inputs: int, entries: int, itemsize: int = 2) -> dict[str, float]:
-    """What a form costs a GPU at one token, in bytes that memory delivers meanwhile.
-
-    Parameters
-    ----------
-    out, inputs, entries : int
-        Of the layer; entries are the active ones.
-    itemsize : int
-        Bytes of a value.
-
-    Returns
-    -------
-    dict
-        "dense", "rows", "masks".
-    """
+    """What "dense", "rows" and "masks" cost a GPU at one token; else as `costs`."""
     weights = out * inputs
     return {
         "dense": itemsize * weights,

@@ -262,18 +262,7 @@ def scatter(
     out: int,
     inputs: int,
 ) -> torch.Tensor:
-    """The dense weight from the groups whose gate is not 0.
-
-    Parameters
-    ----------
-    values, columns, row_pointer, out, inputs
-        As in `ExpertMatrix`; contiguous.
-    gates_G : float [groups]
-
-    Returns
-    -------
-    tensor [out, inputs], dtype of the values
-    """
+    """The dense weight [out, inputs] from the groups whose gate, float [groups], is not 0: see `ExpertMatrix`."""
     W_OI = values.new_zeros(out, inputs)
     groups = gates_G.numel()
     entries = _fitting(values.numel() / max(1, groups * out), 4, 64)
@@ -363,19 +352,7 @@ def expand_rows(words: torch.Tensor, starts: torch.Tensor, inputs: int) -> torch
 def expand_masks(
     values: torch.Tensor, masks: torch.Tensor, starts: torch.Tensor, skips: torch.Tensor, inputs: int
 ) -> torch.Tensor:
-    """The dense weight of `compress_masks`, or some rows of it.
-
-    Parameters
-    ----------
-    values : tensor [entries]
-    masks, starts, skips : tensor
-        As `compress_masks` gives them, of these rows.
-    inputs : int
-
-    Returns
-    -------
-    tensor [rows, inputs], dtype of the values
-    """
+    """The dense weight [rows, inputs] of `compress_masks`, or of some rows of its masks, starts and skips."""
     out, words = masks.shape
     W_OI = values.new_empty(out, inputs)
     grid = (triton.cdiv(out * words, TILE // WORD),)
@@ -387,20 +364,7 @@ def expand_masks(
 def decode_rows(
     X_TI: torch.Tensor, words: torch.Tensor, starts: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The layer on few tokens from `compress_rows`.
-
-    Parameters
-    ----------
-    X_TI : float [tokens, inputs]
-        From 1 to 8 tokens.
-    words, starts : tensor
-        As `compress_rows` gives them.
-    bias : float [out], optional
-
-    Returns
-    -------
-    tensor [tokens, out], dtype of `X_TI`
-    """
+    """The layer on 1 to 8 tokens from `compress_rows`: [tokens, out], dtype of `X_TI`; bias float [out]."""
     tokens, inputs = X_TI.shape
     out = starts.numel() - 1
     Y_TO = X_TI.new_empty(tokens, out)

@@ -250,6 +250,28 @@ def test_experts_of_slices_have_more_of_them_than_all() -> None:
     assert experts_of_slices(cells, ["prose"], ["code", "prose"]) == [1]
 
 
+def test_an_export_that_was_cut_off_is_made_again(
+    assembled: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, cut, whole = assembled[0] / "sparse", tmp_path / "cut", tmp_path / "whole"
+    export_model(source, whole, "hub")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tinyonn.experts.export.write_card", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_model(source, cut, "hub")
+    (cut / "half").mkdir()
+    (cut / "half" / "file").touch()
+    export_model(source, cut, "hub")
+    found = [sorted(path.relative_to(folder) for path in folder.rglob("*")) for folder in (cut, whole)]
+    assert found[0] == found[1]
+    with pytest.raises(InputError, match="not empty"):
+        export_model(source, cut, "hub")
+
+
 def test_what_cannot_be_exported_is_refused(assembled: tuple[Path, Config], tmp_path: Path) -> None:
     folder, _ = assembled
 

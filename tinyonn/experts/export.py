@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +33,13 @@ from tinyonn.model.matrix_tinyonn import ExpertMatrix, matrix_fault
 from tinyonn.plan.demands import Need, state_ram
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import MiB, format_size
+from tinyonn.store.lock import only_writer
 
 if TYPE_CHECKING:
     from tinyonn.run import Run
 
 FORMATS = ("hub", "dense", "npz", "parquet")
+UNFINISHED = ".unfinished"  # lies in a folder until all of it is written
 GENERATION = "generation_config.json"
 OWN = ("config.json", GENERATION, INDEX, "model*.safetensors", "*_tinyonn.py", "LICENSE*", "NOTICE*")
 PARTS = ("values", "columns", "row_pointer")
@@ -196,8 +200,7 @@ def export_model(
     chosen = list(range(assembled.experts)) if experts is None else sorted(set(experts))
     if wrong := [number for number in chosen if not 0 <= number < assembled.experts]:
         raise InputError(f"there is no expert {wrong[0]}; there are 0 to {assembled.experts - 1}")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; give a new folder")
+    _check_room(folder)
     check_files(source)
     if base is not None:
         check_files(base, CARD)
@@ -206,19 +209,19 @@ def export_model(
         export_needs(assembled, format),
         "end other programs, or export on a machine with more of it",
     )
-    folder.mkdir(parents=True, exist_ok=True)
     flags = np.isin(np.arange(assembled.experts + 1), [*chosen, assembled.experts])
-    if format == "hub":
-        for path in sorted(source.glob("model*.safetensors")):
-            compare(path)
-        _copy(source, folder)
-        write_card(folder, assembled.config, base or source, figures)
-        weights = sum(assembled.config["expert_sizes"])
-    else:
-        write = {"dense": _write_dense, "npz": _write_npz, "parquet": _write_parquet}[format]
-        weights = write(assembled, folder, flags)
-    if format in ("hub", "dense"):
-        stop_at_turns(folder)
+    with _whole(folder):
+        if format == "hub":
+            for path in sorted(source.glob("model*.safetensors")):
+                compare(path)
+            _copy(source, folder)
+            write_card(folder, assembled.config, base or source, figures)
+            weights = sum(assembled.config["expert_sizes"])
+        else:
+            write = {"dense": _write_dense, "npz": _write_npz, "parquet": _write_parquet}[format]
+            weights = write(assembled, folder, flags)
+        if format in ("hub", "dense"):
+            stop_at_turns(folder)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return ExportReport(
         str(source),
@@ -230,6 +233,27 @@ def export_model(
         sum(path.stat().st_size for path in files),
         planned,
     )
+
+
+def _check_room(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()) and not (folder / UNFINISHED).exists():
+        raise InputError(f"{folder} is not empty; give a new folder")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Mark a folder while it is being written, so that after a kill the same call empties it and begins again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        _check_room(folder)
+        (folder / UNFINISHED).touch()
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != UNFINISHED:
+                path.unlink()
+        yield
+        (folder / UNFINISHED).unlink()
 
 
 def export_needs(assembled: Assembled, format: str) -> list[Need]:

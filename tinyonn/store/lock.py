@@ -268,7 +268,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreBusyError(
-                f"another process writes into {folder}; wait for it, or give another --output"
+                f"another process writes into {folder}; wait for it, or give another folder"
             ) from None
         except OSError as error:
             LOG.debug("%s: the file system knows no locks (%s)", folder, error.strerror)

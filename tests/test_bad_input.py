@@ -331,7 +331,7 @@ def test_an_unreadable_store(recorded: Room, tmp_path: Path) -> None:
 def test_a_model_that_gives_no_number_at_all(room: Room, ray_cluster: str) -> None:
     room.write([{"text": f"number {number} {POISON}", "kind": "a"} for number in range(6)])
     room.refused(
-        "none of the 4 calibration samples gives finite values", "loss is nan", "float32",
+        "none of the 6 calibration samples gives finite values", "loss is nan", "float32",
         arguments=("--address", ray_cluster),
     )  # fmt: skip
     assert room.status()["samples"] == 0

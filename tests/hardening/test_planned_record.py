@@ -60,11 +60,11 @@ def check(figures: dict[str, Any]) -> None:
 
 def test_the_shipped_model(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 4, 20)
-    check(record(tmp_path, "reference", rows, max_tokens=128, segment=2, calibration=2))
+    check(record(tmp_path, "reference", rows, max_tokens=128, segment=2))
 
 
 @pytest.mark.slow
 def test_a_model_of_the_size_of_smollm2(tmp_path: Path) -> None:
     model = random_model(tmp_path / "model", "135m")
     rows = write_rows(tmp_path / "rows.jsonl", 36, 40)
-    check(record(tmp_path, model, rows, max_tokens=256, segment=18, calibration=4))
+    check(record(tmp_path, model, rows, max_tokens=256, segment=18))

@@ -1,6 +1,6 @@
 # make demo   record the shipped corpus with the shipped model; ends in a table        (the README's first command)
 # make test   run the tests, in two processes                                          (the README's second command)
-# make nightly   what the slow ones try, once each, in ten minutes: 1 and 2 workers, a kill in every stage, a Ray job
+# make nightly   what the slow ones try, once each, in fifteen minutes: 1 and 2 workers, a kill in every stage, a Ray job
 # make test-all  all tests, one after another: these, and the slow ones in full; an hour or more
 # make check  ruff and mypy
 # make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM, and gpu.py)

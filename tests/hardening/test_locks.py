@@ -341,7 +341,7 @@ def test_one_evaluates_at_a_time_beside_a_training(world: World) -> None:
 def test_one_assembles_into_a_folder_at_a_time(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with only_writer(folder), pytest.raises(StoreBusyError, match=rf"writes into {folder}; .*--output"):
+    with only_writer(folder), pytest.raises(StoreBusyError, match=rf"writes into {folder}; .*another folder"):
         assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
     assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
     assert not list(folder.glob("lock*"))

@@ -14,6 +14,7 @@ from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
 
 Groups = dict[str, np.ndarray[Any, np.dtype[np.uint8]]]
 DROPPED = 255
+UP = "model.layers.0.mlp.up_proj"
 
 
 def dense_model(folder: Path, **options: Any) -> Any:
@@ -97,3 +98,12 @@ def assembled(
     """The base in a folder, and the model of its weights in random groups."""
     base = dense_model(folder)
     return base, assemble(base, random_groups(base, experts, kept, seed), experts, **options)
+
+
+def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def saved(model: TinyONNForCausalLM, folder: Path) -> Path:
+    model.save_pretrained(folder, max_shard_size="60KB")
+    return folder

@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tinyonn.model.batched_tinyonn as batched
 from tests.dense.architectures import make_model
 from tests.dense.conftest import ModelFactory
-from tests.model.assembled import assemble, assembled, dense_model, random_groups
+from tests.model.assembled import UP, assemble, assembled, dense_model, random_groups
 from tests.model.test_sparse import by_definition, random_matrix
 from tinyonn.experts import TinyONNForCausalLM
 from tinyonn.model.sparse_tinyonn import batched_linear, gated_linear
 
-UP = "model.layers.0.mlp.up_proj"
 # Without and with the compiled passes; the large one has several blocks of rows
 SHAPES = [(7, 13), (301, 270)]
 DTYPES = [

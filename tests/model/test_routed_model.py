@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.dense.conftest import ModelFactory
-from tests.model.assembled import assemble, assembled, dense_model, random_groups
+from tests.model.assembled import assemble, assembled, dense_model, random_groups, tokens
 from tests.model.routers import FOUR, decide
 from tinyonn.experts import TinyONNConfig, TinyONNForCausalLM
 from tinyonn.model.configuration_tinyonn import GATE_RULE, ROUTER_RULE
@@ -41,10 +41,6 @@ def model(folder: Path) -> TinyONNForCausalLM:
 def router_of(model: Any) -> PromptRouter:
     assert isinstance(model.router, PromptRouter)
     return model.router
-
-
-def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def prompts_that_differ(model: TinyONNForCausalLM) -> list[torch.Tensor]:

@@ -315,11 +315,8 @@ def record(setting: Setting) -> Result:
     weights = sum(parameter.size for parameter in ours.parameters)
     figures["ns a weight and spill"] = 1e9 * (time.perf_counter() - started) / weights
     if setting.on_gpu:
-        of_ours = {f"{path.name}:" for path in (ROOT / "tinyonn").rglob("*.py")} - {"__init__.py:"}
-        most = max(
-            sum(place.startswith(tuple(of_ours)) for place in here["waits inside a sample"])
-            for here in figures["tokens"].values()
-        )
+        waits = [here["waits inside a sample"] for here in figures["tokens"].values()]
+        most = max(sum(place.startswith("tinyonn/") for place in places) for places in waits)
         goals.append(at_most("record: waits of ours for the device in a sample", most, 2))
     return Result(goals, figures)
 
@@ -352,7 +349,15 @@ def _waits(recorder: Recorder, sample: Sample, setting: Setting) -> list[str]:
             recorder.run(sample)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return [f"{Path(one.filename).name}:{one.lineno}" for one in found if "synchronizing" in str(one.message)]
+    return [_place(one) for one in found if "synchronizing" in str(one.message)]
+
+
+def _place(warning: warnings.WarningMessage) -> str:
+    """File and line; of ours below the project's folder."""
+    path = Path(warning.filename)
+    return (
+        f"{path.relative_to(ROOT) if path.is_relative_to(ROOT / 'tinyonn') else path.name}:{warning.lineno}"
+    )
 
 
 def _forming(dense: DenseModel) -> Recorder:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +17,6 @@ from tinyonn.train.expert_optimizers import (
     iterated,
     orthogonalised,
     runs,
-    update_runs,
-    update_together,
 )
 
 
@@ -42,21 +43,25 @@ def test_sparse_adamw_is_adamw() -> None:
 
 
 def test_a_gpus_step_of_adamw_gives_the_bits_of_the_step_by_slices() -> None:
-    sizes, group = [5, 0, 9, 3, 1], {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+    sizes = [5, 0, 9, 3, 1]
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(sum(sizes), generator=generator)
-    found = []
     grads = [torch.randn(values.shape, generator=generator) for _ in range(4)]
     grads[1][5:14] = 0  # a group that rests for a step
     grads[2][:5] = 0
     for grad in grads:
         grad[17:] = 0  # one that is never touched
-    for update in (update_runs, update_together):
-        w, state = values.clone(), {"step": torch.zeros(len(sizes))}
-        state |= {"exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
-        for grad in grads:
-            update(w, grad, sizes, state, group)
-        found.append((w, *state.values()))
+    pointer = torch.tensor([0, *sizes]).cumsum(0).int()
+    found = []
+    for way in ("update_runs", "update_together"):
+        layer: Any = SimpleNamespace(
+            values=nn.Parameter(values.clone()), row_pointer=pointer, out_features=1, groups=len(sizes)
+        )
+        optimizer = SparseAdamW([("layer", layer)], 0.01, (0.8, 0.9), 1e-6, 0.3)
+        with torch.no_grad():
+            for grad in grads:
+                getattr(optimizer, way)(layer.values, grad, optimizer.param_groups[0])
+        found.append((layer.values.detach(), *optimizer.state[layer.values].values()))
     assert found[0][1].tolist() == [3, 0, 3, 4, 0]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
@@ -92,15 +97,13 @@ def test_a_gpus_step_of_muon_is_the_step_by_slices() -> None:
     for way in ("update_runs", "update_together"):
         layer = sparse_layer(24, 16)
         optimizer = SparseMuon([("layer", layer)], 0.02, 0.9, weight_decay=0.1)
-        optimizer.state[layer.values]["momentum_buffer"] = torch.zeros_like(layer.values)
         resting = group_slices(layer)[1]
         before = layer.values.detach()[resting].clone()
         for seed in range(3):
             grad = torch.randn(layer.values.shape, generator=torch.Generator().manual_seed(seed))
             grad[resting] = 0
-            sizes = [part.stop - part.start for part in group_slices(layer)]
             with torch.no_grad():
-                getattr(optimizer, way)(layer.values, grad, sizes, optimizer.param_groups[0])
+                getattr(optimizer, way)(layer.values, grad, optimizer.param_groups[0])
         assert torch.equal(layer.values.detach()[resting], before)
         found.append((layer.values.detach(), optimizer.state[layer.values]["momentum_buffer"]))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)

@@ -111,8 +111,8 @@ class SelectOptions:
         unlabelled = sorted({kind_of(p) for p in tensors} & set(source.trunk)) if source.cells else []
         if unlabelled:
             raise InputError(
-                f"{', '.join(unlabelled)} have no labels (cluster.trunk = {list(source.trunk)}); take them out of "
-                "cluster.trunk and run `tinyonn cluster` again"
+                f"{', '.join(unlabelled)} have no labels: the run was clustered without them "
+                f"({', '.join(source.trunk)}); run `tinyonn cluster` again, or use experts.by: need"
             )
         budget = round(self.budget * total) if self.budget <= 1 else int(self.budget)
         if budget > total:

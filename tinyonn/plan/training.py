@@ -209,7 +209,7 @@ def check_needs(needs: Sequence[Need], workers: int, device: Device, limit: int 
         what = ", ".join(f"{need.what} {format_size(need.bytes)}" for need in largest)
         raise CapacityError(
             f"training needs {format_size(tier.total)} of {name} and {format_size(limit or 0)} are there ({what}); "
-            "use a smaller train.micro_batch or data.max_tokens, train.checkpointing: true, a cached teacher, "
+            "use a smaller train.micro_batch or data.max_tokens, model.checkpointing: true, a cached teacher, "
             "train.optimizers.trunk_lr: 0, or fewer workers"
         )
     return tier

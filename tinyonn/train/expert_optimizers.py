@@ -2,7 +2,8 @@
 
 A group is updated if its gradient has any entry that is not 0. All others keep their values, moments and counts of
 steps bit for bit: no decay, no old momentum. So an expert that was masked or unused goes on later where it was left.
-Values are sorted by group, so a group is one stretch of the vector and everything here is slices.
+Values are sorted by group, so a group is one stretch of the vector: a CPU works on slices and reads nothing else.
+On a GPU launching stretch after stretch takes longer than their work: it updates all at once, and waits for nothing.
 
 Muon's update is the nearest orthogonal matrix, roughly, by Newton-Schulz iterations in bfloat16
 
@@ -31,7 +32,7 @@ Named = tuple[str, ExpertLinear]
 
 
 class ValuesOptimizer(Optimizer):
-    """Steps of sparse layers one after another; a subclass updates one.
+    """Steps of sparse layers one after another; a subclass updates one, in either way.
 
     Parameters
     ----------
@@ -44,10 +45,11 @@ class ValuesOptimizer(Optimizer):
     def __init__(self, layers: Iterable[Named], defaults: dict[str, Any]) -> None:
         known = list(layers)
         self._layers = {layer.values: layer for _, layer in known}
-        self._sizes = {
+        self._lengths_G = {
             layer.values: group_sizes(layer.row_pointer, layer.out_features, layer.groups)
             for _, layer in known
         }
+        self._sizes = {values: lengths_G.tolist() for values, lengths_G in self._lengths_G.items()}
         super().__init__([(f"{name}.values", layer.values) for name, layer in known], defaults)
 
     @torch.no_grad()
@@ -60,12 +62,16 @@ class ValuesOptimizer(Optimizer):
         for group in self.param_groups:
             for values in group["params"]:
                 if values.grad is not None:
-                    self._update(values, values.grad, self._sizes[values], group)
+                    update = self.update_together if values.is_cuda else self.update_runs
+                    update(values, values.grad, group)
         return loss
 
-    def _update(
-        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
-    ) -> None:
+    def update_runs(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Update the groups of a layer that have a gradient, run after run."""
+        raise NotImplementedError
+
+    def update_together(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """The same, all groups at once."""
         raise NotImplementedError
 
 
@@ -76,31 +82,30 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, ExpertLinear]]:
             yield name, module
 
 
-def group_sizes(row_pointer: torch.Tensor, out: int, groups: int) -> list[int]:
-    """Entries of each group."""
+def group_sizes(row_pointer: torch.Tensor, out: int, groups: int) -> torch.Tensor:
+    """Entries of each group, int64 [G], where the row pointer lies."""
     if row_pointer.numel() != groups * out + 1:
         raise ValueError(
             f"a row pointer of {row_pointer.numel()} numbers does not fit {groups} groups of {out} rows; it "
             f"has {groups * out + 1}"
         )
-    return [int(size) for size in row_pointer[::out].long().diff().tolist()]
+    return row_pointer[::out].long().diff()
 
 
-def touched(grad: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+def touched(grad: torch.Tensor, lengths_G: torch.Tensor) -> torch.Tensor:
     """Which groups have a gradient at all: any entry that is not 0.
 
     An expert that is masked, or that no sample used, has none, and its values, its momentum and its count of steps
     stay as they are: neither decay nor an old momentum moves what had nothing to learn from.
     """
-    lengths = torch.tensor(list(sizes), device=grad.device)
-    seen = torch.segment_reduce((grad != 0).float(), "max", lengths=lengths, initial=0.0)
-    return seen > 0
+    # unsafe: the check of the lengths, which are right, would wait for a GPU
+    return torch.segment_reduce((grad != 0).float(), "max", lengths=lengths_G, initial=0.0, unsafe=True) > 0
 
 
-def group_of_entries(sizes: Sequence[int], device: torch.device) -> torch.Tensor:
-    """The group of every entry, int32 [entries], without waiting for the device."""
-    numbers = torch.arange(len(sizes), dtype=torch.int32, device=device)
-    return numbers.repeat_interleave(torch.tensor(sizes, device=device), output_size=sum(sizes))
+def group_of_entries(lengths_G: torch.Tensor, entries: int) -> torch.Tensor:
+    """The group of every entry, int32 [entries]."""
+    numbers = torch.arange(len(lengths_G), dtype=torch.int32, device=lengths_G.device)
+    return numbers.repeat_interleave(lengths_G, output_size=entries)
 
 
 @dataclass(frozen=True)
@@ -157,58 +162,50 @@ class SparseAdamW(ValuesOptimizer):
     ) -> None:
         super().__init__(layers, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    def _update(
-        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
-    ) -> None:
-        state = self.state[values]
+    def _moments(self, values: nn.Parameter) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self.state[values]
         if not state:
-            state["step"] = torch.zeros(len(sizes), dtype=torch.float32, device=values.device)
+            groups = len(self._sizes[values])
+            state["step"] = torch.zeros(groups, dtype=torch.float32, device=values.device)
             state["exp_avg"] = torch.zeros_like(values)
             state["exp_avg_sq"] = torch.zeros_like(values)
-        (update_together if values.is_cuda else update_runs)(values, grad, sizes, state, group)
+        return state
 
+    def update_runs(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """See `ValuesOptimizer`."""
+        state = self._moments(values)
+        live = touched(grad, self._lengths_G[values]).tolist()
+        count_G = state["step"]
+        count_G += torch.tensor(live, dtype=torch.float32)
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        for run in runs(live, self._sizes[values]):
+            w, g = values[run.entries], grad[run.entries].to(values.dtype)
+            m, v = state["exp_avg"][run.entries], state["exp_avg_sq"][run.entries]
+            w.mul_(1 - lr * group["weight_decay"])
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            count = count_G[run.groups].double()
+            below = v.sqrt().div_(_by_entry((1 - beta2**count).sqrt(), run, v)).add_(group["eps"])
+            w.sub_(m.div(below).mul_(_by_entry(lr / (1 - beta1**count), run, v)))
 
-def update_runs(
-    values: torch.Tensor, grad: torch.Tensor, sizes: list[int], state: dict[str, Any], group: dict[str, Any]
-) -> None:
-    """A step of the groups that have a gradient, by slices: nothing else is read."""
-    live = touched(grad, sizes).tolist()
-    count_G = state["step"]
-    count_G += torch.tensor(live, dtype=torch.float32)
-    beta1, beta2 = group["betas"]
-    lr = float(group["lr"])
-    for run in runs(live, sizes):
-        w, g = values[run.entries], grad[run.entries].to(values.dtype)
-        m, v = state["exp_avg"][run.entries], state["exp_avg_sq"][run.entries]
-        w.mul_(1 - lr * group["weight_decay"])
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        count = count_G[run.groups].double()
-        below = v.sqrt().div_(_by_entry((1 - beta2**count).sqrt(), run, v)).add_(group["eps"])
-        w.sub_(m.div(below).mul_(_by_entry(lr / (1 - beta1**count), run, v)))
-
-
-def update_together(
-    values: torch.Tensor, grad: torch.Tensor, sizes: list[int], state: dict[str, Any], group: dict[str, Any]
-) -> None:
-    """The same step of all groups at once, for a GPU: launching run after run takes longer than their work.
-
-    Nothing waits for the device. Holds 21 bytes an entry of the layer meanwhile.
-    """
-    live_G = touched(grad, sizes)
-    count_G = state["step"] = state["step"].to(values.device).add_(live_G)
-    beta1, beta2 = group["betas"]
-    lr = float(group["lr"])
-    count = count_G.double()
-    below_G = torch.where(live_G, (1 - beta2**count).sqrt(), 1).to(values.dtype)
-    rate_G = torch.where(live_G, lr / (1 - beta1**count), 0).to(values.dtype)
-    group_E = group_of_entries(sizes, values.device)
-    live_E = live_G[group_E]
-    w, m, v, g = values, state["exp_avg"], state["exp_avg_sq"], grad.to(values.dtype)
-    torch.where(live_E, m.lerp(g, 1 - beta1), m, out=m)
-    torch.where(live_E, v.mul(beta2).addcmul_(g, g, value=1 - beta2), v, out=v)
-    step = m.div(v.sqrt().div_(below_G[group_E]).add_(group["eps"])).mul_(rate_G[group_E])
-    torch.where(live_E, w.mul(1 - lr * group["weight_decay"]).sub_(step), w, out=w)
+    def update_together(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """See `ValuesOptimizer`. Holds 21 bytes an entry of the layer meanwhile."""
+        state, lengths_G = self._moments(values), self._lengths_G[values]
+        live_G = touched(grad, lengths_G)
+        count_G = state["step"] = state["step"].to(values.device).add_(live_G)
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        count = count_G.double()
+        below_G = torch.where(live_G, (1 - beta2**count).sqrt(), 1).to(values.dtype)
+        rate_G = torch.where(live_G, lr / (1 - beta1**count), 0).to(values.dtype)
+        group_E = group_of_entries(lengths_G, len(values))
+        live_E = live_G[group_E]
+        w, m, v, g = values, state["exp_avg"], state["exp_avg_sq"], grad.to(values.dtype)
+        torch.where(live_E, m.lerp(g, 1 - beta1), m, out=m)
+        torch.where(live_E, v.mul(beta2).addcmul_(g, g, value=1 - beta2), v, out=v)
+        step = m.div(v.sqrt().div_(below_G[group_E]).add_(group["eps"])).mul_(rate_G[group_E])
+        torch.where(live_E, w.mul(1 - lr * group["weight_decay"]).sub_(step), w, out=w)
 
 
 def _by_entry(factors: torch.Tensor, run: Run, like: torch.Tensor) -> torch.Tensor:
@@ -284,23 +281,17 @@ class SparseMuon(ValuesOptimizer):
         }
         super().__init__(layers, defaults)
 
-    def _update(
-        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
-    ) -> None:
-        state = self.state[values]
+    def _momentum(self, values: nn.Parameter) -> torch.Tensor:
+        state: dict[str, torch.Tensor] = self.state[values]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(values)
-        if values.is_cuda:
-            self.update_together(values, grad, sizes, group)
-        else:
-            self.update_runs(values, grad, sizes, group)
+        return state["momentum_buffer"]
 
-    def update_runs(
-        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
-    ) -> None:
-        """A step of the groups that have a gradient, by slices."""
-        layer, momenta = self._layers[values], self.state[values]["momentum_buffer"]
-        parts = [run.entries for run in runs(touched(grad, sizes).tolist(), sizes)]
+    def update_runs(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """See `ValuesOptimizer`."""
+        layer, momenta = self._layers[values], self._momentum(values)
+        live = touched(grad, self._lengths_G[values]).tolist()
+        parts = [run.entries for run in runs(live, self._sizes[values])]
         if not parts:
             return
         lr, momentum = float(group["lr"]), group["momentum"]
@@ -317,21 +308,19 @@ class SparseMuon(ValuesOptimizer):
             values[part].mul_(1 - lr * group["weight_decay"])
             values[part].add_(U_OI.reshape(-1)[places[part]].to(values.dtype), alpha=-lr * size)
 
-    def update_together(
-        self, values: nn.Parameter, grad: torch.Tensor, sizes: list[int], group: dict[str, Any]
-    ) -> None:
-        """The same step of all groups at once, for a GPU: see `update_together`."""
-        layer, buffer = self._layers[values], self.state[values]["momentum_buffer"]
+    def update_together(self, values: nn.Parameter, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """See `ValuesOptimizer`."""
+        layer, buffer, lengths_G = self._layers[values], self._momentum(values), self._lengths_G[values]
         lr, momentum = float(group["lr"]), group["momentum"]
-        live_G = touched(grad, sizes)
-        live_E = live_G[group_of_entries(sizes, values.device)]
+        live_G = touched(grad, lengths_G)
+        live_E = live_G[group_of_entries(lengths_G, len(values))]
         g = grad.to(values.dtype)
         torch.where(live_E, buffer.lerp(g, 1 - momentum), buffer, out=buffer)
         moved = torch.where(live_E, g.lerp(buffer, momentum) if group["nesterov"] else buffer, 0)
         places = _places(layer)
         dense = values.new_zeros(layer.out_features * layer.in_features).index_copy_(0, places, moved)
         U_OI = orthogonalised(dense.view(layer.out_features, layer.in_features), group["ns_steps"])
-        updated = (live_G * torch.tensor(sizes, device=values.device)).sum()
+        updated = (live_G * lengths_G).sum()
         size = 0.2 * (updated / min(layer.out_features, layer.in_features)).sqrt()
         step = U_OI.reshape(-1)[places].to(values.dtype).mul_(lr * size)
         torch.where(live_E, values.mul(1 - lr * group["weight_decay"]).sub_(step), values, out=values)

@@ -193,8 +193,8 @@ def find_profiled(profile: Profile, recorded: Path, corpus: Corpus) -> Int64:
     found = match_keys(_digests(known, places), _digests(corpus, every))
     if not (found >= 0).any():
         raise InputError(
-            f"none of the {len(places)} profiled samples is in {corpus.path.name}, which is trained on; set "
-            "train.warm_start: 0 and train.loss.profile: 0, or add what was recorded to train.data"
+            f"none of the {len(places)} profiled samples is in {corpus.path.name}, which is trained on; "
+            "add what was recorded to train.data"
         )
     indexes = np.array([corpus.sample(*every[place]).index for place in found.tolist()], np.int64)
     return np.where(found >= 0, indexes, -1)

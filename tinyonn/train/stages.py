@@ -78,7 +78,7 @@ class RunningMean:
 
 def expert_norms(grad: torch.Tensor, row_pointer: torch.Tensor, out: int, groups: int) -> torch.Tensor:
     """Squared norm of each group's gradient."""
-    lengths = torch.tensor(group_sizes(row_pointer, out, groups), device=grad.device)
+    lengths = group_sizes(row_pointer, out, groups).to(grad.device)
     return torch.segment_reduce(grad.double().square(), "sum", lengths=lengths, initial=0.0)
 
 
@@ -151,7 +151,7 @@ def mask_value_gradients(model: nn.Module, allowed_G: torch.Tensor) -> None:
         grad = layer.values.grad
         if grad is None:
             continue
-        sizes = group_sizes(layer.row_pointer, layer.out_features, layer.groups)
+        sizes = group_sizes(layer.row_pointer, layer.out_features, layer.groups).tolist()
         for part, may in zip(grad.split(sizes), allowed, strict=True):
             if not may:
                 part.zero_()

@@ -57,7 +57,7 @@ def build_trainer(spec: Spec) -> Trainer:
     except torch.cuda.OutOfMemoryError as error:
         raise CapacityError(
             f"out of GPU memory on {device} ({str(error).splitlines()[0]}); use a smaller train.micro_batch, "
-            "train.checkpointing: true or model.quantization: nf4"
+            "model.checkpointing: true or model.quantization: nf4"
         ) from None
 
 

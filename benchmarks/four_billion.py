@@ -1,7 +1,7 @@
 """Four billion weights on one machine: Qwen1.5-4B's shape, random weights.
 
     python benchmarks/four_billion.py record [--samples 4] [--tokens 32] [--json]
-    python benchmarks/four_billion.py synth storage/large --reference storage/demo
+    python benchmarks/four_billion.py synth storage/large --reference storage/demo-full
     python benchmarks/four_billion.py score storage/large [--json]
     python benchmarks/four_billion.py cluster storage/large [--json]
     python benchmarks/four_billion.py assemble storage/large [--json]
@@ -80,7 +80,9 @@ def main() -> None:
     one.set_defaults(run=record)
     two = commands.add_parser("synth", help="write a run to score and cluster: 3 slices take 17 GB of disk")
     two.add_argument("run", type=Path, help="folder of the new run")
-    two.add_argument("--reference", type=Path, default=Path("storage/demo"), help="a recorded, merged run")
+    two.add_argument(
+        "--reference", type=Path, default=Path("storage/demo-full"), help="a recorded, merged run"
+    )
     two.add_argument("--slices", type=int, default=3)
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")

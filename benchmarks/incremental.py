@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.report import Goal, at_least, at_most, finish
-from tinyonn.cli import DEMO_CONFIG
+from tinyonn.cli import CONFIGS
 from tinyonn.cluster.histogram import NO_CELL
 from tinyonn.cluster.report import ClusterReport
 from tinyonn.cluster.stage import cluster_run
@@ -67,7 +67,7 @@ def main() -> None:
 
 def record_leaves(folder: Path, threads: int) -> None:
     """Record the demo's samples in segments of 16 and merge none of them."""
-    demo = load_config(DEMO_CONFIG)
+    demo = load_config(CONFIGS / "demo-full.yaml")
     config = demo.model_copy(update={"record": RecordConfig(segment=SEGMENT, threads=threads)})
     corpus = prepare_corpus(config, load_tokenizer(config.model), folder / "corpus.arrow")
     worker = Worker(config.model, threads, config.record.seed)

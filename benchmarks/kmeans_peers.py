@@ -1,6 +1,6 @@
 """Clustering the same rows with Tiny-ONN and with the libraries that people use, in one run.
 
-    python benchmarks/kmeans_peers.py [storage/demo] [--cells 100] [--exact] [--json]
+    python benchmarks/kmeans_peers.py [storage/demo-full] [--cells 100] [--exact] [--json]
 
 RUN is a recorded and merged run of the shipped model. From its statistics a store of one layer of Qwen1.5-4B's shape
 is drawn (`synthetic.py`), 79 million rows outside the trunk, and scored. Ours reads it from the store, clusters it,
@@ -66,7 +66,7 @@ def main() -> None:
         "run",
         type=Path,
         nargs="?",
-        default=Path("storage/demo"),
+        default=Path("storage/demo-full"),
         help="a recorded, merged run of the shipped model; recorded if it is not there",
     )
     parser.add_argument("--cells", type=int, default=100)

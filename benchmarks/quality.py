@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, at_most, finish
-from tinyonn.cli import DEMO_CONFIG
+from tinyonn.cli import CONFIGS
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, RecordConfig, ScoreConfig, load_config
 from tinyonn.corpus.corpus import prepare_corpus
@@ -80,7 +80,7 @@ def main() -> None:
 def evaluated(options: Any, seed: int) -> EvaluateReport:
     """One seed, from the recording to the lines."""
     place = options.run.with_name(f"{options.run.name}-{seed}")
-    demo = load_config(DEMO_CONFIG)
+    demo = load_config(CONFIGS / "demo-full.yaml")
     data = demo.data.model_copy(update={"samples": options.samples, "seed": seed})
     config = demo.model_copy(update={"data": data})
     if options.small:

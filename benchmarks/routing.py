@@ -51,7 +51,7 @@ from benchmarks.routing_models import (
     write_experts,
 )
 from benchmarks.routing_wanda import evaluate_prompt_masks
-from tinyonn.cli import DEMO_CONFIG
+from tinyonn.cli import CONFIGS
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
 from tinyonn.corpus.tokens import PROMPT_TOKENS
@@ -96,7 +96,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, nargs="?", default=Path("storage/routing"))
-    parser.add_argument("--config", type=Path, default=DEMO_CONFIG)
+    parser.add_argument("--config", type=Path, default=CONFIGS / "demo-full.yaml")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400)

@@ -29,13 +29,13 @@ SAMPLES = 1024  # that each slice claims
 
 def recorded(run: Path, **options: Any) -> Path:
     """The run, recorded and merged with the demo's configuration and these options of ``record`` if it is not there."""
-    from tinyonn.cli import DEMO_CONFIG
+    from tinyonn.cli import CONFIGS
     from tinyonn.config import load_config
     from tinyonn.record.driver import record
     from tinyonn.run import merge_run
 
     if not Store.exists(run / "store"):
-        config = load_config(DEMO_CONFIG)
+        config = load_config(CONFIGS / "demo-full.yaml")
         changed = config.model_copy(update={"record": config.record.model_copy(update=options)})
         record(str(run), changed, progress=False)
         merge_run(str(run))

@@ -152,7 +152,7 @@ def test_help_is_fast_and_names_every_stage() -> None:
     started = time.monotonic()
     result = tinyonn_process("--help")
     assert result.returncode == 0
-    for stage in ("plan", "doctor", "record", "merge", "status", "demo"):
+    for stage in ("plan", "doctor", "record", "merge", "status", "pipeline", "demo"):
         assert f"  {stage}" in result.stdout
     assert "torch" not in loaded_by_help()
     assert time.monotonic() - started < 20  # a busy machine; 0.2 s on an idle one
@@ -254,6 +254,13 @@ def test_merge_ends_with_one_segment_per_slice_and_holds_the_lock(tmp_path: Path
     assert is_complete(str(place))
     assert read_status(str(place)).samples == 13
     assert merge_run(str(place)).merges == 0
+
+
+def test_a_stage_to_skip_must_be_one(tmp_path: Path) -> None:
+    refused = tinyonn_process("pipeline", "small", "--skip", "record, training", cwd=tmp_path)
+    assert refused.returncode == InputError.exit_code
+    assert "--skip 'training' is no stage; the stages are record, score, cluster," in refused.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_store_is_4(run: Path) -> None:

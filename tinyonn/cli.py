@@ -15,21 +15,24 @@ import typer
 from tinyonn import cli_experts, endings
 from tinyonn.command import (
     AddressOption,
+    BudgetsOption,
     ConfigOption,
     DaskAddressOption,
     EngineOption,
     JsonOption,
     MemoryOption,
+    MethodsOption,
     Report,
     RunArgument,
+    SamplesOption,
     WorkersOption,
-    changed,
     engine_options,
+    evaluated,
     fail,
     given,
+    names_of,
     run_stage,
     say,
-    show,
 )
 from tinyonn.errors import InputError
 from tinyonn.places import local_folder
@@ -37,13 +40,7 @@ from tinyonn.places import local_folder
 if TYPE_CHECKING:
     from tinyonn.config import Config
 
-DEMO_PROMPT = "def read_lines(path):\n    with open(path) as"
-DEMO_EVALUATE = {
-    "samples": 126,
-    "methods": ["default", "wanda", "magnitude", "random"],
-    "budgets": [0.5, 0.315, 0.1],
-}
-DEMO_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 app = typer.Typer(
     name="tinyonn",
@@ -212,44 +209,50 @@ def status(run: RunArgument, config: ConfigOption = None, as_json: JsonOption = 
 
 
 @app.command()
-def demo(as_json: JsonOption = False) -> None:
-    """From the shipped corpus and model to a trained sparse one that generates: every stage, one after another."""
+def pipeline(
+    run: RunArgument,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    skip: Annotated[
+        str | None, typer.Option("--skip", help="Stages to leave out, such as profile,train,trained.")
+    ] = None,
+    methods: MethodsOption = None,
+    budgets: BudgetsOption = None,
+    samples: SamplesOption = None,
+) -> None:
+    """Every stage, one after another, from the corpus to a trained model; goes on where an earlier call stopped."""
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.cluster.stage import cluster_run
-        from tinyonn.evaluate.stage import evaluate_options, evaluate_run
-        from tinyonn.evaluate.trained import continue_text, evaluate_trained
-        from tinyonn.experts.assemble import assemble_run
-        from tinyonn.run import merge_run
-        from tinyonn.score.stage import score_run
-        from tinyonn.status import is_complete, read_status
+        from tinyonn.pipeline import run_pipeline
 
-        if is_complete(location):
-            say(f"{location} is recorded and merged: nothing to do (remove the folder to start afresh)")
-        else:
-            from tinyonn.record.driver import record
+        return run_pipeline(location, settings, evaluated(methods, budgets, samples), names_of(skip))
 
-            show(record(location, settings))
-            show(merge_run(location))
-        show(read_status(location))
-        show(score_run(location, settings.score))
-        show(cluster_run(location, settings.cluster))
-        show(assemble_run(location, settings.model, settings.experts))
-        settings = changed(settings, "evaluate", DEMO_EVALUATE)
-        options = evaluate_options(location, settings)
-        show(evaluate_run(location, settings, options, say))
-        show(cli_experts.profile_and_train(location, settings))
-        report = evaluate_trained(location, settings, options, tell=say)
-        say(f"the trained model goes on after {DEMO_PROMPT!r}: {continue_text(location, DEMO_PROMPT)!r}")
-        return report
+    run_stage("pipeline", run, config, as_json, stage)
 
-    if not DEMO_CONFIG.is_file():
+
+@app.command()
+def demo(
+    full: Annotated[
+        bool, typer.Option("--full", help="A quarter of an hour instead of five minutes.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """From the shipped corpus and model to a trained sparse one that generates: every stage, one after another."""
+    name = "demo-full" if full else "demo"
+    config = CONFIGS / f"{name}.yaml"
+
+    def stage(location: str, settings: Config) -> Report:
+        from tinyonn.pipeline import DEMO, FULL_DEMO, run_pipeline
+
+        return run_pipeline(location, settings, FULL_DEMO if full else DEMO)
+
+    if not config.is_file():
         fail(
             InputError(
-                f"{DEMO_CONFIG} is missing; run the demo from a clone, or `tinyonn record RUN --config FILE`"
+                f"{config} is missing; run the demo from a clone, or `tinyonn record RUN --config FILE`"
             )
         )
-    run_stage("demo", "demo", DEMO_CONFIG, as_json, stage)
+    run_stage("demo", name, config, as_json, stage)
 
 
 app.add_typer(cli_experts.app)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tinyonn.command import (
     AddressOption,
+    BudgetsOption,
     ConfigOption,
     DaskAddressOption,
     EngineOption,
     JsonOption,
     MemoryOption,
+    MethodsOption,
     Report,
     RunArgument,
+    SamplesOption,
     WorkersOption,
     changed,
     engine_options,
-    given,
+    evaluated,
     run_stage,
     say,
     show,
@@ -179,18 +182,9 @@ def evaluate(
             help="First search how experts.budget is best spread over the tensors, and keep that.",
         ),
     ] = False,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else eleven."
-        ),
-    ] = None,
-    budgets: Annotated[
-        str | None, typer.Option("--budgets", help="What is kept, such as 0.5,0.315; else four shares.")
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option("--samples", min=1, help="Held-out samples; else 252.")
-    ] = None,
+    methods: MethodsOption = None,
+    budgets: BudgetsOption = None,
+    samples: SamplesOption = None,
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against kept share into the run.")] = False,
     trained: Annotated[
         bool, typer.Option("--trained", help="Instead measure the run's trained model beside the dense one.")
@@ -201,15 +195,7 @@ def evaluate(
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.evaluate.stage import evaluate_options, evaluate_run
 
-        texts = dict(given(methods=methods, budgets=budgets))
-        changes: dict[str, Any] = {}
-        if "methods" in texts:
-            changes["methods"] = [name.strip() for name in texts["methods"].split(",")]
-        if "budgets" in texts:
-            changes["budgets"] = [part.strip() for part in texts["budgets"].split(",")]
-        if samples is not None:
-            changes["samples"] = samples
-        settings = changed(settings, "evaluate", changes)
+        settings = changed(settings, "evaluate", evaluated(methods, budgets, samples))
         if trained:
             from tinyonn.evaluate.trained import evaluate_trained
 

@@ -53,6 +53,14 @@ MemoryOption = Annotated[
 DaskAddressOption = Annotated[
     str | None, typer.Option("--address", help="Of a Dask scheduler or a Ray cluster; else a local one.")
 ]
+MethodsOption = Annotated[
+    str | None,
+    typer.Option("--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else eleven."),
+]
+BudgetsOption = Annotated[
+    str | None, typer.Option("--budgets", help="What is kept, such as 0.5,0.315; else four shares.")
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Held-out samples; else 252.")]
 
 
 class Report(Protocol):
@@ -154,6 +162,17 @@ def changed(settings: Config, section: str, changes: dict[str, Any]) -> Config:
         exclude_unset=True
     )  # what was left out stays so: some limits follow the model then
     return parse_config({**tree, section: {**tree.get(section, {}), **changes}}, "command line", whole=True)
+
+
+def evaluated(methods: str | None, budgets: str | None, samples: int | None) -> dict[str, Any]:
+    """What --methods, --budgets and --samples change in the section `evaluate`."""
+    changes: dict[str, Any] = {name: names_of(text) for name, text in given(methods=methods, budgets=budgets)}
+    return changes if samples is None else {**changes, "samples": samples}
+
+
+def names_of(text: str | None) -> list[str]:
+    """Names, or numbers, of an option that takes several, separated by commas."""
+    return [] if text is None else [part.strip() for part in text.split(",")]
 
 
 def engine_options(kind: str, workers: int | None, memory: str | None, address: str | None) -> EngineOptions:

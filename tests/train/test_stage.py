@@ -28,7 +28,9 @@ from tinyonn.evaluate.trained import (
     ASSEMBLED,
     DENSE,
     TRAINED,
+    continued,
     evaluate_trained,
+    most_in_need,
     trained_card_figures,
 )
 from tinyonn.files import read_json, write_json
@@ -127,6 +129,33 @@ def test_the_trained_model_is_measured_beside_the_dense_one(
     assert list(figures)[:3] == [DENSE, ASSEMBLED, f"this model, 6 experts on ({shares[2]:.1%} active)"]
     assert figures[DENSE] == {**of_dense.by_slice, "mean": of_dense.mean}
     assert trained_card_figures(Path(world.run), "another") is None
+
+
+def test_a_text_goes_on_by_the_experts_that_its_prompt_chose(
+    trained: tuple[Path, TrainReport, list[str]],
+) -> None:
+    folder, prompt = trained[0] / "model", "a few words"
+    text = continued(folder, prompt, tokens=5)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    on_E = model.router(inputs["input_ids"])[0]
+    assert text.experts == tuple(on_E.nonzero().ravel().tolist()) and len(text.experts) == 2 and text.of == 6
+    with model.gates(on_E):  # as if somebody had set them
+        written_BT = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    assert text.text == tokenizer.decode(
+        written_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert text.slice == ""  # experts by cells
+
+
+def test_the_slice_in_need_is_told_beside_what_it_needs_of_all() -> None:
+    needs = {
+        "hungry": [0.1, 0.1, 0.1],
+        "own": [0.9, 0.3, 2.0],
+    }  # the first needs all of them more than the second
+    assert most_in_need(needs, [1]) == "own"
+    assert most_in_need(needs, [0, 2]) == "hungry"
+    assert most_in_need({}, [0]) == ""
 
 
 def test_a_second_call_has_nothing_to_do(world: World, trained: tuple[Path, TrainReport, list[str]]) -> None:

@@ -241,24 +241,60 @@ def trained_card_figures(folder: Path, assembly: str) -> dict[str, dict[str, flo
         return None
 
 
-def continue_text(location: str, prompt: str, tokens: int = 24) -> str:
-    """What a run's trained model writes after a prompt, greedily, its router choosing from the prompt.
+@dataclass(frozen=True)
+class Continuation:
+    """What a trained model writes after a prompt, and who worked on it.
+
+    Attributes
+    ----------
+    text : str
+    experts : tuple of int
+        Those that the router put on, beside the core.
+    of : int
+        Experts there are.
+    slice : str
+        The kind of text that needs these experts most, beside what it needs of all.
+    """
+
+    text: str
+    experts: tuple[int, ...]
+    of: int
+    slice: str
+
+
+def continued(folder: Path, prompt: str, tokens: int = 24) -> Continuation:
+    """What a trained model writes after a prompt, greedily, its router choosing from the prompt.
 
     Parameters
     ----------
-    location : str
-        The run's folder or ``s3://`` address.
+    folder : Path
+        Of the model.
     prompt : str
     tokens : int
         New ones, at most.
     """
     from transformers import AutoTokenizer
 
-    folder = local_folder(location) / "model"
     model, tokenizer = open_assembled(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    given = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
-    found = model.generate(**given, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(found[0, given["input_ids"].shape[1] :], skip_special_tokens=True))
+    inputs = tokenizer(prompt, return_tensors="pt", split_special_tokens=True)
+    ids_BT = inputs["input_ids"]
+    written_BT = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    on_E = model.router(ids_BT)[0].nonzero().ravel().tolist()
+    text = str(tokenizer.decode(written_BT[0, ids_BT.shape[1] :], skip_special_tokens=True))
+    needs = model.config.assembly.get("needs") or {}
+    return Continuation(text, tuple(on_E), model.config.experts, most_in_need(needs, on_E))
+
+
+def most_in_need(needs: Mapping[str, Sequence[float]], experts: Sequence[int]) -> str:
+    """The slice that needs these experts most, beside what it needs of all; "" where no needs are known.
+
+    A need is the budget under which a slice keeps an expert's weights: the smaller, the more.
+    """
+    ratios = {
+        name: torch.tensor(need_E)[experts].log().mean() - torch.tensor(need_E).log().mean()
+        for name, need_E in needs.items()
+    }
+    return min(ratios, key=lambda name: float(ratios[name]), default="")
 
 
 def _numbers(student: Mapping[str, Any]) -> list[Experts]:

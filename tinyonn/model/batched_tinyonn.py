@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from .matrix_tinyonn import ExpertMatrix, check_gates, check_input, items, on_gpu, rows_and_groups
+from .matrix_tinyonn import ExpertMatrix, check_gates, check_input, entries_of, on_gpu, rows_and_groups
 
 try:
-    from .cpu_tinyonn import block_rows, fill, gather, in_bands, of_bfloat16, same, to_bfloat16
+    from .cpu_tinyonn import Gradients, block_rows, fill, gather, in_bands, of_bfloat16, same, to_bfloat16
 
     COMPILED = True
 except ImportError:  # no Numba: by Torch
@@ -270,12 +270,10 @@ def _dense(
         W_PE = torch.where(gates_PE == 0, 0, gates_PE * values).to(W_POI.dtype)
         W_POI.zero_().flatten(1).index_copy_(1, places, W_PE)
         return W_POI
-    half = W_POI.dtype == torch.bfloat16
     rows = block_rows(matrix.inputs, W_POI.itemsize)
-    in_bands(
-        fill, -(-matrix.out // rows), rows, *_known(matrix, values), gates_PG.numpy(), matrix.out, matrix.inputs,
-        to_bfloat16 if half else same, _bits(W_POI),
-    )  # fmt: skip
+    entries = entries_of(matrix, values.contiguous().numpy())
+    store = to_bfloat16 if W_POI.dtype == torch.bfloat16 else same
+    in_bands(fill, -(-matrix.out // rows), rows, entries, gates_PG.numpy(), store, _bits(W_POI))
     return W_POI
 
 
@@ -303,16 +301,13 @@ def _gather(
             gates_PE = value_gates_PG.index_select(1, groups)
             of_values += torch.where(gates_PE == 0, 0, gates_PE * found_PE).sum(0)
         return
-    half = of_W_POI.dtype == torch.bfloat16
     rows = block_rows(matrix.inputs, of_W_POI.itemsize)
     blocks = -(-matrix.out // rows)
     sums = values.new_zeros(blocks if of_gates_PG is not None else 0, *value_gates_PG.shape)
-    none = values.new_empty(0)
-    in_bands(
-        gather, blocks, rows, *_known(matrix, values), value_gates_PG.numpy(), matrix.out, matrix.inputs,
-        of_bfloat16 if half else same, of_values is not None, of_gates_PG is not None, _bits(of_W_POI),
-        (none if of_values is None else of_values).numpy(), sums.numpy(),
-    )  # fmt: skip
+    gradients = Gradients((values.new_empty(0) if of_values is None else of_values).numpy(), sums.numpy())
+    entries = entries_of(matrix, values.contiguous().numpy())
+    load = of_bfloat16 if of_W_POI.dtype == torch.bfloat16 else same
+    in_bands(gather, blocks, rows, entries, value_gates_PG.numpy(), load, _bits(of_W_POI), gradients)
     if of_gates_PG is not None:
         of_gates_PG.copy_(sums.double().sum(0))
 
@@ -327,10 +322,6 @@ def _in_passes(matrix: ExpertMatrix, W_POI: torch.Tensor) -> bool:
     """Whether the compiled passes do it: not for so few entries that compiling takes longer than they ever save."""
     floats = W_POI.dtype in (torch.bfloat16, torch.float32, torch.float64)
     return floats and COMPILED and not W_POI.is_cuda and matrix.values.numel() >= COMPILED_ENTRIES
-
-
-def _known(matrix: ExpertMatrix, values: torch.Tensor) -> tuple[Any, ...]:
-    return values.contiguous().numpy(), items(matrix.columns), matrix.row_pointer.contiguous().numpy()
 
 
 def _bits(W_POI: torch.Tensor) -> Any:

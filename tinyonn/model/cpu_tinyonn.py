@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ except ImportError as error:
 from .llvm_tinyonn import TEXTS, UNROLLED, WORD
 
 __all__ = [
-    "BLOCK_BYTES", "PADDING", "UNROLLED", "WORD", "block_rows", "expands", "fill", "gather", "gathers", "in_bands",
-    "join", "kernel", "launch", "of_bfloat16", "pack", "same", "scatter", "to_bfloat16",
+    "BLOCK_BYTES", "PADDING", "UNROLLED", "WORD", "Entries", "Gradients", "block_rows", "expands", "fill", "gather",
+    "gathers", "in_bands", "join", "kernel", "launch", "of_bfloat16", "pack", "same", "scatter", "to_bfloat16",
 ]  # fmt: skip
 
 PADDING = 32  # values that a vector load may read beyond the last
@@ -63,55 +63,87 @@ def _compiles(kind: str, tokens: int) -> bool:
     return True
 
 
+class Entries(NamedTuple):
+    """An `ExpertMatrix` as Numba's kernels take it; see there.
+
+    Attributes
+    ----------
+    values : [entries]
+        Floats, or their bits as unsigned integers where they are moved alone.
+    columns : uint16 or uint32 [entries]
+    pointer : int32 [groups * out + 1]
+    out, inputs : int
+    """
+
+    values: np.ndarray[Any, Any]
+    columns: np.ndarray[Any, Any]
+    pointer: np.ndarray[Any, Any]
+    out: int
+    inputs: int
+
+
+class Gradients(NamedTuple):
+    """What `gather` fills in; an array without items is not asked for.
+
+    Attributes
+    ----------
+    values : float [entries]
+        Added to.
+    gates : float [blocks of rows, samples, groups]
+        Written.
+    """
+
+    values: np.ndarray[Any, Any]
+    gates: np.ndarray[Any, Any]
+
+
 # What runs once per prompt or step: bits are moved, nothing is computed. Not cached on disk: an exported model's folder
 # may be read-only.
+# Entries are counted unsigned, since a signed place might be one from the end, which Numba would ask at each of them.
 
 
 @njit(nogil=True)
-def scatter(
-    first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int, W: Any
-) -> None:
-    """Rows first:last of the dense matrix from the given groups; `pointer` as in ExpertMatrix."""
+def scatter(first: int, last: int, entries: Entries, groups: Any, W: Any) -> None:
+    """Rows first:last of the dense matrix from the given groups."""
+    values, columns, pointer, out, _ = entries
     for row in range(first, last):
         W[row] = 0
         for group in groups:
             place = group * out + row
-            for entry in range(pointer[place], pointer[place + 1]):
-                W[row, columns[entry]] = items[entry]
+            for entry in range(np.uint32(pointer[place]), np.uint32(pointer[place + 1])):
+                W[row, columns[entry]] = values[entry]
 
 
 @njit(nogil=True)
 def join(
-    first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int,
-    starts: Any, joined_items: Any, joined_columns: Any,
-) -> None:  # fmt: skip
+    first: int, last: int, entries: Entries, groups: Any, starts: Any, joined_columns: Any, joined: Any
+) -> None:
     """Rows first:last of the given groups one after another, by row; columns are not sorted."""
+    values, columns, pointer, out, _ = entries
     for row in range(first, last):
         at = starts[row]
         for group in groups:
             place = group * out + row
-            for entry in range(pointer[place], pointer[place + 1]):
-                joined_items[at] = items[entry]
+            for entry in range(np.uint32(pointer[place]), np.uint32(pointer[place + 1])):
+                joined[at] = values[entry]
                 joined_columns[at] = columns[entry]
                 at += 1
 
 
 @njit(nogil=True)
-def pack(
-    first: int, last: int, items: Any, columns: Any, pointer: Any, groups: Any, out: int,
-    starts: Any, masks: Any, packed: Any,
-) -> None:  # fmt: skip
+def pack(first: int, last: int, entries: Entries, groups: Any, starts: Any, masks: Any, packed: Any) -> None:
     """Rows first:last of the given groups as masks of 32 columns and packed values."""
+    values, columns, pointer, out, _ = entries
     words = masks.shape[1]
-    whole = np.zeros(words * 32, items.dtype)
+    whole = np.zeros(words * 32, values.dtype)
     for row in range(first, last):
         bits = masks[row]
         bits[:] = 0
         for group in groups:
             place = group * out + row
-            for entry in range(pointer[place], pointer[place + 1]):
+            for entry in range(np.uint32(pointer[place]), np.uint32(pointer[place + 1])):
                 column = columns[entry]
-                whole[column] = items[entry]
+                whole[column] = values[entry]
                 bits[column >> 5] |= np.uint32(1) << np.uint32(column & 31)
         at = starts[row]
         for word in range(words):
@@ -266,8 +298,9 @@ def of_bfloat16(bits: Any) -> Any:
 
 
 @njit(nogil=True)
-def _places(first: int, last: int, columns: Any, pointer: Any, out: int, inputs: int, starts: Any) -> Any:
+def _places(first: int, last: int, entries: Entries, starts: Any) -> Any:
     """Place within the block of each of its entries, group after group; `starts` [groups + 1] is filled."""
+    _, columns, pointer, out, inputs = entries
     groups = starts.size - 1
     count = 0
     for group in range(groups):
@@ -295,14 +328,12 @@ def _places(first: int, last: int, columns: Any, pointer: Any, out: int, inputs:
 
 
 @njit(nogil=True)
-def fill(
-    first: int, last: int, rows: int, values: Any, columns: Any, pointer: Any, gates: Any, out: int, inputs: int,
-    store: Any, W: Any,
-) -> None:  # fmt: skip
+def fill(first: int, last: int, rows: int, entries: Entries, gates: Any, store: Any, W: Any) -> None:
     """Blocks first:last of the dense weights [B, out * inputs] of gates [B, G]; groups with one gate for all once.
 
     `store` makes an item of `W` of a float.
     """
+    values, _, pointer, out, inputs = entries
     samples, groups = gates.shape
     starts = np.empty(groups + 1, np.int64)
     shared = np.empty(groups, np.bool_)
@@ -313,7 +344,7 @@ def fill(
                 shared[group] = False
     for block in range(first, last):
         top, bottom = block * rows, min(block * rows + rows, out)
-        places = _places(top, bottom, columns, pointer, out, inputs, starts)
+        places = _places(top, bottom, entries, starts)
         left, right = top * inputs, bottom * inputs
         W[0, left:right] = 0
         for b in range(-1, samples):  # -1: what all share, in the first sample's place
@@ -333,23 +364,25 @@ def fill(
 
 @njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def gather(
-    first: int, last: int, rows: int, values: Any, columns: Any, pointer: Any, value_gates: Any, out: int,
-    inputs: int, load: Any, to_values: bool, to_gates: bool, W: Any, of_values: Any, of_gates: Any,
-) -> None:  # fmt: skip
+    first: int, last: int, rows: int, entries: Entries, gates: Any, load: Any, W: Any, gradients: Gradients
+) -> None:
     """The other way, from gradients `W` of the dense weights.
 
-    Adds to `of_values` [entries] gate times gradient of all samples, and writes to `of_gates` [K, B, G] for blocks
-    first:last the sums of value times gradient over a group's entries. `load` makes a float of an item of `W`.
+    Adds to those of values gate times gradient of all samples, and writes to those of gates for blocks first:last the
+    sums of value times gradient over a group's entries. `load` makes a float of an item of `W`.
     """
-    samples, groups = value_gates.shape
+    values, _, pointer, out, inputs = entries
+    of_values, of_gates = gradients
+    to_values, to_gates = of_values.size > 0, of_gates.size > 0
+    samples, groups = gates.shape
     starts = np.empty(groups + 1, np.int64)
     for block in range(first, last):
         top, bottom = block * rows, min(block * rows + rows, out)
-        places = _places(top, bottom, columns, pointer, out, inputs, starts)
+        places = _places(top, bottom, entries, starts)
         for b in range(samples):
             here = W[b, top * inputs : bottom * inputs]
             for group in range(groups):
-                gate = value_gates[b, group]
+                gate = gates[b, group]
                 begin, count = starts[group], starts[group + 1] - starts[group]
                 entry = pointer[group * out + top]
                 old, new = values[entry : entry + count], of_values[entry : entry + count]

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 try:
-    from .cpu_tinyonn import in_bands, scatter
+    from .cpu_tinyonn import Entries, in_bands, scatter
 
     COMPILED = True
 except ImportError:
@@ -167,8 +167,8 @@ def dense(matrix: ExpertMatrix, gates_G: torch.Tensor) -> torch.Tensor:
     if _compiled(matrix):
         W_OI = values.new_empty(matrix.out, matrix.inputs)
         groups = gates_G.nonzero()[:, 0].numpy()
-        known = (items(folded(matrix, gates_G)), items(matrix.columns), items(matrix.row_pointer), groups)
-        in_bands(scatter, matrix.out, *known, matrix.out, items(W_OI))
+        entries = entries_of(matrix, items(folded(matrix, gates_G)))
+        in_bands(scatter, matrix.out, entries, groups, items(W_OI))
         return W_OI
     rows, groups_E = rows_and_groups(matrix)
     W_OI = values.new_zeros(matrix.out, matrix.inputs)
@@ -203,6 +203,12 @@ def items(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """The bits of a CPU tensor as unsigned integers."""
     integer = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[tensor.itemsize]
     return tensor.detach().contiguous().view(integer).numpy()
+
+
+def entries_of(matrix: ExpertMatrix, values: np.ndarray[Any, Any]) -> Entries:
+    """The matrix on a CPU for a compiled kernel, with these values in place of its own."""
+    pointer = matrix.row_pointer.contiguous().numpy()
+    return Entries(values, items(matrix.columns), pointer, matrix.out, matrix.inputs)
 
 
 GATED = (

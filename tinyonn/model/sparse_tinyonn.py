@@ -28,6 +28,7 @@ from .matrix_tinyonn import (
     check_input,
     dense,
     dense_of,
+    entries_of,
     folded,
     items,
     on_gpu,
@@ -240,16 +241,15 @@ def _starts(matrix: ExpertMatrix, groups: torch.Tensor) -> torch.Tensor:
 def _compressed(matrix: ExpertMatrix, gates_G: torch.Tensor, form: Form, entries: int) -> _Parts:
     groups = gates_G.nonzero()[:, 0]
     starts = _starts(matrix, groups)
-    bits = items(folded(matrix, gates_G)), items(matrix.columns), items(matrix.row_pointer)
-    known = (*bits, groups.numpy(), matrix.out, items(starts))
+    source = entries_of(matrix, items(folded(matrix, gates_G))), groups.numpy(), items(starts)
     values = matrix.values.new_zeros(entries + PADDING)
     if form == "masks":
         words = -(-matrix.inputs // (WORD * UNROLLED)) * UNROLLED
         places = torch.empty(matrix.out, words, dtype=torch.int32)
-        in_bands(pack, matrix.out, *known, items(places), items(values))
+        in_bands(pack, matrix.out, *source, items(places), items(values))
     else:
         places = torch.zeros(entries + PADDING, dtype=torch.uint16)
-        in_bands(join, matrix.out, *known, items(values), items(places))
+        in_bands(join, matrix.out, *source, items(places), items(values))
     return values, places, starts
 
 

@@ -107,9 +107,7 @@ class GroupSums:
         def part(first: int, last: int) -> tuple[int, Int64, Float64]:
             levels, sums = np.zeros((2, self.groups), np.int64), np.zeros((2, self.groups))
             here = inputs[first:last] if by_row else inputs
-            top = _add(
-                *(array[first:last] for array in known), here, by_row, *bases, self.groups, levels, sums
-            )
+            top = _add(*(array[first:last] for array in known), here, by_row, bases, levels, sums)
             return int(top), levels, sums
 
         rows = D.shape[0]
@@ -191,12 +189,12 @@ def sums_torch(
 
 @njit(nogil=True, cache=True)
 def _add(
-    W: Any, D: Any, group: Any, rms: Any, by_row: bool, act_base: int, grad_base: int, groups: int,
-    levels: Any, sums: Any,
-) -> int:  # fmt: skip
+    W: Any, D: Any, group: Any, rms: Any, by_row: bool, bases: tuple[int, int], levels: Any, sums: Any
+) -> int:
     """Add a band row by row: what each weight adds, vectorised; which are in a group; then their groups' entries."""
     rows, columns = D.shape
-    act_low, grad_low, highest = np.int32(act_base), np.int32(grad_base), np.int32(LEVELS - 1)
+    groups = levels.shape[1]
+    act_low, grad_low, highest = np.int32(bases[0]), np.int32(bases[1]), np.int32(LEVELS - 1)
     act = np.empty(columns, np.float32)
     act_bits = act.view(np.int32)
     both = np.empty(columns, np.int64)

@@ -46,17 +46,23 @@ def _bin(bits: Any, steps: Any, low: Any, sub: Any) -> Any:
     return 0 if index < 1 else (255 if index > 255 else index)
 
 
+@njit(inline="always")
+def weight_bin(bits: Any) -> Any:
+    """Bin of |w|, from the bits of a float32 weight."""
+    return _bin(bits & 0x7FFFFFFF, STEPS, WEIGHT_LOW, _EIGHTHS)
+
+
 @njit(nogil=True, cache=True)
-def _weight_bins(bits: Any, low: int, sub: Any, out: UInt8) -> None:
+def _weight_bins(bits: Any, out: UInt8) -> None:
     for i in range(bits.size):
-        out[i] = _bin(bits[i] & 0x7FFFFFFF, 8, low, sub)
+        out[i] = weight_bin(bits[i])
 
 
 def weight_bins(weights: np.ndarray) -> UInt8:
     """Bin of |w| for float32 weights of any shape; uint8, same shape."""
     flat = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.empty(flat.shape, np.uint8)
-    _weight_bins(flat.view(np.int32).reshape(-1), WEIGHT_LOW, _EIGHTHS, out.reshape(-1))
+    _weight_bins(flat.view(np.int32).reshape(-1), out.reshape(-1))
     return out
 
 

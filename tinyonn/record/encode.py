@@ -9,14 +9,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tinyonn.record.activations import (
-    _EIGHTHS,
-    WEIGHT_LOW,
-    _bin,
-    column_tables,
-    frequency_curve,
-    level_curve,
-)
+from tinyonn.record.activations import column_tables, frequency_curve, level_curve, weight_bin
 from tinyonn.record.levels import LEVELS
 from tinyonn.store.records import Float64, TensorCalibration, UInt16, codebook_of, dither_bits, positions
 
@@ -108,33 +101,13 @@ class Encoder:
                     self._positions(self._means(sums.histograms[first:last])) if shared is None else shared
                 )
                 grad = sums.grad[first:last]
-                _encode(
-                    bits,
-                    tables,
-                    sums.by_row,
-                    grad,
-                    grad_positions,
-                    np.uint64(seed),
-                    offset,
-                    WEIGHT_LOW,
-                    _EIGHTHS,
-                    out,
-                )
+                _encode(bits, tables, sums.by_row, grad, grad_positions, np.uint64(seed), offset, out)
             else:
                 assert sums.act is not None and sums.freq is not None
-                act_positions = positions(levels, books[0])
-                freq_positions = positions(np.arange(sums.samples + 1) / sums.samples, books[2])
-                _encode_dense(
-                    *(part[first:last].reshape(-1) for part in (sums.act, sums.grad, sums.freq)),
-                    *(
-                        act_positions,
-                        grad_positions,
-                        freq_positions,
-                        np.uint64(seed),
-                        offset,
-                        out.reshape(-1),
-                    ),
-                )
+                parts = tuple(part[first:last].reshape(-1) for part in (sums.act, sums.grad, sums.freq))
+                shares = np.arange(sums.samples + 1) / sums.samples
+                position_of = positions(levels, books[0]), grad_positions, positions(shares, books[2])
+                _encode_dense(parts, position_of, np.uint64(seed), offset, out.reshape(-1))
             yield first, out
 
     def _means(self, histograms: UInt16) -> tuple[Float64, Float64]:
@@ -160,7 +133,7 @@ class Encoder:
             else:
                 bits = np.ascontiguousarray(self._weights(first, last), np.float32).view(np.int32)
                 tables = self._tables or self._means(sums.histograms[first:last])
-                _count_means(bits, *tables, sums.by_row, WEIGHT_LOW, _EIGHTHS, act, freq)
+                _count_means(bits, *tables, sums.by_row, act, freq)
         steps = (sums.samples, sums.samples) if dense else (MEAN_STEPS, MEAN_STEPS)
         books = (
             _codebook(act, steps[0]),
@@ -197,12 +170,10 @@ def count(values: Any, counts: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _count_means(
-    weight_bits: Any, level: Any, share: Any, by_row: bool, low: int, sub: Any, act: Any, freq: Any
-) -> None:
+def _count_means(weight_bits: Any, level: Any, share: Any, by_row: bool, act: Any, freq: Any) -> None:
     for i in range(weight_bits.shape[0]):
         for j in range(weight_bits.shape[1]):
-            k = _bin(weight_bits[i, j] & 0x7FFFFFFF, 8, low, sub)
+            k = weight_bin(weight_bits[i, j])
             column = i if by_row else j
             act[int(level[column, k] * MEAN_STEPS + 0.5)] += 1
             freq[int(share[column, k] * MEAN_STEPS + 0.5)] += 1
@@ -219,22 +190,23 @@ def _record(act: Any, grad: Any, freq: Any, bits: Any) -> Any:
 @njit(nogil=True, cache=True)
 def _encode(
     weight_bits: Any, tables: Any, by_row: bool, grad: Any, grad_positions: Any, seed: Any, offset: Any,
-    low: int, sub: Any, out: UInt16,
+    out: UInt16,
 ) -> None:  # fmt: skip
     rows, columns = out.shape
     for i in range(rows):
         for j in range(columns):
-            k = _bin(weight_bits[i, j] & 0x7FFFFFFF, 8, low, sub)
+            k = weight_bin(weight_bits[i, j])
             column = i if by_row else j
             bits = dither_bits(seed, offset + np.uint64(i * columns + j))
             out[i, j] = _record(tables[column, k, 0], grad_positions[grad[i, j]], tables[column, k, 1], bits)
 
 
 @njit(nogil=True, cache=True)
-def _encode_dense(
-    act: Any, grad: Any, freq: Any, act_positions: Any, grad_positions: Any, freq_positions: Any, seed: Any,
-    offset: Any, out: UInt16,
-) -> None:  # fmt: skip
+def _encode_dense(sums: Any, position_of: Any, seed: Any, offset: Any, out: UInt16) -> None:
+    """Both by statistic: the sums of act, grad and freq, and the position of each possible one."""
+    # Plain tuples: on disk a kernel's cache names the classes of arguments, and raises when one is there no longer.
+    act, grad, freq = sums
+    act_positions, grad_positions, freq_positions = position_of
     for i in range(out.size):
         bits = dither_bits(seed, offset + np.uint64(i))
         out[i] = _record(act_positions[act[i]], grad_positions[grad[i]], freq_positions[freq[i]], bits)

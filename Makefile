@@ -7,13 +7,14 @@
 # make check  ruff and mypy
 # make bench  the benchmarks, one after another (but four_billion.py, which wants 18 GiB of RAM, and gpu.py)
 # make gpu    prove the GPU path: bits, speed and memory on the machine's NVIDIA card, in eight minutes
+# make results   write docs/results.md from the stored results, and refuse figures elsewhere that are in none
 # make clean  remove .venv and caches; runs under storage/ stay
 #
 # Everything is installed into .venv in this folder, once; the user's own environment is never touched.
 # Another interpreter: make demo PYTHON=/path/to/python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full real test nightly test-all check bench gpu clean
+.PHONY: help demo demo-full real test nightly test-all check bench results gpu clean
 .DELETE_ON_ERROR:
 SHELL := /bin/sh
 
@@ -24,7 +25,7 @@ PYTEST_ARGS ?=
 # Files of tests are dealt to so many processes; 0 is this one alone.
 PROCESSES ?= 2
 # The scripts among them; the rest are their parts.
-BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v -e four_billion -e gpu)
+BENCHMARKS ?= $(shell grep -l '__main__' benchmarks/*.py | grep -v -e four_billion -e gpu -e report -e results)
 CONSTRAINTS := requirements/constraints.txt
 
 # Nothing of the user's Python set-up may leak into .venv or out of it.
@@ -36,7 +37,7 @@ export PYTHONNOUSERSITE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '1,11s/^# //p' Makefile
 
 demo: $(VENV)/.installed
 	@$(BIN)/tinyonn demo
@@ -78,6 +79,9 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+results: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.results
 
 gpu: $(VENV)/.installed
 	@$(BIN)/python benchmarks/gpu.py --json

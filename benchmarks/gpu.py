@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -135,6 +136,8 @@ def facts(device: str, tiny: bool) -> dict[str, Any]:
     return {
         "card": cards[0].name if cards else "" if device == "cuda" else "interpreter" if tiny else "cpu",
         "memory": cards[0].total if cards else 0,
+        "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "machine": cards[0].name if cards else f"{device}, no card",
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "python": platform.python_version(),

@@ -162,6 +162,7 @@ def report(reports: Sequence[EvaluateReport], options: Any) -> None:
             {"method": method, "share": share, "by_seed": values} for (method, share), values in found.items()
         ],
         "seconds": sum(one.evaluate_seconds for one in reports),
+        "seeds": list(range(options.seeds)),
     }
     columns = ("nats", *(f"{budget:.1%}" for budget in budgets))
     finish("quality", columns, rows, goals_of(found, options.methods), options.json, figures)

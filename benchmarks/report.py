@@ -68,11 +68,13 @@ def machine() -> dict[str, Any]:
 
 
 BEFORE = machine()  # at the import, so that the load is that of others
+SHOWN: list[dict[str, Any]] = []  # tables since the last line
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table; columns after the first stand to the right, floats with four decimals."""
     cells = printed(rows)
+    SHOWN.append({"title": title, "columns": list(columns), "rows": cells})
     try:
         from rich.console import Console
         from rich.table import Table
@@ -124,15 +126,15 @@ def finish(
     figures : dict, optional
         JSON values: whatever else was measured; ``seeds`` are those of the run.
     """
-    rows = printed(rows)
     show(benchmark, columns, rows)
+    tables = SHOWN.copy()
     verdicts = [(goal.name, goal.value, goal.goal, "met" if goal.met else "MISSED") for goal in goals]
     show("goals", ("goal", "value", "wanted", ""), verdicts)
     print(f"{BEFORE['cpus']} CPUs ({BEFORE['cpu']}), load before the start {BEFORE['load']}")
     if as_json:
         tree = {"benchmark": benchmark, "goals": [asdict(goal) for goal in goals], "figures": figures or {}}
-        table = {"title": benchmark, "columns": list(columns), "rows": rows}
-        print(json.dumps({**tree, "tables": [table], "machine": BEFORE}), flush=True)
+        print(json.dumps({**tree, "tables": tables, "machine": BEFORE}), flush=True)
+    SHOWN.clear()
 
 
 def git(*words: str) -> str:

@@ -29,9 +29,9 @@ TOY = '''"""A toy: what it says stands above its table.
 python benchmarks/toy.py
 """
 
-from benchmarks.report import at_most, finish
+from benchmarks.report import at_most, finish, show
 
-print("half way")
+show("half way", ("step",), [(1,)])
 finish("toy", ("way", "nats"), [("a|b", 1.25)], [at_most("ratio", 1.0, 1.15)], True, {"seeds": [3], "x": 1})
 '''
 
@@ -182,8 +182,9 @@ def test_a_benchmark_is_run_and_stored(tmp_path: Path, monkeypatch: pytest.Monke
     assert path == folder / "toy.json"
     assert (one.command, one.commit) == ("python toy.py --json", report.git("rev-parse", "--short", "HEAD"))
     assert (one.seeds, one.about) == ((3,), "A toy: what it says stands above its table.")
-    assert (one.figures, one.cell("a|b", "nats"), one.goal("ratio")) == ({"x": 1}, "1.2500", 1.0)
+    assert (one.figures, one.cell("a|b", "nats", 1), one.goal("ratio")) == ({"x": 1}, "1.2500", 1.0)
     assert "CPUs (" in one.machine
+    assert [part.title for part in one.tables] == ["half way", "toy"]
     assert "| a\\|b | 1.2500 |" in results.page({"toy": one})
     script.write_text(TOY.replace("1.25", "1.5"), "utf-8")
     with pytest.raises(InputError, match=r"^1 files are not committed, such as toy\.py, .* or say --dirty$"):

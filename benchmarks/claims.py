@@ -151,6 +151,7 @@ CONSTANTS: dict[str, tuple[str, ...]] = {
         "looks every 10 seconds",
     ),
     "docs/data.md": ("over 5 % of them end the run",),
+    "docs/stages.md": ("Every loss has a 95 % interval",),
     "docs/format.md": ("bands of whole rows, 4 to 8 MiB",),
 }
 

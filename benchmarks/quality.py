@@ -3,8 +3,9 @@
     python benchmarks/quality.py [storage/quality] [--samples 560] [--held-out 252] [--json]
 
 RUN-0, RUN-1, ... are recorded if they are not there, each with other samples of the shipped corpus (the seed draws
-them), scored and clustered. The same held-out samples judge them all. All methods get the same number of weights in
-every tensor: the allocation that was searched for the budget with recorded samples (`tinyonn.evaluate.allocate`).
+them), scored and clustered. The same held-out samples judge them all, those of all splits. All methods get the same
+number of weights in every tensor: the allocation that was searched for the budget with recorded samples
+(`tinyonn.evaluate.allocate`).
 
 Goals: at 31.5 % the default is at most 0.01 nats behind the best method that leaves values as they are; with its kept
 weights updated, at most 0.01 behind SparseGPT.
@@ -110,6 +111,7 @@ def evaluated(options: Any, seed: int) -> EvaluateReport:
             budgets=tuple(options.budgets),
             data=demo.data.model_copy(update={"split": "heldout", "seed": 0}),
             samples=options.held_out,
+            split="all",
             calibration=options.calibration,
             selection=selection,
             shares=shares,

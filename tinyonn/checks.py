@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from tinyonn.plan.demands import ModelFacts
 
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
-UPDATED = "+update"  # of a method's name
+UPDATED, UNIFORM = (
+    "+update",
+    "+uniform",
+)  # behind a method's name: what is kept is updated; one share everywhere
+WANDA_FLOAT, FLOAT_ROOT = (
+    "wanda-float",
+    "root-float-",
+)  # methods from float activations; and gradients of so many samples
+BASES = ("default", "sparsegpt", WANDA_FLOAT, *get_args(Score))
 KINDS = ("norm", "bias", "embedding", "head")  # of every architecture, be there some in this model or not
 MOST_SAMPLES = 65_535 // 15  # of a segment: its sums hold a level of at most 15 of each
 
@@ -34,6 +42,20 @@ def contradictions(config: Config) -> Iterator[str]:
     yield from _of_router(config.router, experts_of(config))
     yield from _of_train(config, experts_of(config))
     yield from _of_evaluate(config)
+
+
+def base_of(method: str) -> str:
+    """A way to choose weights, of `evaluate.methods`, without what stands behind its name."""
+    return method.removesuffix(UNIFORM).removesuffix(UPDATED)
+
+
+def is_method(method: str) -> bool:
+    """Whether there is such a way to choose weights."""
+    base = base_of(method)
+    number = base.removeprefix(FLOAT_ROOT)
+    if number != base:
+        return number.isascii() and number.isdigit() and int(number) > 0
+    return base in BASES and not (base == "sparsegpt" and UPDATED in method)
 
 
 def experts_of(config: Config) -> int:
@@ -187,11 +209,13 @@ def _of_losses(train: TrainConfig) -> Iterator[str]:
 
 
 def _of_evaluate(config: Config) -> Iterator[str]:
-    methods = {"default", "sparsegpt", *get_args(Score)}
     for method in config.evaluate.methods:
-        if method not in methods and method.removesuffix(UPDATED) not in methods - {"sparsegpt"}:
-            known = ", ".join(sorted(methods))
-            yield f"evaluate.methods has {shortened(method)}, which is no method; there are {known}, and {UPDATED}"
+        if not is_method(method):
+            known = ", ".join(sorted(BASES))
+            yield (
+                f"evaluate.methods has {shortened(method)}, which is no method; there are {known}, {FLOAT_ROOT}8 and "
+                f"the like, and {UPDATED} and {UNIFORM} behind them"
+            )
     for budget in config.evaluate.budgets:
         if not budget > 0 or (budget > 1 and budget != int(budget)):
             yield f"evaluate.budgets has {budget}; give shares in (0, 1], or whole numbers of weights"

@@ -185,6 +185,12 @@ def evaluate(
     methods: MethodsOption = None,
     budgets: BudgetsOption = None,
     samples: SamplesOption = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split", help="Of the held-out samples: development (for choices), test, final (once), or all."
+        ),
+    ] = "test",
     plot: Annotated[bool, typer.Option("--plot", help="Draw loss against kept share into the run.")] = False,
     trained: Annotated[
         bool, typer.Option("--trained", help="Instead measure the run's trained model beside the dense one.")
@@ -199,13 +205,14 @@ def evaluate(
         if trained:
             from tinyonn.evaluate.trained import evaluate_trained
 
-            return evaluate_trained(location, settings, evaluate_options(location, settings), tell=say)
+            options = evaluate_options(location, settings, split=split)
+            return evaluate_trained(location, settings, options, tell=say)
         if allocate:
             from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 
             budget = settings.experts.budget
             show(allocate_run(location, settings, AllocateOptions((budget,)), say))
-        return evaluate_run(location, settings, evaluate_options(location, settings, plot), say)
+        return evaluate_run(location, settings, evaluate_options(location, settings, plot, split), say)
 
     run_stage("evaluate", run, config, as_json, stage)
 

@@ -55,12 +55,14 @@ DaskAddressOption = Annotated[
 ]
 MethodsOption = Annotated[
     str | None,
-    typer.Option("--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else eleven."),
+    typer.Option("--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else fourteen."),
 ]
 BudgetsOption = Annotated[
     str | None, typer.Option("--budgets", help="What is kept, such as 0.5,0.315; else four shares.")
 ]
-SamplesOption = Annotated[int | None, typer.Option("--samples", min=1, help="Held-out samples; else 252.")]
+SamplesOption = Annotated[
+    int | None, typer.Option("--samples", min=1, help="Held-out samples, about so many; else 252.")
+]
 
 
 class Report(Protocol):

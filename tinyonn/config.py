@@ -269,12 +269,12 @@ class EvaluateConfig(Section):
     samples: Count | None = fixed(252, "held-out samples", "give `tinyonn evaluate --samples`")
     methods: tuple[Text, ...] = fixed((
         "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
-        "default+update",
+        "default+update", "magnitude+uniform", "wanda-float+uniform", "sparsegpt+uniform",
     ), "ways to choose weights", "give `tinyonn evaluate --methods`")  # fmt: skip
     budgets: tuple[Budget, ...] = fixed(
         (0.5, 0.315, 0.25, 0.1), "what is kept", "give `tinyonn evaluate --budgets`"
     )
-    calibration: Width = fixed(112, "recorded samples for methods that update weights")
+    calibration: Width = fixed(112, "recorded samples for methods that need some")
 
 
 class ProfileConfig(Section):

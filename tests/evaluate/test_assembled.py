@@ -55,7 +55,7 @@ def test_the_assembled_model_has_the_loss_that_was_evaluated(tmp_path: Path) -> 
     model = open_assembled(tmp_path / "run" / "experts")
     model.set_path("dense")
     sums: dict[str, list[float]] = {}
-    for sample in samples_of(corpus):
+    for sample in samples_of(corpus, options.split):
         ids, labels = (torch.from_numpy(array.astype("int64")) for array in (sample.input_ids, sample.labels))
         with torch.no_grad():
             logits = model(input_ids=ids[None]).logits[0, :-1].float()

@@ -10,8 +10,8 @@ from tests.dense.architectures import make_model
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
-from tinyonn.evaluate.baselines import prune, prune_model, second_moments
 from tinyonn.evaluate.dense import DenseWeights
+from tinyonn.evaluate.layerwise import prune, prune_model, second_moments
 
 
 def problem(outputs: int = 12, inputs: int = 20, tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

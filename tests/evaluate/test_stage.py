@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tinyonn.config import Config, DataConfig
+from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.report import EvaluateReport
-from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
+from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus, samples_of, split_of
 from tinyonn.experts.selection import SelectOptions
 from tinyonn.files import write_json
 
@@ -29,6 +32,7 @@ def prepared(
         budgets=(1.0, 0.3),
         data=data,
         samples=8,
+        split="all",
         calibration=4,
         selection=SelectOptions(allocation="global", score="wg"),
     )
@@ -39,6 +43,61 @@ def prepared(
 def report(prepared: tuple[Path, Config, EvaluateOptions]) -> EvaluateReport:
     place, config, options = prepared
     return evaluate_run(str(place), config, options)
+
+
+def test_published_methods_and_float_gradients(prepared: tuple[Path, Config, EvaluateOptions]) -> None:
+    place, config, options = prepared
+    methods = (
+        *("default", "root", "default+uniform", "magnitude+uniform", "sparsegpt+uniform"),
+        *("wanda-float", "wanda-float+uniform", "wanda-float+update", "root-float-3", "root-float-3+update"),
+    )
+    report = evaluate_run(str(place), config, replace(options, methods=methods, budgets=(0.3,)))
+    found = {line.method: line for line in report.lines}
+    assert {found[method].weights for method in methods} == {round(0.3 * found["dense"].weights)}
+    assert len({found[method].losses.mean for method in methods}) == len(methods)
+    assert report.calibration == 4 and report.split == "all"
+    assert not list((place / "evaluate").glob("gradients.*"))
+    tree = {line["method"]: line for line in report.figures()["lines"]}
+    assert tree["root-float-3"]["behind_interval"] is not None and tree["dense"]["behind"] is None
+    notes = " ".join(report.table().notes)
+    assert "took 4 recorded ones" in notes and "+uniform: the same share in every tensor" in notes
+    many = replace(options, methods=("root-float-1000",), budgets=(0.3,))
+    with pytest.raises(
+        InputError, match=r"root-float-1000 needs calibration samples, 1000 or more, and \d+ are"
+    ):
+        evaluate_run(str(place), config, many)
+    for name in ("sparsegpt+update", "root-float-", "root-float-0", "default+uniform+update"):
+        with pytest.raises(InputError, match="which is no method"):
+            evaluate_run(str(place), config, replace(options, methods=(name,)))
+
+
+def test_splits_of_the_held_out_documents(prepared: tuple[Path, Config, EvaluateOptions]) -> None:
+    place, config, options = prepared
+    options = replace(options, samples=None)
+    corpus = held_out_corpus(config, options, place)
+    every = {(s.slice, s.index): split_of(s) for s in samples_of(corpus, "all")}
+    parts = {}
+    for split in set(every.values()):
+        parts[split] = {(s.slice, s.index) for s in samples_of(corpus, split)}
+        assert parts[split] == {key for key, own in every.items() if own == split}
+    assert len(parts) > 1 and sum(map(len, parts.values())) == len(every) == 10
+    few = replace(options, methods=(), budgets=(0.3,))
+    found = {split: evaluate_run(str(place), config, replace(few, split=split)) for split in parts}
+    for split, report in found.items():
+        assert report.split == split and report.samples == len(parts[split]) and report.evaluated == 2
+    with pytest.raises(
+        InputError, match="there is no split 'dev'; choose one of development, test, final, all"
+    ):
+        evaluate_run(str(place), config, replace(few, split="dev"))
+
+
+def test_a_split_holds_its_share_of_documents() -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 1000, 20).astype(np.int32) for _ in range(2000)]
+    counts = Counter(split_of(Sample(0, "a", row, row)) for row in rows)
+    assert counts["test"] == pytest.approx(1000, abs=80)
+    assert counts["development"] == pytest.approx(500, abs=70)
+    assert counts["final"] == pytest.approx(500, abs=70)
 
 
 def test_the_whole_budget_is_the_dense_model(report: EvaluateReport) -> None:

@@ -101,7 +101,8 @@ def test_the_trained_model_is_measured_beside_the_dense_one(
     world: World, trained: tuple[Path, TrainReport, list[str]], tmp_path: Path
 ) -> None:
     held_out = shutil.copy(world.config.data.path, tmp_path / "held-out.jsonl")
-    options = EvaluateOptions(data=world.config.data.model_copy(update={"path": str(held_out)}), samples=8)
+    data = world.config.data.model_copy(update={"path": str(held_out)})
+    options = EvaluateOptions(data=data, samples=8, split="all")
     report = evaluate_trained(world.run, world.config, options, trained[0] / "model")
     shares = [line.weights / report.linear for line in report.lines]
     assert [line.model for line in report.lines] == [DENSE, ASSEMBLED, *[TRAINED] * 4]

@@ -3,13 +3,14 @@
 With ``Q`` weights of linear layers in the decoder's layers, ``R`` others and ``b`` bytes a value, a model that can be
 cut holds ``b (Q + R)``, and to restore its matrices 9/16 byte a weight in NF4, else another ``b`` (`DenseWeights`). A
 pass without gradients of ``T`` tokens holds the activations of one layer, ``T b (3 I + 8 H)``, and some logits in
-float32.
+float32. Methods that go from layer to layer hold what a layer gives of all their samples, ``b H`` a token; float
+gradients are summed in 4 bytes a weight of the layers at hand, at most `WINDOW_BYTES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +18,7 @@ from tinyonn.config import ModelConfig
 from tinyonn.dense.load import choose_device
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import CapacityError
+from tinyonn.evaluate.gradients import SUM_BYTES, WINDOW_BYTES
 from tinyonn.evaluate.loss import BATCH_TOKENS, HEAD_BYTES
 from tinyonn.model.batched_tinyonn import CHUNK_BYTES as MATRIX_BYTES
 from tinyonn.plan.demands import (
@@ -82,23 +84,61 @@ def update_needs(parameters: Sequence[Parameter]) -> list[Need]:
     return [Need("second moments of a layer", max(layers.values(), default=0)), Need("an update", own)]
 
 
+def layerwise_needs(model: ModelFacts, calibrated: int, longest: int) -> list[Need]:
+    """Of passes from layer to layer: what the last layer gave, of all calibration samples."""
+    return [Need("outputs of a layer", calibrated * longest * model.dtype_bytes * model.hidden)]
+
+
+def gradient_needs(parameters: Sequence[Parameter], model: ModelFacts, tokens: int) -> list[Need]:
+    """Of float gradients: the sums of some layers, a tensor's product, and what a backward pass saves of all layers."""
+    b, largest = model.dtype_bytes, SUM_BYTES * _largest(parameters)
+    sums = SUM_BYTES * sum(p.size for p in parameters if p.kind == "linear" and p.layer is not None)
+    saved = model.layers * tokens * (4 * b * model.intermediate + (6 * b + 17) * model.hidden)
+    return [
+        Need("sums of gradients", max(largest, min(WINDOW_BYTES, sums))),
+        Need("a tensor's gradient", 3 * largest),
+        Need("activations for a backward pass", saved),
+        Need("the logits' gradient", 2 * tokens * model.vocabulary * b),
+    ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an evaluation does beside cutting.
+
+    Attributes
+    ----------
+    calibrated, updated, differentiated : int
+        Recorded samples at most for methods that go from layer to layer, for those that update weights, and for those
+        with float gradients.
+    longest : int
+        Tokens of a recorded sample at most.
+    original : bool
+        Whether the model as it was published is evaluated first.
+    """
+
+    calibrated: int = 0
+    updated: int = 0
+    differentiated: int = 0
+    longest: int = 0
+    original: bool = True
+
+
 def evaluate_needs(
-    parameters: Sequence[Parameter],
-    model: ModelFacts,
-    longest: int,
-    select: int,
-    updates: bool = False,
-    original: bool = True,
+    parameters: Sequence[Parameter], model: ModelFacts, longest: int, select: int, work: Work | None = None
 ) -> list[Need]:
-    """Of a whole evaluation; before it, perhaps, of the `original`, the model as it was published."""
+    """Of a whole evaluation, held-out samples of at most so many tokens."""
+    work = work or Work()
     needs = dense_needs(parameters, model)
     plain = sum(need.bytes for need in dense_needs(parameters, replace(model, quantization="none"))[:1])
-    more = plain - sum(need.bytes for need in needs) if original else 0
+    more = plain - sum(need.bytes for need in needs) if work.original else 0
     if more > 0:
         needs.append(Need("the model as it was published", more))
     needs += pass_needs(model, max(BATCH_TOKENS, longest))
     needs += cut_needs(parameters, model, select)
-    needs += update_needs(parameters) if updates else []
+    needs += update_needs(parameters) if work.updated else []
+    needs += layerwise_needs(model, work.calibrated, work.longest) if work.calibrated else []
+    needs += gradient_needs(parameters, model, work.longest) if work.differentiated else []
     needs.append(
         Need("chunks of the store", codec_bytes(parameter.shape for parameter in parameters), host=True)
     )
@@ -112,7 +152,7 @@ def allocate_needs(
     they are sorted by; parameters as of `evaluate_needs`.
     """
     ranks = 2 * sum(p.size for p in parameters if p.kind == "linear" and p.layer is not None)
-    needs = evaluate_needs(parameters, model, longest, select, original=False)
+    needs = evaluate_needs(parameters, model, longest, select, Work(original=False))
     return [
         *needs,
         Need("ranks of all weights", ranks, True),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -42,10 +42,13 @@ class Losses:
         Nats per labelled token.
     tokens : dict of str to int
         Labelled tokens that each is the mean of.
+    documents : dict of str to list of [float, int]
+        By slice of every sample its nats together and its labelled tokens, in the order of the batches; may be empty.
     """
 
     by_slice: dict[str, float]
     tokens: dict[str, int]
+    documents: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -113,6 +116,7 @@ def losses(model: Any, batches: Iterable[Batch]) -> Losses:
     device = head.weight.device
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
+    documents: dict[str, list[list[float]]] = {}
     for batch in batches:
         names = sorted(set(batch.slices))
         places = torch.tensor([names.index(name) for name in batch.slices])
@@ -124,8 +128,15 @@ def losses(model: Any, batches: Iterable[Batch]) -> Losses:
             own = found[of_token == number]
             sums[name] = sums.get(name, 0.0) + float(own.double().sum())
             counts[name] = counts.get(name, 0) + own.numel()
+        tokens_B = wanted.sum(1).tolist()
+        for name, losses_T in zip(batch.slices, found.double().split(tokens_B), strict=True):
+            documents.setdefault(name, []).append([float(losses_T.sum()), losses_T.numel()])
     order = sorted(sums)
-    return Losses({name: sums[name] / counts[name] for name in order}, {name: counts[name] for name in order})
+    return Losses(
+        {name: sums[name] / counts[name] for name in order},
+        {name: counts[name] for name in order},
+        {name: documents[name] for name in order},
+    )
 
 
 def token_losses(head: Any, hidden_BTH: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:

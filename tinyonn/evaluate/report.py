@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tinyonn.checks import UNIFORM
 from tinyonn.errors import InputError
+from tinyonn.evaluate.intervals import Interval, interval_of, resampled
 from tinyonn.evaluate.loss import Losses
 from tinyonn.experts.source import digest
 from tinyonn.files import damaged, read_derived, read_json, write_json
@@ -16,7 +19,7 @@ from tinyonn.show.escape import picture
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_seconds
 
-VERSION = 1
+VERSION = 2  # 1 had no documents
 REMEDY = "delete it and evaluate again"
 
 
@@ -44,10 +47,43 @@ class Line:
         """JSON values."""
         return {**asdict(self), "mean": self.losses.mean, "perplexity": self.losses.perplexity}
 
+    def brief(self) -> dict[str, Any]:
+        """The same without the documents' losses."""
+        tree = self.tree()
+        del tree["losses"]["documents"]
+        return tree
+
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Line:
         """From `tree`."""
         return cls(tree["method"], tree["share"], tree["weights"], Losses(**tree["losses"]))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How sure a line is.
+
+    Attributes
+    ----------
+    interval : Interval or None
+        Of its mean loss; None where it is not known.
+    behind : float or None
+        Its mean loss less the default's of the same share, nats.
+    behind_interval : Interval or None
+        Of that, paired by documents.
+    """
+
+    interval: Interval | None = None
+    behind: float | None = None
+    behind_interval: Interval | None = None
+
+    def tree(self) -> dict[str, Any]:
+        """JSON values; an interval as its two ends."""
+        return {
+            "interval": self.interval and self.interval.tree(),
+            "behind": self.behind,
+            "behind_interval": self.behind_interval and self.behind_interval.tree(),
+        }
 
 
 class Results:
@@ -78,7 +114,7 @@ class Results:
 
 
 CARDS = "cards.json"  # in the run's evaluate/: figures for model cards
-ORIGINAL, DENSE = "original", "dense"
+ORIGINAL, DENSE, DEFAULT = "original", "dense", "default"
 PNG_DPI = 130
 
 
@@ -91,11 +127,15 @@ class EvaluateReport:
     lines : tuple of Line
         ``original`` and ``dense`` first, then methods and budgets as given.
     samples, tokens : int
-        Held-out samples, and their labelled tokens.
+        Held-out samples of the split, and their labelled tokens.
     evaluated : int
         Lines that were not there from an earlier call.
     plot : str or None
         Path of the picture.
+    split : str
+        Of the held-out samples.
+    calibration : int
+        Recorded samples that methods which need some took; 0 where none did.
     """
 
     location: str
@@ -106,24 +146,49 @@ class EvaluateReport:
     evaluate_seconds: float
     plot: str | None = None
     planned_rss_bytes: int = 0
+    split: str = "test"
+    calibration: int = 0
+
+    @cached_property
+    def spreads(self) -> list[Spread]:
+        """Of every line: its 95 % interval, its difference to the default of the same share, and that one's."""
+        means = resampled([line.losses for line in self.lines])
+        if means is None:
+            return [Spread() for _ in self.lines]
+        defaults = {line.share: n for n, line in enumerate(self.lines) if line.method == DEFAULT}
+        found = []
+        for number, line in enumerate(self.lines):
+            other = defaults.get(line.share)
+            if other is None or line.method in (ORIGINAL, DENSE):
+                found.append(Spread(interval_of(means[number])))
+                continue
+            behind = line.losses.mean - self.lines[other].losses.mean
+            found.append(
+                Spread(interval_of(means[number]), behind, interval_of(means[number] - means[other]))
+            )
+        return found
 
     def figures(self) -> dict[str, Any]:
         """JSON values."""
+        pairs = zip(self.lines, self.spreads, strict=True)
         return {
             "location": self.location,
+            "split": self.split,
             "samples": self.samples,
             "tokens": self.tokens,
+            "calibration": self.calibration,
             "evaluated": self.evaluated,
             "evaluate_seconds": self.evaluate_seconds,
-            "lines": [line.tree() for line in self.lines],
+            "lines": [{**line.brief(), **spread.tree()} for line, spread in pairs],
             "plot": self.plot,
             "planned_rss_bytes": self.planned_rss_bytes,
         }
 
     def table(self) -> Sheet:
-        """For people: a row per method, a column per kept share; mean loss in nats and perplexity."""
+        """For people: a row per method, a column per kept share; mean loss in nats, perplexity and intervals."""
         dense = {line.method: line for line in self.lines if line.method in (ORIGINAL, DENSE)}
         cut = [line for line in self.lines if line.method not in dense]
+        spreads = {(line.method, line.share): s for line, s in zip(self.lines, self.spreads, strict=True)}
         shares = sorted({line.share for line in cut}, reverse=True)
         sheet = Sheet(f"evaluated {whole(self.location)}", self._notes(dense)).text(
             "kept of the linear weights"
@@ -131,7 +196,10 @@ class EvaluateReport:
         sheet.number(*(f"{share:.3g}" if share < 0.001 else f"{share:.1%}" for share in shares))
         for method in dict.fromkeys(line.method for line in cut):
             found = {line.share: line for line in cut if line.method == method}
-            sheet.add(whole(method), *(cell_of(found.get(share)) for share in shares))
+            sheet.add(
+                whole(method),
+                *(cell_of(found.get(share), spreads.get((method, share))) for share in shares),
+            )
         return sheet
 
     def _notes(self, dense: dict[str, Line]) -> list[str]:
@@ -146,8 +214,18 @@ class EvaluateReport:
         slices = len(self.lines[0].losses.by_slice) if self.lines else 0
         found.append(
             f"nats per held-out token (perplexity), mean over {slices} slices; "
-            f"{self.samples:,} samples, {self.tokens:,} labelled tokens"
+            f"{self.samples:,} samples of the split {self.split}, {self.tokens:,} labelled tokens"
         )
+        if any(spread.interval for spread in self.spreads):
+            found.append(
+                "[ ]: 95 % of the resamples of these documents; Δ: from the default, on the same documents"
+            )
+        if any(line.method.endswith(UNIFORM) for line in self.lines):
+            found.append(
+                f"{UNIFORM}: the same share in every tensor; the others keep of each tensor what default does"
+            )
+        if self.calibration:
+            found.append(f"methods that need samples took {self.calibration:,} recorded ones")
         what = (
             f"{self.evaluated} lines in {format_seconds(self.evaluate_seconds)}"
             if self.evaluated
@@ -156,12 +234,18 @@ class EvaluateReport:
         return [*found, what, *([f"picture: {whole(self.plot)}"] if self.plot else [])]
 
 
-def cell_of(line: Line | None) -> str:
-    """Loss and perplexity of a line, for a table."""
+def cell_of(line: Line | None, spread: Spread | None = None) -> str:
+    """Loss and perplexity of a line, its interval and how far it is from the default, for a table."""
     if line is None:
         return ""
     perplexity = line.losses.perplexity
-    return f"{line.losses.mean:.4f} ({perplexity:,.2f})" if perplexity < 1e5 else f"{line.losses.mean:.4f}"
+    text = f"{line.losses.mean:.4f} ({perplexity:,.2f})" if perplexity < 1e5 else f"{line.losses.mean:.4f}"
+    if spread is not None and spread.interval is not None:
+        text += f"\n[{spread.interval.low:.3f}, {spread.interval.high:.3f}]"
+    if spread is not None and spread.behind and spread.behind_interval is not None:
+        low, high = spread.behind_interval.low, spread.behind_interval.high
+        text += f"\nΔ {spread.behind:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return text
 
 
 def plot_lines(lines: Sequence[Line], path: Path) -> None:

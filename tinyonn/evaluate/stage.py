@@ -1,14 +1,18 @@
 """``tinyonn evaluate``: held-out loss of the dense model and of what each way to choose weights leaves of it.
 
-Data flow: held-out corpus → batches; run and base model → a selection for every method and budget, all with the same
-allocation across tensors → the dense model with these weights cut, evaluated → one line, on the disk at once. A line
-whose inputs have not changed is not evaluated again, so a killed call goes on and another method costs only itself.
+Data flow: a split of the held-out corpus → batches; run and base model → a selection for every method and budget, all
+with the same allocation across tensors → the dense model with these weights cut, evaluated → one line, on the disk at
+once. A line whose inputs have not changed is not evaluated again, so a killed call goes on and another method costs
+only itself.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +28,7 @@ from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import Recipe, cut, recipe_of
-from tinyonn.evaluate.demand import evaluate_needs, state
+from tinyonn.evaluate.demand import Work, evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
 from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, Line, Results, plot_lines
@@ -40,9 +44,12 @@ from tinyonn.show.progress import Bar
 from tinyonn.store.lock import evaluating
 
 LOG = logging.getLogger(__name__)
-UPDATE_EFFORT = 2.0  # of a line that updates weights, in those of one that only cuts
+SAMPLES_EFFORT = 2.0  # of a line that needs calibration samples, in those of one that only cuts
 DEFAULT = EvaluateConfig()
 HELD_OUT = "heldout"  # split of the reference corpus
+ALL = "all"
+SPLITS = {"development": 4, "test": 2, "final": 4, ALL: 1}  # of how many held-out documents it has one
+SCRATCH = "gradients."  # begin of a folder's name in the run's evaluate/
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,12 @@ class EvaluateOptions:
     data : DataConfig or None
         Held-out data; None takes the held-out split of the reference corpus, if that is what was recorded.
     samples : int or None
-        Held-out samples, evenly over the slices; None takes all.
+        Held-out samples, evenly over the slices, of all splits together; None takes all.
+    split : str
+        Which of them are measured: ``development`` (for choices), ``test``, ``final`` (once per release), or ``all``;
+        see `split_of`.
     calibration : int
-        Recorded samples for methods that update weights, in turns from the slices.
+        Recorded samples for methods that need some, in turns from the slices.
     selection : SelectOptions
         What ``default`` is, and the allocation of all methods.
     shares : mapping
@@ -73,14 +83,19 @@ class EvaluateOptions:
     budgets: tuple[float, ...] = DEFAULT.budgets
     data: DataConfig | None = None
     samples: int | None = DEFAULT.samples
+    split: str = "test"
     calibration: int = DEFAULT.calibration
     selection: SelectOptions = field(default_factory=SelectOptions)
     shares: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     plot: bool = False
 
 
-def evaluate_options(location: str, config: Config, plot: bool = False) -> EvaluateOptions:
-    """What the configuration asks for; budgets whose allocation was searched take what was found."""
+def evaluate_options(
+    location: str, config: Config, plot: bool = False, split: str = "test"
+) -> EvaluateOptions:
+    """What the configuration asks for, with about so many samples of the split; budgets whose allocation was searched
+    take what was found.
+    """
     wanted = config.evaluate
     scored = open_run(location).store.reader().stage("rows")
     searched = config.experts.allocation == "auto" and scored is not None
@@ -88,7 +103,8 @@ def evaluate_options(location: str, config: Config, plot: bool = False) -> Evalu
         methods=wanted.methods,
         budgets=wanted.budgets,
         data=wanted.data,
-        samples=wanted.samples,
+        samples=None if wanted.samples is None else wanted.samples * parts_of(split),
+        split=split,
         calibration=wanted.calibration,
         selection=select_options(config.experts),
         shares=stored_shares(local_folder(location), scored) if searched else {},
@@ -158,14 +174,46 @@ def held_out_corpus(config: Config, options: EvaluateOptions, folder: Path) -> C
     return prepare_corpus(settings, load_tokenizer(config.model), folder / "heldout.arrow")
 
 
-def samples_of(corpus: Corpus) -> list[Sample]:
-    """All of a corpus."""
-    return [sample for name, count in corpus.slices.items() for sample in corpus.range(name, 0, count)]
+def samples_of(corpus: Corpus, split: str = ALL) -> list[Sample]:
+    """The samples of a corpus, or those that lie in a split.
+
+    Raises
+    ------
+    InputError
+        There is no such split, or none lies in it.
+    """
+    parts_of(split)
+    every = [sample for name, count in corpus.slices.items() for sample in corpus.range(name, 0, count)]
+    samples = [sample for sample in every if split in (ALL, split_of(sample))]
+    if not samples:
+        raise InputError(
+            f"none of the {len(every)} held-out samples lies in the {split} split; give more of them, or --split {ALL}"
+        )
+    return samples
+
+
+def split_of(sample: Sample) -> str:
+    """The split of a held-out document, from a hash of its tokens: the same wherever and among whatever it lies."""
+    first = hashlib.blake2b(sample.input_ids.astype("<i4").tobytes(), digest_size=1).digest()[0]
+    return ("development", "test", "test", "final")[first % 4]
+
+
+def parts_of(split: str) -> int:
+    """Of how many held-out documents a split has one, about.
+
+    Raises
+    ------
+    InputError
+        There is no such split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"there is no split {split!r}; choose one of {', '.join(SPLITS)}")
+    return SPLITS[split]
 
 
 def effort_of(recipe: Recipe) -> float:
     """Of a line, in those of one that only cuts."""
-    return UPDATE_EFFORT if recipe.needs_samples else 1.0
+    return SAMPLES_EFFORT if recipe.samples(1) else 1.0
 
 
 class _Evaluation:
@@ -180,11 +228,12 @@ class _Evaluation:
         self.fingerprint = check_base(run, location, config.model)
         self.results = Results(self.folder / "evaluate" / "lines.json")
         self.evaluated = 0
-        samples = samples_of(self.corpus)
-        self.batches: list[Batch] = batches_of(samples)
+        self.samples = samples_of(self.corpus, options.split)
+        self.batches: list[Batch] = batches_of(self.samples)
         self.labelled = run.store.reader().stage("labels") is not None
         model = {"model": self.fingerprint, **config.model.model_dump(include={"quantization", "dtype"})}
-        self.common = {"heldout": self.corpus.fingerprint, "model": model}
+        heldout = [self.corpus.fingerprint, options.split]
+        self.common = {"heldout": heldout, "model": model}
         if "default" in {method.removesuffix("+update") for method in options.methods} and not self.labelled:
             raise InputError(
                 f"{location} has no labels yet; run `tinyonn cluster` first, or leave out default"
@@ -220,10 +269,13 @@ class _Evaluation:
         return self.dense.rows(name, first, last)
 
     @cached_property
-    def calibration(self) -> list[Sample]:
-        """Recorded samples."""
-        corpus = recorded_corpus(self.folder, self.config, self.run.manifest)
-        return corpus.calibration(self.options.calibration)
+    def recorded(self) -> Corpus:
+        """What calibration samples are from."""
+        return recorded_corpus(self.folder, self.config, self.run.manifest)
+
+    def calibration(self, recipe: Recipe) -> list[Sample]:
+        """Recorded samples that a recipe takes."""
+        return self.recorded.calibration(recipe.samples(self.options.calibration))
 
     def _state(self) -> int:
         """What it needs of RAM, or a refusal."""
@@ -231,20 +283,34 @@ class _Evaluation:
         plain = RunSource(self.run, None, frozenset(), labels=False)
         source = RunSource(self.run, None, frozenset()) if self.labelled else plain
         select = select_bytes(source) if self.recipes else 0
-        needs = evaluate_needs(
-            parameters,
-            model,
-            self.corpus.longest,
-            select,
-            any(recipe.needs_samples for recipe in self.recipes),
-            model.quantization != "none",
-        )
+        needs = evaluate_needs(parameters, model, self.corpus.longest, select, self._work(model.quantization))
         return state("evaluating", self.config.model, needs)
+
+    def _work(self, quantization: str) -> Work:
+        calibration = self.options.calibration
+        calibrated = [r for r in self.recipes if r.samples(1)]
+        layerwise = [r for r in calibrated if r.updates or not r.differentiates]
+        return Work(
+            max((r.samples(calibration) for r in layerwise), default=0),
+            max((r.samples(calibration) for r in layerwise if r.updates), default=0),
+            max((r.samples(calibration) for r in calibrated if r.differentiates), default=0),
+            self.recorded.longest if calibrated else 0,
+            quantization != "none",
+        )
 
     def carry_out(self) -> EvaluateReport:
         """All lines, then the picture and the report."""
         self.planned = self._state()
         count = 2 + len(self.recipes)
+        own = self.folder / "evaluate"
+        own.mkdir(parents=True, exist_ok=True)
+        for left in own.glob(f"{SCRATCH}*"):  # of a call that was killed
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=own) as scratch:
+            self.scratch = Path(scratch)
+            return self._with_bar(count)
+
+    def _with_bar(self, count: int) -> EvaluateReport:
         with Bar("evaluating", self._effort(count), "lines", count=count) as self.bar:
             return self._evaluate()
 
@@ -260,16 +326,19 @@ class _Evaluation:
         if plot is not None:
             plot_lines(lines, plot)
         tokens = sum(lines[0].losses.tokens.values())
+        calibrated = [recipe for recipe in self.recipes if recipe.samples(1) and not recipe.differentiates]
         return EvaluateReport(
-            *(self.location, tuple(lines), len(self.corpus), tokens, self.evaluated),
+            *(self.location, tuple(lines), len(self.samples), tokens, self.evaluated),
             *(time.monotonic() - started, None if plot is None else str(plot), self.planned),
+            split=self.options.split,
+            calibration=max((len(self.calibration(recipe)) for recipe in calibrated), default=0),
         )
 
     def _remember(self, lines: list[Line]) -> None:
         """Keep what an exported model's card shows: the losses of each default selection beside the dense model's."""
         whole = [line for line in lines if line.method in (ORIGINAL, DENSE)]
         cards = [
-            {"selection": recipe.options.tree(), "lines": [line.tree() for line in (*whole, kept)]}
+            {"selection": recipe.options.tree(), "lines": [line.brief() for line in (*whole, kept)]}
             for recipe, kept in zip(self.recipes, lines[len(whole) :], strict=False)
             if recipe.method == "default"
         ]
@@ -297,13 +366,13 @@ class _Evaluation:
     def _line(self, recipe: Recipe) -> Line:
         cells = recipe.method.startswith("default") and self.labelled
         key: list[Any] = [recipe.method, recipe.options.tree(), self._statistics(cells)]
-        if recipe.needs_samples:
-            key.append([sample.index for sample in self.calibration])
+        samples = self.calibration(recipe) if recipe.samples(1) else []
+        if samples:
+            key.append([sample.index for sample in samples])
 
         def evaluate() -> Line:
             source = self.cell_source if cells else self.plain_source
-            samples = self.calibration if recipe.needs_samples else []
-            with cut(self.dense, recipe, source, samples) as kept:
+            with cut(self.dense, recipe, source, samples, self.scratch) as kept:
                 found = losses(self.dense.model, self.batches)
             return Line(recipe.method, _share(recipe.options.budget, kept, source), kept, found)
 

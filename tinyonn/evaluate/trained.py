@@ -78,6 +78,7 @@ class TrainedReport:
     samples: int
     evaluate_seconds: float
     planned_rss_bytes: int = 0
+    split: str = "test"
 
     def figures(self) -> dict[str, Any]:
         """JSON values; ratios are those of perplexities to the dense model's."""
@@ -99,6 +100,7 @@ class TrainedReport:
             "location": self.location,
             "lines": lines,
             "samples": self.samples,
+            "split": self.split,
             "evaluate_seconds": self.evaluate_seconds,
             "planned_rss_bytes": self.planned_rss_bytes,
         }
@@ -110,7 +112,7 @@ class TrainedReport:
             "active: linear weights that work on a token, as a share of the dense model's",
             f"loss: nats per held-out token after the prompt, mean over {len(self.lines[0].losses.by_slice)} slices",
             "x dense: perplexity over the dense model's",
-            f"{self.samples:,} samples in {format_seconds(self.evaluate_seconds)}",
+            f"{self.samples:,} samples of the split {self.split} in {format_seconds(self.evaluate_seconds)}",
         ]
         sheet = Sheet(f"trained model of {whole(self.location)}", notes).text("model")
         sheet.number("experts on", "active", "loss", "perplexity", "x dense")
@@ -179,7 +181,8 @@ def _measured(
         state("evaluating the dense model", config.model, dense_needs),
         state("evaluating the trained model", on_cpu, sparse_needs),
     )
-    batches = held_out_batches(samples_of(corpus), prompt_tokens=PROMPT_TOKENS)
+    samples = samples_of(corpus, options.split)
+    batches = held_out_batches(samples, prompt_tokens=PROMPT_TOKENS)
     lines: list[TrainedLine] = []
 
     def measure(name: str, one: Any, k: Experts, all_weights: float) -> None:
@@ -204,7 +207,9 @@ def _measured(
         for k in numbers:
             measure(TRAINED, trained, k, linear)
             bar.add()
-    report = TrainedReport(location, tuple(lines), linear, len(corpus), time.monotonic() - started, planned)
+    report = TrainedReport(
+        location, tuple(lines), linear, len(samples), time.monotonic() - started, planned, options.split
+    )
     _remember(run / "evaluate" / CARD, str(trained.config.assembly.get("id")), report.figures()["lines"])
     return report
 

@@ -168,7 +168,9 @@ SECTIONS = (
     Section("Tasks", ("tasks*", "tasks/*"), every),
     Section("With a router", ("routing/200*", "routing/1200*", "routing*", "routing/*"), every, ROUTER),
     Section(
-        "What it costs to run", ("decode*", "efficiency*", "train_step*", "decode/*", "efficiency/*"), every
+        "What it costs to run",
+        ("decode*", "efficiency*", "weights*", "train_step*", "decode/*", "efficiency/*"),
+        every,
     ),
     Section("On a GPU", ("gpu/*",), gpu, GPU),
     Section("Memory, planned and measured", ("memory_plan/reference", "memory_plan/*"), memory, MEMORY),

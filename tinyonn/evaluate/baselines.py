@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tinyonn.checks import FLOAT_ROOT, UNIFORM, UPDATED, WANDA_FLOAT, base_of, is_method
@@ -32,7 +33,7 @@ from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.gradients import gradient_sizes
 from tinyonn.evaluate.layerwise import prune, prune_model, updated_wanda, wanda
 from tinyonn.experts.scores import SCORES
-from tinyonn.experts.select import allocate, groups_of, select
+from tinyonn.experts.select import Spread, allocate, groups_of, select
 from tinyonn.experts.selection import Selection, SelectOptions
 from tinyonn.experts.source import DROPPED, Source, tensors_outside
 
@@ -127,8 +128,9 @@ def cut(
     dense: DenseWeights,
     recipe: Recipe,
     source: Source,
+    counts: Mapping[str, int],
     samples: Sequence[Sample],
-    scratch: Path | None = None,
+    scratch: Path,
 ) -> Iterator[int]:
     """The model as a recipe leaves it, in place; whole again afterwards. Gives how many weights are kept.
 
@@ -138,6 +140,8 @@ def cut(
     recipe : Recipe
     source : Source
         Of the run's statistics and the model's weights.
+    counts : mapping of str to int
+        Weights that every tensor keeps, from `counts_of`.
     samples : sequence of Sample
         As many as `Recipe.samples` says.
     scratch : Path
@@ -155,18 +159,17 @@ def cut(
         )
     if recipe.base in ("sparsegpt", WANDA_FLOAT):
         how = prune if recipe.base == "sparsegpt" else updated_wanda if recipe.updates else wanda
-        counts = counts_of(source, recipe.options)
         with dense.replaced({}):
             for _ in prune_model(dense, samples, counts, how):
                 pass
             yield sum(counts.values())
         return
     if recipe.differentiates:
-        assert scratch is not None
-        masks = float_masks(dense, recipe, source, samples, scratch)
+        masks = float_masks(dense, recipe, counts, samples, scratch)
     else:
-        masks = masks_of(select(source, recipe.options), source)
-    kept = recipe.options.weights_of(source)
+        kept_T = np.array(list(counts.values()))
+        masks = masks_of(select(source, recipe.options, spread=Spread(kept_T, kept_T)), source)
+    kept = sum(counts.values())
     if not recipe.updates:
         with dense.masked(masks):
             yield kept
@@ -178,18 +181,17 @@ def cut(
 
 
 def counts_of(source: Source, options: SelectOptions) -> dict[str, int]:
-    """Weights that every tensor keeps, by the allocation alone."""
+    """Weights that every tensor keeps, in model order; the same for all methods with the same allocation."""
     tensors = tensors_outside(source.parameters)
     counts = allocate(source, tensors, options, [options.weights_of(source)])[0]
     return {parameter.name: int(count) for parameter, count in zip(tensors, counts, strict=True)}
 
 
 def float_masks(
-    dense: DenseWeights, recipe: Recipe, source: Source, samples: Sequence[Sample], scratch: Path
+    dense: DenseWeights, recipe: Recipe, counts: Mapping[str, int], samples: Sequence[Sample], scratch: Path
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and mask of every tensor by |W| · √g, g from float gradients of the first samples."""
     number = int(recipe.base.removeprefix(FLOAT_ROOT))
-    counts = counts_of(source, recipe.options)
     sizes = gradient_sizes(dense, samples[:number], list(counts), scratch / f"gradients-{number}")
     for name, count in counts.items():
         score = dense.original(name).float().abs().cpu() * torch.from_numpy(sizes(name)).sqrt()

@@ -27,14 +27,14 @@ from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model, load_tokenizer
 from tinyonn.errors import InputError
-from tinyonn.evaluate.baselines import Recipe, cut, recipe_of
+from tinyonn.evaluate.baselines import Recipe, counts_of, cut, recipe_of
 from tinyonn.evaluate.demand import Work, evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
 from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, Line, Results, plot_lines
 from tinyonn.experts.select import select_bytes
 from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
-from tinyonn.experts.source import RunSource
+from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
@@ -228,6 +228,7 @@ class _Evaluation:
         self.fingerprint = check_base(run, location, config.model)
         self.results = Results(self.folder / "evaluate" / "lines.json")
         self.evaluated = 0
+        self.counts: dict[str, Mapping[str, int]] = {}
         self.samples = samples_of(self.corpus, options.split)
         self.batches: list[Batch] = batches_of(self.samples)
         self.labelled = run.store.reader().stage("labels") is not None
@@ -372,11 +373,19 @@ class _Evaluation:
 
         def evaluate() -> Line:
             source = self.cell_source if cells else self.plain_source
-            with cut(self.dense, recipe, source, samples, self.scratch) as kept:
+            counts = self._counts(source, recipe.options)
+            with cut(self.dense, recipe, source, counts, samples, self.scratch) as kept:
                 found = losses(self.dense.model, self.batches)
             return Line(recipe.method, _share(recipe.options.budget, kept, source), kept, found)
 
         return self._kept(key, evaluate, effort_of(recipe))
+
+    def _counts(self, source: RunSource, options: SelectOptions) -> Mapping[str, int]:
+        """Weights of every tensor: the allocation is found once for all methods that share it."""
+        key = digest([options.budget, options.allocation, dict(options.shares)])
+        if key not in self.counts:
+            self.counts[key] = counts_of(source, options)
+        return self.counts[key]
 
     def _statistics(self, cells: bool) -> Any:
         """What the run's part in a line is."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tinyonn import cli_experts, endings
+from tinyonn import cli_evaluate, cli_experts, endings
 from tinyonn.command import (
     AddressOption,
     BudgetsOption,
@@ -256,6 +256,7 @@ def demo(
 
 
 app.add_typer(cli_experts.app)
+app.add_typer(cli_evaluate.app)
 
 
 def main() -> None:

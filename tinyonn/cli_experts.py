@@ -1,4 +1,4 @@
-"""Commands about experts: assemble, profile, train, tune, evaluate, export."""
+"""Commands about experts: assemble, profile, train, tune, export."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import typer
 
 from tinyonn.command import (
     AddressOption,
-    BudgetsOption,
     ConfigOption,
     DaskAddressOption,
     EngineOption,
     JsonOption,
     MemoryOption,
-    MethodsOption,
     Report,
     RunArgument,
-    SamplesOption,
     WorkersOption,
-    changed,
     engine_options,
-    evaluated,
     run_stage,
     say,
     show,
@@ -168,53 +163,6 @@ def profile_and_train(location: str, settings: Config, address: str | None = Non
 
     show(profile_run(location, settings, profile_options(settings), address=address, tell=say))
     return _train(location, settings, address=address)
-
-
-@app.command()
-def evaluate(
-    run: RunArgument,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-    allocate: Annotated[
-        bool,
-        typer.Option(
-            "--allocate",
-            help="First search how experts.budget is best spread over the tensors, and keep that.",
-        ),
-    ] = False,
-    methods: MethodsOption = None,
-    budgets: BudgetsOption = None,
-    samples: SamplesOption = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            "--split", help="Of the held-out samples: development (for choices), test, final (once), or all."
-        ),
-    ] = "test",
-    plot: Annotated[bool, typer.Option("--plot", help="Draw loss against kept share into the run.")] = False,
-    trained: Annotated[
-        bool, typer.Option("--trained", help="Instead measure the run's trained model beside the dense one.")
-    ] = False,
-) -> None:
-    """Measure the held-out loss of the dense model and of what each way to choose weights leaves of it."""
-
-    def stage(location: str, settings: Config) -> Report:
-        from tinyonn.evaluate.stage import evaluate_options, evaluate_run
-
-        settings = changed(settings, "evaluate", evaluated(methods, budgets, samples))
-        if trained:
-            from tinyonn.evaluate.trained import evaluate_trained
-
-            options = evaluate_options(location, settings, split=split)
-            return evaluate_trained(location, settings, options, tell=say)
-        if allocate:
-            from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
-
-            budget = settings.experts.budget
-            show(allocate_run(location, settings, AllocateOptions((budget,)), say))
-        return evaluate_run(location, settings, evaluate_options(location, settings, plot, split), say)
-
-    run_stage("evaluate", run, config, as_json, stage)
 
 
 @app.command()

@@ -9,8 +9,9 @@ gradients are summed in 4 bytes a weight of the layers at hand, at most `WINDOW_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,11 +32,15 @@ from tinyonn.plan.demands import (
     is_quantized,
     state_ram,
 )
+from tinyonn.plan.training import StudentFacts, sparse_bytes
 from tinyonn.show.sizes import MiB, format_size
 
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB
 LOGITS = 3  # copies of a chunk of logits in float32: as they are, their logarithms, and in the head's dtype
+GOBO_BYTES = (
+    44  # of a weight while its tensor is sorted: copies in float32 and float64, and where each stands
+)
 HESSIANS = 6  # of an update: H, its factor and its inverse in float64
 REMEDY = (
     "use a shorter data.max_tokens, fewer methods that update weights, or a machine with more of it; "
@@ -173,6 +178,54 @@ def trained_needs(
     ]
     passes = pass_needs(model, max(BATCH_TOKENS, longest))
     return [*dense_needs(parameters, model), *passes], [*routed, *passes]
+
+
+def task_needs(
+    parameters: Sequence[Parameter],
+    model: ModelFacts,
+    kind: str,
+    sparse: Mapping[str, Any] | None,
+    passes: Sequence[tuple[int, int, bool]],
+) -> list[Need]:
+    """Of tasks asked of one model.
+
+    Parameters
+    ----------
+    parameters, model
+        Of the dense model.
+    kind : str
+        Of the subject.
+    sparse : mapping or None
+        ``config.json`` of a sparse model.
+    passes : sequence of (int, int, bool)
+        Requests at a time, tokens of the longest, and whether all logits are held at once, as lm-eval does: in the
+        model's dtype and twice in float32, beside keys and values of all layers.
+    """
+    b = model.dtype_bytes
+    needs = [Need("the model", b * sum(p.size for p in parameters))]
+    if sparse is not None:
+        needs = [
+            *trained_needs(parameters, model, sparse_bytes(StudentFacts.of(sparse, parameters), b), 0)[1][:3]
+        ]
+    elif kind == "nf4":
+        needs = dense_needs(parameters, replace(model, quantization="nf4"))
+    elif kind.startswith(("int8", "gobo")):
+        needs.append(Need("a matrix while it is rounded", GOBO_BYTES * _largest(parameters)))
+
+    def size(one: tuple[int, int, bool]) -> int:
+        return sum(need.bytes for need in _request_needs(model, *one))
+
+    return [*needs, *_request_needs(model, *max(passes, key=size))]
+
+
+def _request_needs(model: ModelFacts, batch: int, tokens: int, whole: bool) -> list[Need]:
+    """Of so many requests at a time."""
+    held = pass_needs(model, batch * tokens)
+    if not whole:
+        return held
+    b, together = model.dtype_bytes, batch * tokens
+    states = 2 * b * model.layers * model.hidden * together
+    return [held[0], Need("logits", together * model.vocabulary * (b + 8)), Need("keys and values", states)]
 
 
 def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:

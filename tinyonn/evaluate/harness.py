@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,8 @@ CODE_TASKS = ("humaneval", "mbpp")  # whose programs are judged by `code_eval` a
 SEEDS = (0, 1234, 1234, 1234)  # lm-eval's: of Python, NumPy, Torch, few-shot examples
 SOFTMAX = "float32"
 YAML = (".yaml", ".yml")
+GENERATED = 256  # tokens that lm-eval lets a model write, where a task does not say
+BETWEEN_TOLD = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -115,14 +118,18 @@ class Scored:
 
 
 class _Followed:
-    """In place of lm-eval's cache of answers: tells of every request that is done."""
+    """In place of lm-eval's cache of answers: tells of the requests that are done, which come a batch at a time."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
+    def __init__(self, tell: Callable[[float], None]) -> None:
         self.tell = tell
+        self._told, self._done = time.monotonic(), 0
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """A request is done."""
-        self.tell()
+        self._done += 1
+        if time.monotonic() - self._told > BETWEEN_TOLD:
+            self.tell(self._done)
+            self._told, self._done = time.monotonic(), 0
 
 
 class SubjectLM(HFLM):
@@ -139,7 +146,7 @@ class SubjectLM(HFLM):
     experts : int, optional
         On for a request, by the model's router; None where nothing is to be chosen.
     tell : callable
-        Called as each request is done.
+        Called now and then with how many more requests are done.
     """
 
     def __init__(
@@ -149,7 +156,7 @@ class SubjectLM(HFLM):
         batch: int,
         context: int,
         experts: int | None = None,
-        tell: Callable[[], None] = lambda: None,
+        tell: Callable[[float], None] = lambda done: None,
     ) -> None:
         options = {"backend": "causal", "max_length": context, "softmax_dtype": SOFTMAX}
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch, **options)
@@ -344,6 +351,11 @@ def asked(spec: str, settings: Settings, tokenizer: Any, context: int) -> Asked:
             requests += instance.repeats
             told = [instance.request_type, instance.args, instance.doc]
             digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+        if (generated := max(_generated(one) for one in task.instances)) >= context:
+            raise InputError(
+                f"--tasks {name} has the model write up to {generated:,} tokens, and its context is {context:,}; leave the "
+                "task out, or describe it in a YAML file of your own with fewer max_gen_toks"
+            )
         longest = sorted(task.instances, key=lambda one: -sum(len(str(part)) for part in one.args))[:4]
         lengths += [_tokens(one, tokenizer) for one in longest]
     return Asked(digest.hexdigest(), requests, min(context, max(lengths)))
@@ -359,10 +371,15 @@ def _plain(value: Any) -> str:
 
 def _tokens(instance: Any, tokenizer: Any) -> int:
     texts = [part for part in instance.args if isinstance(part, str)]
-    generated = 0
-    if instance.request_type == "generate_until":
-        generated = int(instance.args[1].get("max_gen_toks", instance.args[1].get("max_new_tokens", 256)))
-    return len(tokenizer("".join(texts))["input_ids"]) + generated
+    return len(tokenizer("".join(texts))["input_ids"]) + _generated(instance)
+
+
+def _generated(instance: Any) -> int:
+    """Tokens that the model may write."""
+    if instance.request_type != "generate_until":
+        return 0
+    options = instance.args[1]
+    return int(options.get("max_gen_toks", options.get("max_new_tokens", GENERATED)))
 
 
 def _template(settings: Settings, tokenizer: Any) -> dict[str, Any]:

@@ -295,6 +295,7 @@ class _Tasks:
                 "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             }
             self.results.put(key, line)
+            self.bar.update(unit.requests)
             self.measured += 1
             self.tell(f"{subject.name}, {unit.name}: {TasksReport.summary(line)}")
         del model

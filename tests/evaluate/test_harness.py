@@ -153,8 +153,7 @@ def test_programs_run_apart_and_only_if_asked_for(data: Path) -> None:
 
 @torch.no_grad()
 def test_gates_come_from_the_context_of_each_request(tmp_path: Path) -> None:
-    _, model = make_models(tmp_path)
-    model.eval()
+    model: Any = make_models(tmp_path)[1].eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     asked_of = SubjectLM(model, tokenizer, 3, 128, experts=2)
     pairs = [

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,8 +65,7 @@ def test_loss_is_the_mean_over_all_predicted_tokens(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_a_router_sees_the_window_before_alone(tmp_path: Path) -> None:
-    _, model = make_models(tmp_path)
-    model.eval()
+    model: Any = make_models(tmp_path)[1].eval()
     windows = torch.randint(0, 250, (3, 80), generator=torch.Generator().manual_seed(0))
     prior = torch.zeros(6)
     prior[torch.tensor(model.config.expert_prior).argsort(descending=True, stable=True)[:2]] = 1

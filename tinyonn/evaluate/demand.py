@@ -198,8 +198,8 @@ def task_needs(
     sparse : mapping or None
         ``config.json`` of a sparse model.
     passes : sequence of (int, int, bool)
-        Requests at a time, tokens of the longest, and whether all logits are held at once, as lm-eval does: in the
-        model's dtype and twice in float32, beside keys and values of all layers.
+        Requests at a time, tokens of the longest, and whether the logits of all tokens are held at once, as lm-eval
+        does where it compares continuations: in the model's dtype and twice in float32.
     """
     b = model.dtype_bytes
     needs = [Need("the model", b * sum(p.size for p in parameters))]
@@ -220,12 +220,10 @@ def task_needs(
 
 def _request_needs(model: ModelFacts, batch: int, tokens: int, whole: bool) -> list[Need]:
     """Of so many requests at a time."""
-    held = pass_needs(model, batch * tokens)
-    if not whole:
-        return held
     b, together = model.dtype_bytes, batch * tokens
-    states = 2 * b * model.layers * model.hidden * together
-    return [held[0], Need("logits", together * model.vocabulary * (b + 8)), Need("keys and values", states)]
+    states = Need("keys and values", 2 * b * model.layers * model.hidden * together)
+    held = [*pass_needs(model, together), states]
+    return [held[0], Need("logits", together * model.vocabulary * (b + 8)), states] if whole else held
 
 
 def state(what: str, config: ModelConfig, needs: Sequence[Need]) -> int:

@@ -41,6 +41,7 @@ CODE_TASKS = ("humaneval", "mbpp")  # whose programs are judged by `code_eval` a
 SEEDS = (0, 1234, 1234, 1234)  # lm-eval's: of Python, NumPy, Torch, few-shot examples
 SOFTMAX = "float32"
 YAML = (".yaml", ".yml")
+GENERATE = "generate_until"
 GENERATED = 256  # tokens that lm-eval lets a model write, where a task does not say
 BETWEEN_TOLD = 0.5  # seconds
 
@@ -87,11 +88,14 @@ class Asked:
     requests : int
     tokens : int
         Of the longest request, what is generated included.
+    compared : bool
+        Whether continuations are compared, for which lm-eval holds the logits of all tokens.
     """
 
     digest: str
     requests: int
     tokens: int
+    compared: bool
 
 
 @dataclass(frozen=True)
@@ -342,23 +346,24 @@ def _beside(entry: Any) -> dict[str, Any]:
 
 def asked(spec: str, settings: Settings, tokenizer: Any, context: int) -> Asked:
     """What a task will ask any model with this tokenizer; nothing is run."""
-    digest, requests, lengths = hashlib.blake2b(digest_size=16), 0, [1]
+    digest, requests, lengths, compared = hashlib.blake2b(digest_size=16), 0, [1], False
     for name, task in sorted(load_tasks(spec, settings)["tasks"].items()):
         task.build_all_requests(limit=settings.limit, **_template(settings, tokenizer))
         described = {key: value for key, value in task.dump_config().items() if key not in LEFT_OUT}
         digest.update(json.dumps([name, described], sort_keys=True, default=_plain).encode())
         for instance in task.instances:
             requests += instance.repeats
+            compared |= instance.request_type != GENERATE
             told = [instance.request_type, instance.args, instance.doc]
             digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         if (generated := max(_generated(one) for one in task.instances)) >= context:
             raise InputError(
-                f"--tasks {name} has the model write up to {generated:,} tokens, and its context is {context:,}; leave the "
-                "task out, or describe it in a YAML file of your own with fewer max_gen_toks"
+                f"--tasks {name} has the model write up to {generated:,} tokens, and its context is {context:,}; leave "
+                "the task out, or describe it in a YAML file of your own with fewer max_gen_toks"
             )
         longest = sorted(task.instances, key=lambda one: -sum(len(str(part)) for part in one.args))[:4]
         lengths += [_tokens(one, tokenizer) for one in longest]
-    return Asked(digest.hexdigest(), requests, min(context, max(lengths)))
+    return Asked(digest.hexdigest(), requests, min(context, max(lengths)), compared)
 
 
 LEFT_OUT = ("metadata", "custom_dataset", "dataset_kwargs", "dataset_path")  # the documents themselves count
@@ -376,7 +381,7 @@ def _tokens(instance: Any, tokenizer: Any) -> int:
 
 def _generated(instance: Any) -> int:
     """Tokens that the model may write."""
-    if instance.request_type != "generate_until":
+    if instance.request_type != GENERATE:
         return 0
     options = instance.args[1]
     return int(options.get("max_gen_toks", options.get("max_new_tokens", GENERATED)))

@@ -91,6 +91,8 @@ class _Unit:
     requests : int
     tokens, batch : int
         Of the longest request, and requests at a time.
+    whole : bool
+        Whether the logits of all tokens are held at once.
     window : int or None
         Tokens of the stream's windows; None of a task.
     """
@@ -100,6 +102,7 @@ class _Unit:
     requests: int
     tokens: int
     batch: int
+    whole: bool = False
     window: int | None = None
 
 
@@ -218,7 +221,9 @@ class _Tasks:
                 found = asked(name, settings, self.tokenizer, self.context)
                 decided_by = {"requests": found.digest, "seed": settings.seed, "softmax": SOFTMAX}
                 decided_by |= {"batch": settings.batch, "context": self.context, "device": self.device}
-                units.append(_Unit(name, decided_by, found.requests, found.tokens, settings.batch))
+                units.append(
+                    _Unit(name, decided_by, found.requests, found.tokens, settings.batch, found.compared)
+                )
                 bar.add()
         return units
 
@@ -236,7 +241,7 @@ class _Tasks:
                 "count": count,
                 "device": self.device,
             }
-            units.append(_Unit(self.stream.name, decided_by, count, length, 1, length))
+            units.append(_Unit(self.stream.name, decided_by, count, length, 1, window=length))
         return units
 
     def _length(self, text: str) -> int:
@@ -266,7 +271,7 @@ class _Tasks:
         planned = 0
         for subject, todo in missing:
             settings = sparse_settings(subject, self.folder)
-            passes = [(unit.batch, unit.tokens, unit.window is None) for unit in todo]
+            passes = [(unit.batch, unit.tokens, unit.whole) for unit in todo]
             needs = task_needs(parameters, model, subject.kind, settings, passes)
             planned = max(planned, state(f"evaluating {subject.name}", self.config.model, needs))
         return planned

@@ -1,6 +1,6 @@
 """Held-out loss of a real model cut by published methods and by ours, with 95 % intervals over documents.
 
-    python benchmarks/baselines.py storage/baselines --data DATA --model MODEL [--budgets 0.7 0.5] [--json]
+    python benchmarks/baselines.py storage/baselines --data DATA --model MODEL [--methods default wanda] [--json]
 
 DATA holds four public files (`FILES`): rows of even numbers may be recorded, rows of odd ones are held out. The run is
 recorded (128 samples), scored and clustered if it is not there; then every method is evaluated on the test split of the
@@ -108,7 +108,10 @@ def prepared(run: Path, config: Config, threads: int) -> None:
 def rows_of_table(report: EvaluateReport, budgets: Sequence[float]) -> Iterator[list[str]]:
     """Of each method its loss, and what it is behind the default on the same documents, at every budget."""
     pairs = list(zip(report.lines, report.spreads, strict=True))
+    measured = {line.method for line in report.lines}
     for method, name in ((ORIGINAL, "original"), (DENSE, "NF4"), *METHODS.items()):
+        if method not in measured:
+            continue
         cells = []
         for budget in budgets:
             at = [(line, spread) for line, spread in pairs if line.method == method]
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the public files")
     parser.add_argument("--model", required=True, help="as of the option model.path")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--calibration", type=int, default=64, help="recorded samples for updates and inputs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
@@ -147,7 +151,7 @@ def main() -> None:
         str(options.run),
         config,
         EvaluateOptions(
-            methods=tuple(METHODS),
+            methods=tuple(options.methods),
             budgets=tuple(options.budgets),
             data=config.evaluate.data,
             samples=None,

@@ -22,6 +22,8 @@ from tinyonn.errors import InputError
 
 lm_eval = pytest.importorskip("lm_eval")
 
+from lm_eval.api.instance import Instance  # noqa: E402
+
 from tinyonn.evaluate.harness import Settings, SubjectLM, asked, load_tasks, score  # noqa: E402
 
 OWN = {
@@ -34,6 +36,14 @@ OWN = {
     "doc_to_choice": ["rain", "snow and wind"],
     "doc_to_target": "{{what}}",
     "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
+WRITTEN = {
+    **{name: OWN[name] for name in ("dataset_path", "dataset_kwargs", "test_split", "doc_to_text")},
+    "task": "written",
+    "output_type": "generate_until",
+    "doc_to_target": "rain",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+    "metric_list": [{"metric": "exact_match"}],
 }
 PIQA = [{"goal": f"to dry {n}", "sol1": "hang it", "sol2": "soak it twice"} for n in range(6)]
 PROGRAM = {
@@ -56,6 +66,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "weather.yaml").write_text(yaml.safe_dump(OWN), "utf-8")
+    (folder / "written.yaml").write_text(yaml.safe_dump(WRITTEN), "utf-8")
     lines(folder / "weather.jsonl", [{"day": n, "what": n % 2} for n in range(7)])
     lines(folder / "piqa_valid.jsonl", PIQA)
     (folder / "piqa_labels.lst").write_text("0\n1\n" * 3, "utf-8")
@@ -79,19 +90,28 @@ def test_the_digits_are_those_of_lm_eval(tmp_path: Path, data: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     settings = Settings(batch=4)
+    answers: dict[str, list[Any]] = {"ours": [], "theirs": []}
+
+    class Kept(SubjectLM):
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            answers["ours"] += super().generate_until(requests, disable_tqdm)
+            return answers["ours"]
+
+    class TheirsKept(HFLM):
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+            answers["theirs"] += super().generate_until(requests, disable_tqdm)
+            return answers["theirs"]
+
     ours = score(str(data / "weather.yaml"), settings, SubjectLM(model, tokenizer, 4, CONTEXT))
-    own = {**OWN, "dataset_kwargs": {"data_files": {"test": str(data / "weather.jsonl")}}}
+    score(str(data / "written.yaml"), settings, Kept(model, tokenizer, 4, CONTEXT))
+    files = {"dataset_kwargs": {"data_files": {"test": str(data / "weather.jsonl")}}}
+    options = {"dtype": "bfloat16", "device": "cpu", "batch_size": 4, "softmax_dtype": "float32"}
     theirs = lm_eval.simple_evaluate(
-        HFLM(
-            pretrained=str(tmp_path / "model"),
-            dtype="bfloat16",
-            device="cpu",
-            batch_size=4,
-            softmax_dtype="float32",
-        ),
-        tasks=[own],
+        TheirsKept(pretrained=str(tmp_path / "model"), **options),
+        tasks=[{**OWN, **files}, {**WRITTEN, **files}],
         task_manager=TaskManager(include_defaults=False),
     )
+    assert answers["ours"] == answers["theirs"] and len(answers["ours"]) == 7
     found = {key: value for key, value in theirs["results"]["weather"].items() if isinstance(value, float)}
     assert {key: value for key, value in ours.results["weather"].items() if key in found} == found
     assert ours.samples == {"weather": 7}
@@ -174,6 +194,30 @@ def test_gates_come_from_the_context_of_each_request(tmp_path: Path) -> None:
         alone = float(log_p.gather(1, torch.tensor(wanted)[:, None]).sum())
         assert total == pytest.approx(alone, rel=1e-3, abs=1e-3)
         assert greedy == (log_p.argmax(1).tolist() == wanted)
+
+
+@torch.no_grad()
+def test_what_is_written_follows_the_router_of_each_prompt(tmp_path: Path) -> None:
+    model: Any = make_models(tmp_path)[1].eval()
+    model.router.top_k = 2
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = ["a tale of rain", "def f(x):", "It is so"]
+    options = {"until": [], "max_gen_toks": 5, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, options), n) for n, prompt in enumerate(prompts)]
+    written = SubjectLM(model, tokenizer, 3, 128, experts=2).generate_until(requests)
+    for prompt, found in zip(prompts, written, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        alone = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(alone, skip_special_tokens=True) == found
+
+
+def test_the_shipped_example_is_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(make_model("qwen2", tmp_path / "model"))
+    example = Path(__file__).parents[2] / "configs" / "tasks" / "example.yaml"
+    assert asked(str(example), Settings(), tokenizer, CONTEXT).requests == 6
+    assert asked(str(example.parent), Settings(), tokenizer, CONTEXT).requests == 6
 
 
 def test_the_command_goes_on(recorded: tuple[Path, Config], data: Path, tmp_path: Path) -> None:

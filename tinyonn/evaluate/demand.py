@@ -38,6 +38,7 @@ from tinyonn.show.sizes import MiB, format_size
 # Of the process: Python with the store, Torch and Transformers, Numba's kernels and Torch's own.
 OWN_BYTES = 800 * MiB
 LOGITS = 3  # copies of a chunk of logits in float32: as they are, their logarithms, and in the head's dtype
+HARNESS_BYTES = 256 * MiB  # that tasks bring along
 GOBO_BYTES = (
     44  # of a weight while its tensor is sorted: copies in float32 and float64, and where each stands
 )
@@ -215,6 +216,7 @@ def task_needs(
     def size(one: tuple[int, int, bool]) -> int:
         return sum(need.bytes for need in _request_needs(model, *one))
 
+    needs.append(Need("lm-eval and its libraries", HARNESS_BYTES, host=True))
     return [*needs, *_request_needs(model, *max(passes, key=size))]
 
 

@@ -95,7 +95,7 @@ def digests(run: Path, config: Config, shape: Shape) -> dict[str, str]:
     found["profile"] = _digest(lives.files(run / "profile", ".parquet", ".arrow"))
     train_run(place, config, shape(train_stage_options(config)))
     found["training"] = _digest({"curve": curve(run), **tensors(run / "model")})
-    evaluate_run(place, config, evaluate_options(place, config))
+    evaluate_run(place, config, evaluate_options(place, config, split="all"))
     found["losses"] = _digest(lives.losses(run))
     export_model(run / "experts", run / "dense", "dense")
     found["dense tensors"] = _digest(tensors(run / "dense"))

@@ -100,6 +100,7 @@ def make_world(folder: Path) -> World:
         budgets=(0.6,),
         data=config.data.model_copy(update={"path": str(held_out)}),
         samples=4,
+        split="all",
         calibration=2,
         selection=SelectOptions(allocation="global", score="wg"),
     )

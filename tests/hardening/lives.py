@@ -172,7 +172,8 @@ def training(run: Path) -> Bits:
 def losses(run: Path) -> Bits:
     """What was evaluated."""
     lines = json.loads((run / "evaluate" / "lines.json").read_text("utf-8"))["lines"]
-    return {key: line["losses"] for key, line in lines.items()}
+    parts = ("by_slice", "tokens")
+    return {key: {part: line["losses"][part] for part in parts} for key, line in lines.items()}
 
 
 class Life:

@@ -304,7 +304,9 @@ def test_nothing_changes_what_a_training_reads(world: World, tmp_path: Path) -> 
 
 
 def test_nothing_is_read_that_is_being_changed(world: World, tmp_path: Path) -> None:
-    held_out = EvaluateOptions(data=world.config.data.model_copy(update={"samples": 2}), samples=2)
+    held_out = EvaluateOptions(
+        data=world.config.data.model_copy(update={"samples": 2}), samples=2, split="all"
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     reading: dict[str, Callable[[], Any]] = {

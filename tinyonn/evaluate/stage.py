@@ -233,7 +233,8 @@ class _Evaluation:
         self.batches: list[Batch] = batches_of(self.samples)
         self.labelled = run.store.reader().stage("labels") is not None
         model = {"model": self.fingerprint, **config.model.model_dump(include={"quantization", "dtype"})}
-        heldout = [self.corpus.fingerprint, options.split]
+        whole = self.corpus.fingerprint
+        heldout = whole if options.split == ALL else [whole, options.split]
         self.common = {"heldout": heldout, "model": model}
         if "default" in {method.removesuffix("+update") for method in options.methods} and not self.labelled:
             raise InputError(

@@ -1,7 +1,7 @@
 # make demo   every stage on the shipped corpus and model, in five minutes             (the README's first command)
 # make test   run the tests, in two processes                                          (the README's second command)
 # make demo-full   the same with more samples and a longer training, in a quarter of an hour
-# make real   every stage on a real model, SmolLM2-135M, in an hour; REAL="--skip profile,train,trained" leaves stages out
+# make real   every stage on a real model, SmolLM2-135M, in an hour or two; REAL="--skip profile,train,trained" leaves stages out
 # make nightly   what the slow ones try, once each, in ten minutes: 1 and 2 workers, a kill in every stage, a Ray job
 # make test-all  all tests, one after another: these, and the slow ones in full; an hour or more
 # make check  ruff and mypy

@@ -104,7 +104,7 @@ def evaluate(
     """Measure the held-out loss of the dense model and of what each way to choose weights leaves of it; or tasks."""
 
     def of_tasks(location: str, settings: Config) -> Report:
-        from tinyonn.evaluate.tasks import TasksOptions, evaluate_tasks
+        from tinyonn.evaluate.tasks import Settings, TasksOptions, evaluate_tasks
 
         if trained or allocate or plot or methods or budgets or samples:
             raise InputError(
@@ -117,13 +117,7 @@ def evaluate(
             stream=stream,
             windows=tuple(names_of(windows)),
             gguf=gguf,
-            shots=shots,
-            limit=limit,
-            chat=chat,
-            seed=seed,
-            data=data,
-            run_code=run_code,
-            batch=batch,
+            settings=Settings(shots, limit, chat, seed, data, run_code, batch),
         )
         return evaluate_tasks(location, settings, options, say)
 

@@ -24,7 +24,8 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from tinyonn.evaluate.harness import Settings, SubjectLM, asked, load_tasks, score  # noqa: E402
+from tinyonn.evaluate.harness import SubjectLM, asked, load_tasks, score  # noqa: E402
+from tinyonn.evaluate.tasks import Settings  # noqa: E402
 
 OWN = {
     "task": "weather",

@@ -17,7 +17,7 @@ from tinyonn.cli import app
 from tinyonn.config import Config
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
 from tinyonn.evaluate import tasks
-from tinyonn.evaluate.task_report import TaskResults, TasksReport, rows_of
+from tinyonn.evaluate.task_report import TasksReport, rows_of, task_results
 
 LINE: dict[str, Any] = {
     "subject": "original",
@@ -44,13 +44,13 @@ def perplexity(subject: str, value: float) -> dict[str, Any]:
 
 def test_results_are_kept_by_what_decides_them(tmp_path: Path) -> None:
     path = tmp_path / "evaluate" / "tasks.json"
-    TaskResults(path).put(["a", {"limit": 1}], LINE)
-    again = TaskResults(path)
+    task_results(path).put(["a", {"limit": 1}], LINE)
+    again = task_results(path)
     assert again.get(["a", {"limit": 1}]) == LINE
     assert again.get(["a", {"limit": 2}]) is None
     path.write_text(path.read_text("utf-8").replace("0.25", "0.75"), "utf-8")
     with pytest.raises(StoreDamagedError, match="delete it"):
-        TaskResults(path)
+        task_results(path)
 
 
 def test_rows_and_ratios() -> None:

@@ -32,7 +32,7 @@ from tinyonn.corpus.file import Corpus
 from tinyonn.dense.load import fingerprint_model
 from tinyonn.errors import TinyONNError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
-from tinyonn.evaluate.report import Results, card_figures
+from tinyonn.evaluate.report import VERSION, Line, Results, card_figures
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus
 from tinyonn.evaluate.trained import evaluate_trained, trained_card_figures
 from tinyonn.experts.assemble import assemble_run
@@ -230,7 +230,7 @@ def evaluated(world: World) -> Any:
     whole = world.folder / "whole"
     cards = json.loads((whole / "evaluate/cards.json").read_text("utf-8"))["cards"]
     assembly = json.loads((whole / "evaluate/trained.json").read_text("utf-8"))["assembly"]
-    lines = Results(world.run / "evaluate/lines.json")
+    lines = Results(world.run / "evaluate/lines.json", VERSION, Line.from_tree)
     return (
         lines._lines,
         card_figures(world.run, cards[0]["selection"]),

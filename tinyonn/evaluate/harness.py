@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import evaluate as metrics_library
 import lm_eval
@@ -37,6 +37,9 @@ from tinyonn.evaluate.local_tasks import read_local
 from tinyonn.evaluate.sandbox import REMEDY, CodeEval
 from tinyonn.show.escape import shortened
 
+if TYPE_CHECKING:
+    from tinyonn.evaluate.tasks import Settings
+
 CODE_TASKS = ("humaneval", "mbpp")  # whose programs are judged by `code_eval` and so run apart
 SEEDS = (0, 1234, 1234, 1234)  # lm-eval's: of Python, NumPy, Torch, few-shot examples
 SOFTMAX = "float32"
@@ -44,37 +47,6 @@ YAML = (".yaml", ".yml")
 GENERATE = "generate_until"
 GENERATED = 256  # tokens that lm-eval lets a model write, where a task does not say
 BETWEEN_TOLD = 0.5  # seconds
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tasks are asked.
-
-    Attributes
-    ----------
-    shots : int or None
-        Examples before a question; None is as the task says.
-    limit : int or None
-        Documents of each task, the first ones; None takes all.
-    chat : bool
-        Put the prompt into the model's chat template, examples as turns.
-    seed : int or None
-        None is lm-eval's own seeds.
-    data : Path or None
-        Folder with files of tasks, in place of the hub.
-    run_code : bool
-        Run programs that the model writes.
-    batch : int
-        Requests at a time.
-    """
-
-    shots: int | None = None
-    limit: int | None = None
-    chat: bool = False
-    seed: int | None = None
-    data: Path | None = None
-    run_code: bool = False
-    batch: int = 8
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -87,30 +87,38 @@ class Spread:
 
 
 class Results:
-    """A file of lines by a digest of what decides them."""
+    """A file of lines, JSON objects, by a digest of what decides them.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Parameters
+    ----------
+    path : Path
+    version : int
+        Of the lines; a file of another one is begun anew.
+    check : callable
+        Raises ValueError, KeyError or TypeError for what is no such line.
+    """
+
+    def __init__(self, path: Path, version: int, check: Callable[[dict[str, Any]], object]) -> None:
+        self.path, self.version = path, version
         self._lines: dict[str, dict[str, Any]] = {}
         if path.exists():
             tree = read_json(path, REMEDY)
             try:
-                self._lines = dict(tree["lines"]) if tree["version"] == VERSION else {}
+                self._lines = dict(tree["lines"]) if tree["version"] == version else {}
                 for line in self._lines.values():
-                    Line.from_tree(line)
+                    check(line)
             except (ValueError, KeyError, TypeError) as error:
                 raise damaged(path, repr(error), REMEDY) from None
 
-    def get(self, decided_by: Any) -> Line | None:
-        """The line that was evaluated from the same, if there is one."""
-        found = self._lines.get(digest(decided_by))
-        return None if found is None else Line.from_tree(found)
+    def get(self, decided_by: Any) -> dict[str, Any] | None:
+        """The line that was measured from the same, if there is one."""
+        return self._lines.get(digest(decided_by))
 
-    def put(self, decided_by: Any, line: Line) -> None:
+    def put(self, decided_by: Any, line: dict[str, Any]) -> None:
         """Keep a line: on the disk when this returns."""
-        self._lines[digest(decided_by)] = line.tree()
+        self._lines[digest(decided_by)] = json.loads(json.dumps(line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"version": VERSION, "lines": self._lines})
+        write_json(self.path, {"version": self.version, "lines": self._lines})
 
 
 CARDS = "cards.json"  # in the run's evaluate/: figures for model cards

@@ -31,7 +31,16 @@ from tinyonn.evaluate.baselines import Recipe, counts_of, cut, recipe_of
 from tinyonn.evaluate.demand import Work, evaluate_needs, state
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
-from tinyonn.evaluate.report import CARDS, DENSE, ORIGINAL, EvaluateReport, Line, Results, plot_lines
+from tinyonn.evaluate.report import (
+    CARDS,
+    DENSE,
+    ORIGINAL,
+    VERSION,
+    EvaluateReport,
+    Line,
+    Results,
+    plot_lines,
+)
 from tinyonn.experts.select import select_bytes
 from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
 from tinyonn.experts.source import RunSource, digest
@@ -226,7 +235,7 @@ class _Evaluation:
         self.folder = local_folder(location)
         self.corpus = held_out_corpus(config, options, self.folder)
         self.fingerprint = check_base(run, location, config.model)
-        self.results = Results(self.folder / "evaluate" / "lines.json")
+        self.results = Results(self.folder / "evaluate" / "lines.json", VERSION, Line.from_tree)
         self.evaluated = 0
         self.counts: dict[str, Mapping[str, int]] = {}
         self.samples = samples_of(self.corpus, options.split)
@@ -398,11 +407,12 @@ class _Evaluation:
 
     def _kept(self, key: list[Any], evaluate: Callable[[], Line], effort: float = 1.0) -> Line:
         decided_by = [*key, self.common]
-        line = self.results.get(decided_by)
+        tree = self.results.get(decided_by)
+        line = None if tree is None else Line.from_tree(tree)
         if line is None:
             started = time.monotonic()
             line = evaluate()
-            self.results.put(decided_by, line)
+            self.results.put(decided_by, line.tree())
             self.evaluated += 1
             text = f"{line.method} at {line.share:.1%}: {line.losses.mean:.4f} nats"
             LOG.debug("%s in %.1f s", text, time.monotonic() - started)

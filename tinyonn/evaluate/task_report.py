@@ -9,42 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinyonn.evaluate.report import Results
 from tinyonn.evaluate.subjects import NF4, ORIGINAL
-from tinyonn.experts.source import digest
-from tinyonn.files import damaged, read_json, write_json, write_whole
+from tinyonn.files import write_whole
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_seconds
 
 VERSION = 1
-REMEDY = "delete it and evaluate again"
 NEEDED = ("subject", "task", "results", "samples")
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
 
-class TaskResults:
-    """A file of results by a digest of what decides them."""
+def task_results(path: Path) -> Results:
+    """The file of results of tasks.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lines: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            tree = read_json(path, REMEDY)
-            try:
-                self._lines = dict(tree["lines"]) if tree["version"] == VERSION else {}
-                if missing := [name for line in self._lines.values() for name in NEEDED if name not in line]:
-                    raise ValueError(f"a result has no {missing[0]}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise damaged(path, repr(error), REMEDY) from None
+    Raises
+    ------
+    StoreDamagedError
+        It is not as it was written.
+    """
 
-    def get(self, decided_by: Any) -> dict[str, Any] | None:
-        """What was measured of the same, if it was."""
-        return self._lines.get(digest(decided_by))
+    def check(line: dict[str, Any]) -> None:
+        if missing := [name for name in NEEDED if name not in line]:
+            raise ValueError(f"a result has no {missing[0]}")
 
-    def put(self, decided_by: Any, line: dict[str, Any]) -> None:
-        """Keep a result: on the disk when this returns."""
-        self._lines[digest(decided_by)] = json.loads(json.dumps(line))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, {"version": VERSION, "lines": self._lines})
+    return Results(path, VERSION, check)
 
 
 @dataclass(frozen=True)

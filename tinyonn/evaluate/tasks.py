@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinyonn.config import Config
 from tinyonn.dense.load import choose_device, context_length, load_tokenizer, model_folder
@@ -25,7 +25,7 @@ from tinyonn.errors import InputError
 from tinyonn.evaluate.demand import state, task_needs
 from tinyonn.evaluate.stream import Stream, read_stream, stream_loss, windows_of
 from tinyonn.evaluate.subjects import Subject, find_subjects, load_subject, sparse_settings
-from tinyonn.evaluate.task_report import TaskResults, TasksReport, write_rows, write_values
+from tinyonn.evaluate.task_report import TasksReport, task_results, write_rows, write_values
 from tinyonn.experts.selection import check_base
 from tinyonn.experts.source import digest
 from tinyonn.places import local_folder
@@ -35,14 +35,42 @@ from tinyonn.show.pace import Phase
 from tinyonn.show.progress import Bar
 from tinyonn.store.lock import evaluating
 
-if TYPE_CHECKING:
-    from tinyonn.evaluate.harness import Settings
-
 LOG = logging.getLogger(__name__)
 CONTEXT = "context"
 PACKAGES = ("lm-eval", "transformers", "torch", "bitsandbytes", "datasets", "tiny-onn")
 DEFAULT_CONTEXT = 2048  # of a model whose configuration does not say
 LONGEST_WINDOW = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are asked.
+
+    Attributes
+    ----------
+    shots : int or None
+        Examples before a question; None is as the task says.
+    limit : int or None
+        Documents of each task, the first ones; None takes all.
+    chat : bool
+        Put the prompt into the model's chat template, examples as turns.
+    seed : int or None
+        None is lm-eval's own seeds.
+    data : Path or None
+        Folder with files of tasks, in place of the hub.
+    run_code : bool
+        Run programs that the model writes.
+    batch : int
+        Requests at a time.
+    """
+
+    shots: int | None = None
+    limit: int | None = None
+    chat: bool = False
+    seed: int | None = None
+    data: Path | None = None
+    run_code: bool = False
+    batch: int = 8
 
 
 @dataclass(frozen=True)
@@ -61,8 +89,8 @@ class TasksOptions:
         Tokens of a window, as digits; ``context`` is the model's own.
     gguf : Path or None
         A GGUF of the same model.
-    shots, limit, chat, seed, data, run_code, batch
-        As of `tinyonn.evaluate.harness.Settings`; `limit` is also that of windows.
+    settings : Settings
+        Of tasks; `limit` is also that of windows.
     """
 
     tasks: tuple[str, ...] = ()
@@ -70,13 +98,7 @@ class TasksOptions:
     stream: Path | None = None
     windows: tuple[str, ...] = ("2048", CONTEXT)
     gguf: Path | None = None
-    shots: int | None = None
-    limit: int | None = None
-    chat: bool = False
-    seed: int | None = None
-    data: Path | None = None
-    run_code: bool = False
-    batch: int = 8
+    settings: Settings = Settings()
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ class _Tasks:
         self.folder = local_folder(location)
         self.tokenizer = load_tokenizer(config.model)
         self.context = context_length(model_folder(config.model, weights=False)) or DEFAULT_CONTEXT
-        self.results = TaskResults(self.folder / "evaluate" / "tasks.json")
+        self.results = task_results(self.folder / "evaluate" / "tasks.json")
         self.subjects = find_subjects(options.subjects, config.model, self.folder, options.gguf, fingerprint)
         self.device = choose_device(config.model.device).type
         self.stream: Stream | None = None
@@ -198,19 +220,13 @@ class _Tasks:
         write_rows(self.folder / "evaluate" / "tasks.parquet", report.rows())
         return report
 
-    def _settings(self) -> Settings:
-        from tinyonn.evaluate.harness import Settings
-
-        own = self.options
-        return Settings(own.shots, own.limit, own.chat, own.seed, own.data, own.run_code, own.batch)
-
     def _tasks(self) -> Sequence[_Unit]:
         """The tasks, and what they will ask."""
         if not self.options.tasks:
             return []
         from tinyonn.evaluate.harness import SOFTMAX, asked
 
-        settings = self._settings()
+        settings = self.options.settings
         if settings.run_code:
             from tinyonn.evaluate.sandbox import isolation
 
@@ -234,7 +250,7 @@ class _Tasks:
         self.stream = read_stream(self.options.stream, self.tokenizer)
         units = []
         for length in dict.fromkeys(self._length(text) for text in self.options.windows):
-            count = len(windows_of(self.stream, length, self.options.limit))
+            count = len(windows_of(self.stream, length, self.options.settings.limit))
             decided_by = {
                 "stream": self.stream.digest,
                 "window": length,
@@ -309,15 +325,16 @@ class _Tasks:
     def _task(self, subject: Subject, unit: _Unit, model: Any, key: list[Any]) -> dict[str, Any]:
         from tinyonn.evaluate.harness import SubjectLM, score
 
-        options = self.options
-        asked = SubjectLM(model, self.tokenizer, options.batch, self.context, subject.experts, self.bar.add)
-        found = asdict(score(unit.name, self._settings(), asked))
+        asked = SubjectLM(
+            model, self.tokenizer, self.options.settings.batch, self.context, subject.experts, self.bar.add
+        )
+        found = asdict(score(unit.name, self.options.settings, asked))
         write_values(self.folder / "evaluate" / "tasks" / f"{digest(key)}.parquet", found.pop("values"))
         return found
 
     def _windows_of(self, subject: Subject, unit: _Unit, model: Any) -> dict[str, Any]:
         assert self.stream is not None and unit.window is not None
-        windows_WT = windows_of(self.stream, unit.window, self.options.limit)
+        windows_WT = windows_of(self.stream, unit.window, self.options.settings.limit)
         loss = stream_loss(model, windows_WT, subject.experts, self.bar.add)
         name = f"{unit.name} {unit.window}"
         figures = {"nats": loss.nats, "nats_stderr": loss.error, "perplexity": loss.perplexity}
@@ -330,15 +347,9 @@ class _Tasks:
 
     def _told(self) -> dict[str, Any]:
         """The configuration of what is measured, as JSON values."""
-        own = self.options
+        settings = asdict(self.options.settings)
+        asked = {name: settings[name] for name in ("shots", "limit", "chat", "seed", "batch")}
         model = self.config.model.model_dump(include={"path", "revision", "dtype"})
-        asked = {
-            "shots": own.shots,
-            "limit": own.limit,
-            "chat": own.chat,
-            "seed": own.seed,
-            "batch": own.batch,
-        }
         return {"model": model, "device": self.device, **asked}
 
 

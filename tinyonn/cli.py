@@ -264,5 +264,7 @@ def main() -> None:
     endings.take_signals()
     try:
         app()
+    except SystemExit as reason:
+        endings.finish(reason.code if isinstance(reason.code, int) else int(reason.code is not None))
     finally:
         endings.leave()

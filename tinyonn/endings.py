@@ -3,11 +3,12 @@
 The first of SIGINT, SIGTERM and SIGHUP raises KeyboardInterrupt in the main thread, so that everything is closed on the
 way out. What does not come to its end in `GRACE` seconds, such as a call into a dead Ray, is left behind: a thread of
 its own then ends the process and all that it has started. A second signal does that at once. Every stage may be killed
-at any moment, so nothing that was committed is lost either way.
+at any moment, so nothing that was committed is lost either way. `finish` is the end of a process that is done.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -25,6 +26,7 @@ LOG = logging.getLogger(__name__)
 GRACE = 8.0  # seconds from the first signal to the end
 TOGETHER = 0.5  # seconds within which signals count as one: a closing terminal and systemd send two
 POLL = 0.1
+FLUSH_FAILED = 120  # Python's own code where stdout cannot be written
 WORDS = {
     signal.SIGINT: "interrupted",
     signal.SIGTERM: "terminated",
@@ -142,6 +144,20 @@ def leave() -> None:
         _end(_state.ending)
 
 
+def finish(code: int) -> NoReturn:
+    """After the stage, as `leave`; else end with a code, as Python does, but without taking the interpreter apart.
+
+    Before Python 3.14 a thread that asks for the interpreter meanwhile is made to exit. One of Icechunk's, which may
+    still be about the end of its latest call, then aborts the process (SIGABRT): once in some 100 commands.
+    """
+    leave()
+    threading._shutdown()  # type: ignore[attr-defined]  # joins threads, and lets those of pools end
+    atexit._run_exitfuncs()
+    if not _flush() and code == 0:
+        code = FLUSH_FAILED
+    os._exit(code)
+
+
 def _interrupt(number: int, frame: object) -> None:
     assert _state is not None
     _state.decide(number)
@@ -179,10 +195,19 @@ def _end(reason: Ending) -> NoReturn:
     """Now, whatever the other threads do."""
     tell(reason)
     _end_children()
-    for stream in (*logging.getLogger("tinyonn").handlers, sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    _flush()
     os._exit(reason.code)
+
+
+def _flush() -> bool:
+    """Write what is still held of the log and of the streams; False if that cannot be."""
+    written = True
+    for stream in (*logging.getLogger("tinyonn").handlers, sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            written = False
+    return written
 
 
 def _end_children() -> None:

@@ -165,7 +165,7 @@ def test_a_local_ray_whose_process_is_killed_ends_the_stage(tmp_path: Path, serv
     ready, run = tmp_path / "ready", tmp_path / "run"
     run.mkdir()
     script = LOCAL.format(wait=wait)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     with (tmp_path / "said").open("w") as stream:
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(ready), str(run)], cwd=tmp_path, env=environment, stderr=stream
@@ -260,3 +260,41 @@ def test_a_cluster_whose_head_is_gone_ends_a_recording(server: str, tmp_path: Pa
         assert "core_worker" not in said and "Traceback" not in said
     finally:
         cluster.shutdown()
+
+
+FINISHED = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from tinyonn import endings
+class Told:
+    def __init__(self, text):
+        self.text = text
+    def __del__(self):
+        print(self.text, flush=True)
+taken_apart = Told("the interpreter was taken apart")
+atexit.register(print, "exit handlers ran")
+ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.3), print("the pool's work is done")))
+threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+sys.stdout.write("held back, ")
+endings.finish({code})
+"""
+
+
+def finished(code: int, stdout: int) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    script = [sys.executable, "-c", FINISHED.format(code=code)]
+    return subprocess.run(
+        script, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=60
+    )
+
+
+def test_a_process_that_is_done_ends_as_python_does_but_whole() -> None:
+    """A thread of a library that asks for an interpreter which is taken apart aborts the process."""
+    done = finished(3, subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert done.stdout == "held back, the pool's work is done\nexit handlers ran\n"
+
+
+def test_what_cannot_be_written_at_the_end_is_no_success() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        assert [finished(code, full.fileno()).returncode for code in (0, 3)] == [120, 3]

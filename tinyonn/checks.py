@@ -19,14 +19,10 @@ if TYPE_CHECKING:
     from tinyonn.plan.demands import ModelFacts
 
 Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
-UPDATED, UNIFORM = (
-    "+update",
-    "+uniform",
-)  # behind a method's name: what is kept is updated; one share everywhere
-WANDA_FLOAT, FLOAT_ROOT = (
-    "wanda-float",
-    "root-float-",
-)  # methods from float activations; and gradients of so many samples
+UPDATED = "+update"  # behind a method's name: what is kept is updated
+UNIFORM = "+uniform"  # there too: every tensor has one share
+WANDA_FLOAT = "wanda-float"  # from float activations
+FLOAT_ROOT = "root-float-"  # and a number: from float gradients of so many samples
 BASES = ("default", "sparsegpt", WANDA_FLOAT, *get_args(Score))
 KINDS = ("norm", "bias", "embedding", "head")  # of every architecture, be there some in this model or not
 MOST_SAMPLES = 65_535 // 15  # of a segment: its sums hold a level of at most 15 of each

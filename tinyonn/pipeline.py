@@ -41,7 +41,7 @@ FULL_DEMO = {
 
 
 @dataclass(frozen=True)
-class Step:
+class Stage:
     """One stage.
 
     Attributes
@@ -139,23 +139,23 @@ def _evaluate_trained(location: str, settings: Config) -> Iterator[Report]:
     )
 
 
-STEPS = (
-    Step(
+STAGES = (
+    Stage(
         "record",
         "texts go forward and backward through the model in 4 bits; what every weight did is written down",
         _record,
     ),
-    Step("score", "what each weight did for each kind of text becomes one record of 16 bits", _score),
-    Step("cluster", "weights that did alike are put into cells: a map of the model", _cluster),
-    Step("assemble", "the best weights are kept; those that the same texts need become experts", _assemble),
-    Step("evaluate", "what this cut, and others, lose on texts that were not recorded", _evaluate),
-    Step("profile", "what each expert does for each text: from this the router learns first", _profile),
-    Step(
+    Stage("score", "what each weight did for each kind of text becomes one record of 16 bits", _score),
+    Stage("cluster", "weights that did alike are put into cells: a map of the model", _cluster),
+    Stage("assemble", "the best weights are kept; those that the same texts need become experts", _assemble),
+    Stage("evaluate", "what this cut, and others, lose on texts that were not recorded", _evaluate),
+    Stage("profile", "what each expert does for each text: from this the router learns first", _profile),
+    Stage(
         "train",
         "the router learns to choose experts for a prompt, and they to do what the whole model did",
         _train,
     ),
-    Step(
+    Stage(
         "trained",
         "the trained model with all of its experts on, and with fewer and fewer",
         _evaluate_trained,
@@ -185,19 +185,19 @@ def run_pipeline(
     TinyONNError
         As a stage raises it; what the stages before it made stays.
     """
-    names = [step.name for step in STEPS]
+    names = [stage.name for stage in STAGES]
     if wrong := [name for name in skip if name not in names]:
         raise InputError(f"--skip {wrong[0]!r} is no stage; the stages are {', '.join(names)}")
     settings = changed(settings, "evaluate", evaluate)
-    steps, took = [step for step in STEPS if step.name not in skip], []
-    for number, step in enumerate(steps, 1):
-        say(f"{number} of {len(steps)}, {step.name}: {step.says}")
+    stages, took = [stage for stage in STAGES if stage.name not in skip], []
+    for number, stage in enumerate(stages, 1):
+        say(f"{number} of {len(stages)}, {stage.name}: {stage.says}")
         started, figures = time.monotonic(), {}
         with measured() as meter:
-            for report in step.reports(location, settings):
+            for report in stage.reports(location, settings):
                 show(report)
                 figures.update(report.figures())
-        took.append(Took(step.name, time.monotonic() - started, meter.usage, figures))
+        took.append(Took(stage.name, time.monotonic() - started, meter.usage, figures))
     folder = local_folder(location)
     say(
         f"to look at next: {folder / 'model' / 'README.md'}, the trained model's card; `tinyonn status {location}`; "

@@ -15,7 +15,7 @@ from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.evaluate import gradients
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.gradients import gradient_sizes, windows
+from tinyonn.evaluate.gradients import float_gradients, windows
 from tinyonn.evaluate.layerwise import Passes, prune, prune_model, second_moments, updated_wanda, wanda
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -142,12 +142,12 @@ def test_an_inputs_own_moment_alone(tmp_path: Path) -> None:
 def test_float_gradients_are_autograds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, samples = model_of(name, tmp_path)
     names = [p.name for p in dense.parameters]
-    sizes = gradient_sizes(dense, samples, names, tmp_path / "whole")
+    sizes = float_gradients(dense, samples, names, tmp_path / "whole")
     largest = max(p.size for p in dense.parameters)
     monkeypatch.setattr(gradients, "WINDOW_BYTES", 8 * largest)
     assert [name for window in windows(dense, names) for name in window] == names
     assert len(list(windows(dense, names))) > 1
-    parts = gradient_sizes(dense, samples, names, tmp_path / "parts")
+    parts = float_gradients(dense, samples, names, tmp_path / "parts")
     expected = {name: torch.zeros_like(dense.original(name)) for name in names}
     dense.model.requires_grad_(True)
     for sample in samples:
@@ -172,4 +172,4 @@ def test_gradients_that_are_not_finite(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"gradients that are not finite in 3 calibration samples; leave out"
     ):
-        gradient_sizes(dense, samples, [name], tmp_path / "gradients")
+        float_gradients(dense, samples, [name], tmp_path / "gradients")

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,12 +29,15 @@ def test_a_stream_is_the_text_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text(TEXT, "utf-8")
     with gzip.open(tmp_path / "packed.txt.gz", "wt", encoding="utf-8") as file:
         file.write(TEXT)
+    with pa.output_stream(tmp_path / "packed.zst", compression="zstd") as stream:
+        stream.write(TEXT.encode())
     rows = [{"text": part} for part in TEXT.split("\n")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     plain, packed, joined = (
         read_stream(tmp_path / n, tokenizer) for n in ("plain.txt", "packed.txt.gz", "rows.jsonl")
     )
     assert plain.digest == packed.digest != joined.digest
+    assert read_stream(tmp_path / "packed.zst", tokenizer).digest == plain.digest
     assert plain.ids_T.tolist() == tokenizer(TEXT)["input_ids"]
     assert joined.ids_T.tolist() == tokenizer(BETWEEN_ROWS.join(row["text"] for row in rows))["input_ids"]
     assert windows_of(plain, 50).shape == (len(plain.ids_T) // 50, 50)

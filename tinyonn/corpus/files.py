@@ -203,7 +203,7 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
         return
     number = 0
     try:
-        with _open(path) as stream:
+        with opened(path) as stream:
             if kind == "csv":
                 rows = csv_rows(stream, ".tsv" in path.name.lower())
             else:
@@ -217,8 +217,14 @@ def file_rows(path: Path, columns: list[str] | None = None) -> Iterator[Numbered
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked, in UTF-8."""
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked, in UTF-8.
+
+    Raises
+    ------
+    InputError
+        It is something else by what it begins with, such as an archive.
+    """
     with path.open("rb") as packed:
         magic = packed.read(6)
     openers: dict[bytes, Callable[[Path], Any]] = {
@@ -319,7 +325,7 @@ def _table(path: Path) -> Iterator[tuple[list[str], Any]]:
             table, names = _arrow(path)
     except (pa.ArrowException, OSError) as error:
         if path.is_file():
-            with suppress(*UNPACKING), _open(path):  # tells what else it is
+            with suppress(*UNPACKING), opened(path):  # tells what else it is
                 pass
         raise InputError(
             f"{path}: not a readable {'Parquet' if kind == 'parquet' else 'Arrow'} file, perhaps truncated "

@@ -30,7 +30,7 @@ from tinyonn.config import EvaluateConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.gradients import gradient_sizes
+from tinyonn.evaluate.gradients import float_gradients
 from tinyonn.evaluate.layerwise import prune, prune_model, updated_wanda, wanda
 from tinyonn.experts.scores import SCORES
 from tinyonn.experts.select import Spread, allocate, groups_of, select
@@ -192,7 +192,7 @@ def float_masks(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and mask of every tensor by |W| · √g, g from float gradients of the first samples."""
     number = int(recipe.base.removeprefix(FLOAT_ROOT))
-    sizes = gradient_sizes(dense, samples[:number], list(counts), scratch / f"gradients-{number}")
+    sizes = float_gradients(dense, samples[:number], list(counts), scratch / f"gradients-{number}")
     for name, count in counts.items():
         score = dense.original(name).float().abs().cpu() * torch.from_numpy(sizes(name)).sqrt()
         mask = torch.zeros(score.numel(), dtype=torch.bool)

@@ -25,7 +25,7 @@ WINDOW_BYTES = 1 << 30  # of sums held at a time, or one tensor's
 SUM_BYTES = 4
 
 
-def gradient_sizes(
+def float_gradients(
     dense: DenseWeights, samples: Sequence[Sample], names: Sequence[str], folder: Path
 ) -> Callable[[str], Float32]:
     """Mean absolute gradients of some matrices.

@@ -17,10 +17,7 @@ which nothing is known, the experts of the largest prior are on. So all models a
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
-import lzma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +26,13 @@ from typing import Any
 
 import torch
 
-from tinyonn.corpus.files import content_of, file_rows
+from tinyonn.corpus.files import UNPACKING, content_of, file_rows, opened
 from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.dense.head import head_of
 from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.loss import token_losses
 
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ROWS = ("json", "parquet", "arrow")
 BETWEEN_ROWS = "\n\n"
 
@@ -94,9 +90,9 @@ def read_stream(path: Path, tokenizer: Any) -> Stream:
     """
     try:
         text = _text(path)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except (*UNPACKING, UnicodeDecodeError) as error:
         raise InputError(
-            f"--stream {path} cannot be read ({error}); give a text in UTF-8, plain or .gz"
+            f"--stream {path} cannot be read ({error}); give a text in UTF-8, plain or packed"
         ) from None
     ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
     if len(ids) < 2:
@@ -114,9 +110,8 @@ def _text(path: Path) -> str:
                 f"--stream {path}: {len(rows) - len(texts):,} of its rows have no text; give a column `text`"
             )
         return BETWEEN_ROWS.join(texts)
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
-        content: bytes = file.read()
-    return content.decode("utf-8")
+    with opened(path) as file:
+        return file.read().decode("utf-8")
 
 
 def windows_of(stream: Stream, length: int, limit: int | None = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 from tinyonn.config import Config, DataConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError, StoreDamagedError
-from tinyonn.evaluate.report import EvaluateReport
+from tinyonn.evaluate.report import EvaluateReport, card_figures
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus, samples_of, split_of
 from tinyonn.experts.selection import SelectOptions
 from tinyonn.files import write_json
@@ -202,3 +202,17 @@ def test_lines_of_masks_of_slices_that_earlier_versions_wrote_are_passed_over(
     write_json(path, {"version": tree["version"], "lines": tree["lines"]})
     again = evaluate_run(str(place), config, options)
     assert again.evaluated == 0 and again.lines == report.lines
+
+
+@pytest.mark.parametrize("damage", [b"{", b'"cards"'], ids=["no JSON", "another key"])
+def test_damaged_figures_for_cards_are_left_out_with_a_warning(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert card_figures(tmp_path, {}) is None and not caplog.text  # nothing was evaluated
+    path = tmp_path / "evaluate" / "cards.json"
+    path.parent.mkdir()
+    write_json(path, {"cards": []})
+    assert card_figures(tmp_path, {}) is None and not caplog.text
+    path.write_bytes(path.read_bytes().replace(damage, b"[" * len(damage), 1))
+    assert card_figures(tmp_path, {}) is None
+    assert "cards.json is damaged" in caplog.text

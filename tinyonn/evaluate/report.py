@@ -307,11 +307,13 @@ def card_figures(folder: Path, selection: Any) -> dict[str, dict[str, float]] | 
     """
     path = folder / "evaluate" / CARDS
     try:
-        tree = json.loads(path.read_text("utf-8"))
-        # An earlier version wrote the list alone.
-        cards = tree if isinstance(tree, list) else (read_derived(path) or {}).get("cards", [])
+        earlier = json.loads(path.read_text("utf-8"))  # an earlier version wrote the list alone
+    except (OSError, ValueError):
+        earlier = None  # not there, or damaged, of which `read_derived` warns
+    try:
+        cards = earlier if isinstance(earlier, list) else (read_derived(path) or {}).get("cards", [])
         lines = next((card["lines"] for card in cards if card["selection"] == selection), None)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     if lines is None:
         return None

@@ -40,7 +40,6 @@ FILES = {
     "tools": "glaive_toolcall_en_demo.json.gz",
 }
 RECORDED, HELD_OUT = 32, 36  # samples of each kind; about half of the latter lie in the test split
-MAX_TOKENS = 256
 BUDGETS = (0.7, 0.5, 0.315)
 METHODS = {  # what each is, as its row says
     "default": "default: |W| · √g of the records, a core, our shares",
@@ -77,7 +76,7 @@ def divide(data: Path, folder: Path) -> None:
                 path.write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
 
 
-def config_of(model: str, folder: Path) -> Config:
+def config_of(model: str, folder: Path, max_tokens: int) -> Config:
     """Of the run."""
 
     def sources(what: str, samples: int) -> Iterator[dict[str, Any]]:
@@ -87,9 +86,9 @@ def config_of(model: str, folder: Path) -> Config:
     return Config.model_validate(
         {
             "model": {"path": model},
-            "data": {"sources": list(sources("recorded", RECORDED)), "max_tokens": MAX_TOKENS},
+            "data": {"sources": list(sources("recorded", RECORDED)), "max_tokens": max_tokens},
             "evaluate": {
-                "data": {"sources": list(sources("heldout", HELD_OUT)), "max_tokens": MAX_TOKENS},
+                "data": {"sources": list(sources("heldout", HELD_OUT)), "max_tokens": max_tokens},
                 "samples": None,
             },
         }
@@ -137,6 +136,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS), metavar="METHOD")
     parser.add_argument("--calibration", type=int, default=64, help="recorded samples for updates and inputs")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of a sample")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -145,7 +145,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = options.run.with_name(f"{options.run.name}-data")
     divide(options.data, folder)
-    config = config_of(options.model, folder)
+    config = config_of(options.model, folder, options.max_tokens)
     prepared(options.run, config, options.threads)
     report = evaluate_run(
         str(options.run),

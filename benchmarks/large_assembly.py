@@ -1,9 +1,9 @@
-"""Assembling a run of billions of weights, beside reading and writing the same bytes alone; see `four_billion.py`.
+"""Assembling a run of billions of weights as the default does it, beside the same bytes alone; see `four_billion.py`.
 
 The base model is a checkpoint of random BF16 weights of the same shape, made if it is not there. Alone means: the files
-of the base model and the chunks of rows, affinity and labels are read, compressed as they are, and as many bytes as the
-assembled model has are written and synced, with as many threads; nothing is done with them. Before each part the files
-leave the page cache.
+of the base model and the chunks of rows and of every slice's segments are read, compressed as they are, and as many
+bytes as the assembled model has are written and synced, with as many threads; nothing is done with them. Before each
+part the files leave the page cache.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def assemble(options: Any) -> None:
     shutil.rmtree(target, ignore_errors=True)
     config = options.run / "assemble.yaml"
     config.write_text(
-        f"model: {{path: {base.absolute()}, quantization: nf4}}\n"
-        f"experts: {{budget: {options.budget:g}, allocation: uniform, score: S}}\n"
+        f"model: {{path: {base.absolute()}, quantization: nf4}}\nexperts: {{budget: {options.budget:g}}}\n"
     )
     own = run_stage("assemble", options, ["--config", str(config)])
     written = disk_bytes(target)
@@ -103,7 +102,9 @@ def make_base(shape: Path, folder: Path, parameters: Sequence[Parameter]) -> Non
 
 def input_output(options: Any, parameters: Sequence[Parameter], base: Path, size: int) -> Measured:
     """Read what assembly reads and write as much as it writes."""
-    reading: Any = Store.open(options.run / "store").reader()._store
+    store = Store.open(options.run / "store")
+    reading: Any = store.reader()._store
+    groups = ["rows", *(segment.path for segment in store.segments() if segment.samples)]
     leave_the_cache(options.run)
     watch = PeakWatch(os.getpid())
     files = sorted(base.glob("*.safetensors"))
@@ -117,7 +118,7 @@ def input_output(options: Any, parameters: Sequence[Parameter], base: Path, size
                     read += len(block)
         for parameter in parameters[number :: options.workers]:
             for key in chunk_keys(parameter):
-                for group in ("rows", "affinity", "labels"):
+                for group in groups:
                     found = sync(reading.get(f"{group}/{parameter.name}/{key}", default_buffer_prototype()))
                     read += 0 if found is None else len(found.to_bytes())
         target = options.run / f"alone-{number}"

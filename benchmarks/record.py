@@ -2,9 +2,9 @@
 
     python benchmarks/record.py [--rounds 5] [--threads 1] [--json]
 
-(a) forward and backward to the inputs alone, (b) the same with every weight gradient formed whole and dropped: the
-limit, (c) ours, (d) float32 sums of the same three statistics per weight in plain Torch. They take turns on the same
-samples.
+(a) forward and backward to the inputs alone, (b) the same with every weight gradient formed whole, always in the same
+memory, and dropped: the limit, (c) ours, (d) float32 sums of the same three statistics per weight in plain Torch, with
+the size of every weight kept in float32 so that none is decoded twice. They take turns on the same samples.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def compare(
     ways: dict[str, Callable[[], None]] = {}
     load = partial(load_model, config)
     ways["a: forward, backward"] = partial(run_all, Recorder(load(), options.threads), samples)
-    ways["b: and gradients formed"] = partial(run_all, tapped(load(), options.threads, drop), samples)
+    ways["b: and gradients formed"] = partial(
+        run_all, tapped(load(), options.threads, Formed().drop), samples
+    )
     recorder, sizes = ours(load(), options.threads, samples)
     ways["c: ours"] = partial(record_all, recorder, samples)
-    sums: dict[str, list[torch.Tensor]] = {}
-    ways["d: float32 sums"] = partial(
-        run_all, tapped(load(), options.threads, partial(accumulate, sums)), samples
-    )
+    sums = Float32Sums()
+    ways["d: float32 sums"] = partial(run_all, tapped(load(), options.threads, sums.add), samples)
     times: dict[str, list[float]] = defaultdict(list)
     for turn in range(options.rounds + 1):
         for way, run in ways.items():
@@ -105,7 +105,7 @@ def compare(
                 times[way].append((time.perf_counter() - started) / count)
     median = {way: statistics.median(values) for way, values in times.items()}
     limit = median["b: and gradients formed"]
-    bytes_d = sum(part.numel() * 4 for parts in sums.values() for part in parts) / sizes["weights"]
+    bytes_d = sums.bytes / sizes["weights"]
     held = {"c: ours": sizes["beside"], "d: float32 sums": bytes_d}
     for way, value in median.items():
         rows.append(
@@ -179,40 +179,68 @@ def tapped(dense: DenseModel, threads: int, on_use: OnUse) -> Recorder:
     return recorder
 
 
-def form(use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """The whole weight gradient and, for an embedding, the rows that have one."""
-    if use.operation == "embedding":
-        return embedding_gradient(X, G_TO, use.scale)
-    if use.operation == "bias":
-        return slice(None), G_TO.sum(0)
-    if use.operation == "linear":
-        return slice(None), torch.mm(G_TO.T, X)
-    return slice(None), (normalised(X.reshape(G_TO.shape), use) * G_TO).sum(0)
+class Formed:
+    """Forms weight gradients, each in the same memory as the one before."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def form(self, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The whole weight gradient, good until the next one, and, for an embedding, the rows that have one."""
+        if use.operation == "embedding":
+            return embedding_gradient(X, G_TO, use.scale)
+        if use.operation == "bias":
+            return slice(None), G_TO.sum(0)
+        if use.operation == "linear":
+            return slice(None), torch.mm(G_TO.T, X, out=self._room(G_TO.shape[1], X.shape[1], X.dtype))
+        return slice(None), (normalised(X.reshape(G_TO.shape), use) * G_TO).sum(0)
+
+    def drop(self, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
+        """Form it."""
+        self.form(use, X, G_TO)
+
+    def _room(self, outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
+        size = outputs * inputs
+        if self._memory.dtype != dtype or self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=dtype)
+        return self._memory[:size].view(outputs, inputs)
 
 
-def drop(use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
-    form(use, X, G_TO)
+class Float32Sums:
+    """`act`, `grad` and `freq` of every weight, summed up in float32."""
 
+    def __init__(self) -> None:
+        self._formed = Formed()
+        self._sums: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._sizes: dict[str, torch.Tensor] = {}
 
-def accumulate(sums: dict[str, list[torch.Tensor]], use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
-    """`act`, `grad` and `freq` of every weight in float32."""
-    W = weight_of(use)
-    if use.parameter_name not in sums:
-        sums[use.parameter_name] = [torch.zeros(W.shape) for _ in range(3)]
-    act, grad, freq = sums[use.parameter_name]
-    rows, gradient = form(use, X, G_TO)
-    grad[rows] += gradient.abs()
-    if use.operation == "embedding":
-        rms = token_share(X, W.shape[0], use.scale).sqrt()[:, None]
-    elif use.operation == "linear":
-        rms = mean_square(X).sqrt()
-    elif use.operation == "bias":
-        rms = torch.ones(1)
-    else:
-        rms = mean_square(normalised(X.reshape(G_TO.shape), use)).sqrt()
-    values = W.abs().float() * rms
-    act += values
-    freq += values > 0.01
+    @property
+    def bytes(self) -> int:
+        """Of the sums and of the weights' sizes beside them."""
+        kept = [*self._sizes.values(), *(part for parts in self._sums.values() for part in parts)]
+        return sum(part.nbytes for part in kept)
+
+    def add(self, use: Use, X: torch.Tensor, G_TO: torch.Tensor) -> None:
+        """Add what one use of a tensor met in one sample."""
+        name = use.parameter_name
+        if name not in self._sums:
+            self._sizes[name] = weight_of(use).abs().float()
+            self._sums[name] = tuple(torch.zeros(self._sizes[name].shape) for _ in range(3))
+        size = self._sizes[name]
+        act, grad, freq = self._sums[name]
+        rows, gradient = self._formed.form(use, X, G_TO)
+        grad[rows] += gradient.abs_()
+        if use.operation == "embedding":
+            rms = token_share(X, size.shape[0], use.scale).sqrt()[:, None]
+        elif use.operation == "linear":
+            rms = mean_square(X).sqrt()
+        elif use.operation == "bias":
+            rms = torch.ones(1)
+        else:
+            rms = mean_square(normalised(X.reshape(G_TO.shape), use)).sqrt()
+        values = size * rms
+        act += values
+        freq += values > 0.01
 
 
 if __name__ == "__main__":

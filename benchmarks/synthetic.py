@@ -113,7 +113,11 @@ def _twin(parameter: Parameter, parameters: tuple[Parameter, ...], run: Run) -> 
     """The small run's tensor of the same kind, at the same relative depth."""
     depth, its_depth = (_layers(list(every)) for every in (parameters, run.parameters))
     layer = None if parameter.layer is None else round(parameter.layer * (its_depth - 1) / max(depth - 1, 1))
-    alike = [p for p in run.parameters if kind_of(p) == kind_of(parameter) and p.layer == layer]
+    kinds = [kind_of(parameter)]
+    if len(parameter.shape) == 1:  # a family without biases has norms
+        kinds += sorted({kind_of(p) for p in run.parameters if len(p.shape) == 1})
+    there = [[p for p in run.parameters if kind_of(p) == kind and p.layer == layer] for kind in kinds]
+    alike = next(filter(None, there), [])
     same_place = [p for p in alike if _place(p) == _place(parameter)]
     if not alike:
         raise SystemExit(f"the small run has no tensor like {parameter.name}")

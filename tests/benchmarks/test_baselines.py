@@ -56,6 +56,7 @@ def test_a_row_says_how_far_a_method_is_behind_the_default() -> None:
 def test_it_runs(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/baselines.py", str(tmp_path / "run"), "--data", str(data)]
     command += ["--model", str(make_model("qwen2", tmp_path / "model")), "--budgets", "0.5", "--json"]
+    command += ["--max-tokens", "128"]  # the model's context
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

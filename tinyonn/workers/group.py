@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,10 @@ def run_group(
     from tinyonn.workers.meeting import meeting_place
 
     cuda = options.device == "cuda"
+    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads}
+    bundles = [resources] * options.workers
     check_places(options)
+    there = _placement_groups(bundles)
     storage = folder / FOLDER
     storage.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
@@ -123,7 +126,7 @@ def run_group(
                 scaling_config=ScalingConfig(
                     num_workers=options.workers,
                     use_gpu=cuda,
-                    resources_per_worker={"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads},
+                    resources_per_worker=resources,
                 ),
                 run_config=RunConfig(
                     name="group",
@@ -138,6 +141,7 @@ def run_group(
                 patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
             except (TrainingFailedError, RayActorError) as error:
                 LOG.debug("the group ended", exc_info=True)
+                _free_places(_placement_groups(bundles) - there)
                 ours = _failure(storage, token)
                 if ours is not None:
                     raise ours from None
@@ -152,10 +156,7 @@ def run_group(
                         f"workers are lost again and again before the next checkpoint, last {lost}; most often a "
                         "machine is out of memory: use a smaller train.micro_batch or fewer --workers"
                     ) from None
-                if isinstance(
-                    error, RayActorError
-                ):  # its workers, which nobody tells what to do any more, end as well
-                    _wait_for_places(options)
+                _wait_for_places(options)  # workers whom nobody tells what to do any more end as well
                 tell(f"workers were lost ({lost}); going on from step {done()}")
                 continue
             ours = _failure(storage, token)
@@ -175,6 +176,35 @@ def check_places(options: GroupOptions) -> None:
             f"{options.workers} workers of {each} each are asked for and the Ray cluster has places for {room}; "
             "use fewer --workers, or fewer threads of each"
         )
+
+
+def _placement_groups(bundles: Sequence[Mapping[str, float]]) -> set[str]:
+    """Placement groups of this job that hold such places, as hexadecimal numbers."""
+    from ray import get_runtime_context
+    from ray.util import placement_group_table
+
+    job = get_runtime_context().get_job_id()  # its number ends those of its placement groups
+    return {
+        name
+        for name, group in placement_group_table().items()
+        if name.endswith(job)
+        and group["state"] != "REMOVED"
+        and list(group["bundles"].values()) == [*bundles]
+    }
+
+
+def _free_places(names: Iterable[str]) -> None:
+    """Remove placement groups that a group which ended left behind.
+
+    Otherwise they hold their places until the job ends: of a controller that died they are removed by an actor that
+    asks the dashboard, which a small cluster has not got, and of workers that died as they started by nobody.
+    """
+    from ray import PlacementGroupID
+    from ray.util import remove_placement_group
+    from ray.util.placement_group import PlacementGroup
+
+    for name in names:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _wait_for_places(options: GroupOptions) -> None:

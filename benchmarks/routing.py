@@ -2,13 +2,17 @@
 
     python benchmarks/routing.py storage/routing --steps 400
     python benchmarks/routing.py storage/routing --small --json
+    python benchmarks/routing.py storage/unseen --leave-out romance c --arms routed label static own
 
 With 10, 25 and 50 of 100 experts on, as many linear weights work on a token as the choices sum up to, mean over the
-samples; every baseline has as many, those with masks in every tensor:
+samples; every baseline has as many, those with masks (but ``own``) in every tensor:
 
 routed       experts by need, chosen from the prompt; trained with 10, 25, 50 and all experts on; measured also with as
              many on as half of what is kept allows, and a tenth of the linear weights
+label        the routed model with the same experts for all prompts of a slice, which it is told: those that the profile
+             says do most there
 static       the same weights for all prompts: masks within masks by the selection's score; trained in the same way
+own          the same with an allocation of its own across tensors: one cut through all of them
 magnitude    the same, by |W|
 random       the routed model's weights dealt out to 100 experts of one size at random; with a router, trained
 wanda        |W| times the norm of its input on the prompt, cut anew for each prompt (mu-MoE, Koike-Akino et al. 2025);
@@ -18,7 +22,8 @@ dense        as recorded; and trained further on the same tokens
 
 All trainings of a seed see the same samples in the same order and take the same steps, and have the same teacher: the
 dense model as recorded, or with --teacher-steps after it has learned so long from the text itself. Losses are those
-of held-out tokens after the prompt. What is done already is kept in the folder, so a killed call goes on.
+of held-out tokens after the prompt. Slices that are left out are neither recorded nor trained on; what the models lose
+on them stands in a table of its own. What is done already is kept in the folder, so a killed call goes on.
 """
 
 from __future__ import annotations
@@ -29,16 +34,14 @@ import shutil
 import sys
 import time
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.quality import record
-from benchmarks.report import Goal, at_least, at_most, finish
 from benchmarks.routing_models import (
     active_shares,
     all_kept,
@@ -46,25 +49,31 @@ from benchmarks.routing_models import (
     base_folder,
     groups_of_model,
     in_order,
+    label_gates,
     random_groups,
     small_model,
+    without_slices,
     write_experts,
 )
+from benchmarks.routing_report import ALL, Line, report
 from benchmarks.routing_wanda import evaluate_prompt_masks
 from tinyonn.cli import CONFIGS
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
 from tinyonn.corpus.tokens import PROMPT_TOKENS
+from tinyonn.errors import InputError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.evaluate.loss import Experts, evaluate_routed
+from tinyonn.evaluate.loss import Experts, Losses, evaluate_routed
 from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
 from tinyonn.experts.folder import open_assembled
 from tinyonn.experts.selection import select_options
 from tinyonn.experts.source import RunSource, digest
+from tinyonn.profile.profile import open_profile
 from tinyonn.profile.stage import ProfileOptions, profile_run
+from tinyonn.reference import corpus_path
 from tinyonn.run import open_run
 from tinyonn.score.stage import score_run
 from tinyonn.store.repository import Store
@@ -74,20 +83,8 @@ from tinyonn.train.plan import train_stage_options
 from tinyonn.train.stage import TrainStageOptions, train_run
 from tinyonn.workers.tasks import EngineOptions
 
-ARMS = ("routed", "static", "magnitude", "random", "wanda", "small", "dense")
-ALL = "all"
-RATIOS = {ALL: 1.05, "half": 1.12, "tenth": 1.25}  # of perplexity to the dense model's
+ARMS = ("routed", "label", "static", "own", "magnitude", "random", "wanda", "small", "dense")
 SHARED = ("store", "corpus.arrow", "train.arrow", "heldout.arrow", "fingerprint.json")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One model with so many experts on: share of the linear weights that works, and loss in nats."""
-
-    arm: str
-    k: str
-    active: float
-    loss: float
 
 
 def main() -> None:
@@ -102,6 +99,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--teacher-steps", type=int, default=0, help="of the dense model before it teaches")
     parser.add_argument("--ks", type=int, nargs="+", default=[10, 25, 50], help="experts on, and all of them")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="SLICE", help="kinds of the shipped corpus to leave out"
+    )
     parser.add_argument("--search", action="store_true", help="search the allocation across tensors first")
     parser.add_argument("--small", action="store_true", help="a few samples and steps: does it work?")
     parser.add_argument("--threads", type=int, default=2)
@@ -115,10 +115,27 @@ def main() -> None:
         options.seeds, options.steps = options.seeds[:1], 3
         data = config.data.model_copy(update={"samples": 14})
         config = config.model_copy(update={"data": data})
+    if options.leave_out:
+        config = left_out(options.run, config, options.leave_out)
     prepare(options.run, config, options)
     comparison = Comparison(options.run, config, options)
     lines = {seed: comparison.lines(seed) for seed in options.seeds}
     report(lines, options)
+
+
+def left_out(place: Path, config: Config, slices: Sequence[str]) -> Config:
+    """The configuration with the shipped corpus but for these slices; held out are all of them."""
+    path = without_slices(corpus_path(), slices, place.with_name(f"{place.name}-data") / "train.parquet")
+    given = {"path": str(path.absolute())}
+    train = config.train
+    if train.data is not None:
+        train = train.model_copy(update={"data": train.data.model_copy(update=given)})
+    evaluate = config.evaluate
+    if evaluate.data is None:
+        held_out = config.data.model_copy(update={"split": "heldout"})
+        evaluate = evaluate.model_copy(update={"data": held_out})
+    data = config.data.model_copy(update=given)
+    return config.model_copy(update={"data": data, "train": train, "evaluate": evaluate})
 
 
 def prepare(place: Path, config: Config, options: Any) -> None:
@@ -186,8 +203,26 @@ class Comparison:
 
         return self._known(f"routed-{seed}", measure)
 
+    def _label(self, seed: int) -> list[Line]:
+        def measure() -> list[Line]:
+            model = open_assembled(self._trained("routed", seed, self.place, self._options(seed)))
+            profile = open_profile(self.place / "profile")
+            slices = sorted({name for batch in self.batches for name in batch.slices})
+            found = []
+            for k in self.options.ks:
+                gates = label_gates(profile, slices, k)
+                shares = active_shares(model, self.batches, k, gates)
+                losses = evaluate_routed(model, self.batches, given=gates)
+                found.append(self._measured("label", str(k), self._active(shares), losses))
+            return found
+
+        return self._known(f"label-{seed}", measure)
+
     def _static(self, seed: int) -> list[Line]:
         return self._banded("static", self.config.experts.score, seed)
+
+    def _own(self, seed: int) -> list[Line]:
+        return self._banded("own", self.config.experts.score, seed)
 
     def _magnitude(self, seed: int) -> list[Line]:
         return self._banded("magnitude", "magnitude", seed)
@@ -201,9 +236,8 @@ class Comparison:
             if not (place / "experts" / "config.json").exists():
                 run, dense = open_run(str(self.place)), self.dense
                 source = RunSource(run, dense.rows, dense.transposed, labels=False)
-                groups = bands(
-                    source, select_options(self.config.experts), score, [shares[name] for name in names]
-                )
+                selection = select_options(self.config.experts)
+                groups = bands(source, selection, score, [shares[name] for name in names], arm == "own")
                 write_experts(place / "experts", dense, groups, len(names), self.base)
                 in_order(place / "experts", len(names))
             counts = tuple(range(1, len(names) + 1))
@@ -249,7 +283,7 @@ class Comparison:
             found = []
             for name, shares in self._shares(seed).items():
                 losses = evaluate_prompt_masks(self.dense, self.batches, shares)
-                found.append(Line("wanda", name, self._active(shares), losses.mean))
+                found.append(self._measured("wanda", name, self._active(shares), losses))
             return found
 
         return self._known(f"wanda-{seed}", measure)
@@ -264,7 +298,9 @@ class Comparison:
                 share = small_model(place / "experts", self.base, self._active(shares), seed)
                 options = self._plain(seed, replace(self._losses, hidden=0.0), trunk_lr=3e-3, norms_lr=3e-3)
                 folder = self._trained(f"small-{name}", seed, place, options)
-                found.append(Line("small", name, share, self._loss(_load(folder))))
+                found.append(
+                    self._measured("small", name, share, evaluate_routed(_load(folder), self.batches))
+                )
             return found
 
         return self._known(f"small-{seed}", measure)
@@ -273,8 +309,8 @@ class Comparison:
         def measure() -> list[Line]:
             folder = self._dense_further("dense", seed, self.options.steps)
             return [
-                Line("dense", "as it is", 1.0, self._loss(self.dense.model)),
-                Line("dense", "trained", 1.0, self._loss(open_assembled(folder))),
+                self._measured("dense", name, 1.0, evaluate_routed(model, self.batches))
+                for name, model in (("as it is", self.dense.model), ("trained", open_assembled(folder)))
             ]
 
         return self._known(f"dense-{seed}", measure)
@@ -375,10 +411,17 @@ class Comparison:
         return sum(share * sizes[name] for name, share in shares.items()) / self.linear
 
     def _line(self, arm: str, k: str, shares: dict[str, float], model: Any, experts: Experts) -> Line:
-        return Line(arm, k, self._active(shares), self._loss(model, experts))
+        return self._measured(arm, k, self._active(shares), evaluate_routed(model, self.batches, experts))
 
-    def _loss(self, model: Any, k: Experts = None) -> float:
-        return evaluate_routed(model, self.batches, k).mean
+    def _measured(self, arm: str, k: str, active: float, losses: Losses) -> Line:
+        def mean(unseen: bool) -> float | None:
+            own = [x for name, x in losses.by_slice.items() if (name in self.options.leave_out) == unseen]
+            return float(np.mean(own)) if own else None
+
+        seen = mean(unseen=False)
+        if seen is None:
+            raise InputError("nothing is held out of the kinds that were recorded; leave fewer out")
+        return Line(arm, k, active, seen, mean(unseen=True))
 
 
 def _load(folder: Path) -> Any:
@@ -390,66 +433,6 @@ def _load(folder: Path) -> Any:
 def tell(line: str) -> None:
     """To people, beside the tables."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-def report(lines: dict[int, list[Line]], options: Any) -> None:
-    """Means and spreads over the seeds, and the goals."""
-    losses: dict[tuple[str, str], list[float]] = defaultdict(list)
-    active: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for its in lines.values():
-        for line in its:
-            losses[line.arm, line.k].append(line.loss)
-            active[line.arm, line.k].append(line.active)
-    dense = np.mean(losses["dense", "as it is"]) if "dense" in options.arms else np.nan
-    rows = [
-        [arm, k, f"{np.mean(active[arm, k]):.1%}", spread(its), f"{np.exp(np.mean(its) - dense):.3f}"]
-        for (arm, k), its in losses.items()
-    ]
-    goals = [goal for k in map(str, options.ks) for goal in worth(losses, k)]
-    if "dense" in options.arms:
-        goals += ratios(losses, active, "as it is") + ratios(losses, active, "trained")
-    figures = {
-        "lines": [
-            {"arm": arm, "k": k, "active": active[arm, k], "losses": its} for (arm, k), its in losses.items()
-        ],
-        "seeds": list(lines),
-        "steps": options.steps,
-    }
-    columns = ("model", "experts on", "active", "nats", "x dense")
-    finish("routing", columns, rows, goals, options.json, figures)
-
-
-def worth(losses: dict[tuple[str, str], list[float]], k: str) -> list[Goal]:
-    """How far the routed model is below the best of the others, and that this is more than the seeds differ by."""
-    others = {arm: its for (arm, its_k), its in losses.items() if its_k == k and arm != "routed"}
-    if not others:
-        return []
-    best = min(others, key=lambda arm: float(np.mean(others[arm])))
-    routed = losses["routed", k]
-    margin = float(np.mean(others[best]) - np.mean(routed))
-    noise = max(np.std(its, ddof=1) if len(its) > 1 else 0.0 for its in (others[best], routed))
-    return [
-        at_least(f"nats that routing is below the best other, {best}, {k} on", margin, float(noise)),
-    ]
-
-
-def ratios(
-    losses: dict[tuple[str, str], list[float]], active: dict[tuple[str, str], list[float]], which: str
-) -> list[Goal]:
-    """Perplexity to a dense model's with all experts on, half of the kept weights and a tenth of the linear ones."""
-    dense = float(np.mean(losses["dense", which]))
-    found = []
-    for k, limit in RATIOS.items():
-        ratio = float(np.exp(np.mean(losses["routed", k]) - dense))
-        share = float(np.mean(active["routed", k]))
-        found.append(at_most(f"perplexity to dense ({which}), {share:.1%} active", ratio, limit))
-    return found
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and, of several, the standard deviation."""
-    mean = f"{np.mean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.4f}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,7 +34,9 @@ from tinyonn.experts.source import DROPPED, Source, digest
 from tinyonn.model.configuration_tinyonn import TinyONNConfig
 from tinyonn.model.matrix_tinyonn import rows_and_groups
 from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
+from tinyonn.profile.profile import Profile
 from tinyonn.train.data import Batch
+from tinyonn.train.losses import profile_targets
 
 Groups = Mapping[str, np.ndarray[Any, np.dtype[np.uint8]]]
 
@@ -156,7 +160,12 @@ def _linear(model: Any) -> int:
     return sum(p.size for p in list_parameters(model) if p.kind == "linear" and p.layer is not None)
 
 
-def active_shares(model: TinyONNForCausalLM, batches: Sequence[Batch], k: Experts) -> dict[str, float]:
+def active_shares(
+    model: TinyONNForCausalLM,
+    batches: Sequence[Batch],
+    k: Experts,
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, float]:
     """Share of every linear layer's weights that work on a token, by parameter name, mean over the samples.
 
     Parameters
@@ -166,9 +175,14 @@ def active_shares(model: TinyONNForCausalLM, batches: Sequence[Batch], k: Expert
     batches : sequence of Batch
     k : int or "all"
         Experts on.
+    given : mapping of str to float32 [E], optional
+        Gates by slice, in place of those that would be chosen.
     """
     with torch.no_grad():
-        on_E = torch.cat([_on(model, batch, k) for batch in batches]).mean(0)
+        if given is None:
+            on_E = torch.cat([_on(model, batch, k) for batch in batches]).mean(0)
+        else:
+            on_E = torch.stack([given[name] for batch in batches for name in batch.slices]).double().mean(0)
     on_G = torch.cat([on_E, torch.ones(1, dtype=torch.float64)])
     found = {}
     for name, layer in model.sparse_layers.items():
@@ -184,8 +198,44 @@ def _on(model: TinyONNForCausalLM, batch: Batch, k: Experts) -> torch.Tensor:
     return (gates != 0).double().expand(len(batch), -1)
 
 
+def label_gates(profile: Profile, slices: Sequence[str], k: int) -> dict[str, torch.Tensor]:
+    """Gates by slice, float32 [E]: on are the k experts that do most on its samples, over what they usually do.
+
+    Parameters
+    ----------
+    profile : Profile
+        From which the router learned too.
+    slices : sequence of str
+        One that was not profiled is given the experts that did most on all samples.
+    k : int
+    """
+    contribution_SE = torch.from_numpy(np.ascontiguousarray(profile.contribution[:, : profile.experts]))
+    targets_SE = profile_targets(contribution_SE, per_E=contribution_SE.double().mean(0))
+    found = {}
+    for name in slices:
+        own = [row for row, slice in enumerate(profile.slices) if slice == name]
+        wanted_E = targets_SE[own].mean(0) if own else contribution_SE.double().mean(0).float()
+        gates_E = torch.zeros(profile.experts)
+        gates_E[wanted_E.argsort(descending=True, stable=True)[:k]] = 1
+        found[name] = gates_E
+    return found
+
+
+def without_slices(path: Path, left_out: Sequence[str], target: Path) -> Path:
+    """A Parquet file of the rows of another one whose column `slice` is none of these."""
+    table = pq.read_table(path)
+    kept = [name not in left_out for name in table["slice"].to_pylist()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.filter(pa.array(kept)), target)
+    return target
+
+
 def bands(
-    source: Source, selection: SelectOptions, method: str, shares: Sequence[Mapping[str, float]]
+    source: Source,
+    selection: SelectOptions,
+    method: str,
+    shares: Sequence[Mapping[str, float]],
+    own: bool = False,
 ) -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
     """Masks within masks as groups: with the first n of them on, what works is the mask of the n-th shares.
 
@@ -197,13 +247,15 @@ def bands(
         A score, as of `tinyonn.evaluate.baselines.recipe_of`.
     shares : sequence of mapping
         Of every tensor, smallest first.
+    own : bool
+        Whether the masks have an allocation of their own, and of the shares only the sum.
     """
     found: dict[str, np.ndarray[Any, np.dtype[np.uint8]]] = {}
     sizes = {parameter.name: parameter.size for parameter in source.parameters}
     for number, its in reversed(list(enumerate(shares))):
         its = {name: max(share, 1 / sizes[name]) for name, share in its.items()}  # no tensor is left out
         budget = round(sum(share * sizes[name] for name, share in its.items()))
-        chosen = select(source, recipe_of(method, selection, float(budget), its).options)
+        chosen = select(source, recipe_of(method, selection, float(budget), {} if own else its).options)
         for name, mask in masks_of(chosen, source):
             band = found.setdefault(name, np.full(tuple(mask.shape), DROPPED, np.uint8))
             band[mask.numpy()] = number

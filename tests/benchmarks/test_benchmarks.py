@@ -88,18 +88,22 @@ def test_decode() -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_routing(tmp_path: Path) -> None:
-    tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small", "--teacher-steps", "2")
+    more = ("--teacher-steps", "2", "--leave-out", "romance")
+    tree = run("benchmarks/routing.py", str(tmp_path / "run"), "--small", *more)
     lines = {(line["arm"], line["k"]): line for line in tree["figures"]["lines"]}
     routed = [lines["routed", k] for k in ("10", "25", "50", "all")]
     shares = [line["active"][0] for line in routed]
     assert shares == sorted(shares)
     for name, limit in (("half", shares[-1] / 2), ("tenth", 0.1)):  # one expert is no tenth of it
         assert 0.9 * limit < lines["routed", name]["active"][0] <= limit
-    for arm in ("static", "magnitude", "random", "wanda"):
+    for arm in ("static", "own", "magnitude", "random", "wanda"):
         for k, share in zip(("10", "25", "50", "all"), shares, strict=True):
             assert lines[arm, k]["active"][0] == pytest.approx(share, abs=0.01)
     assert {k for arm, k in lines if arm == "small"} == {"10", "25", "50"}
     assert lines["dense", "as it is"]["losses"][0] < lines["routed", "10"]["losses"][0]
+    assert {k for arm, k in lines if arm == "label"} == {"10", "25", "50"}
+    assert all(line["unseen"] != line["losses"] for line in lines.values())
+    assert tree["tables"][0]["title"].endswith("trained on: romance")
     assert len(tree["goals"]) == 3 + 2 * 3
 
 

@@ -58,6 +58,20 @@ def test_a_routed_model_is_measured_as_it_would_run(tmp_path: Path, samples: lis
     assert evaluate_routed(model, held_out_batches(samples, tokens=64, prompt_tokens=PROMPT), 1) == fewer
 
 
+def test_gates_may_be_given_for_every_slice(tmp_path: Path, samples: list[Sample]) -> None:
+    _, model = make_models(tmp_path / "model")
+    names = sorted({sample.slice for sample in samples})
+    experts = int(model.config.experts)
+    gates = {name: (torch.arange(experts) % 2 == number % 2).float() for number, name in enumerate(names)}
+    batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
+    found = evaluate_routed(model, batches, given=gates)
+    model.router = None
+    for name in names:
+        own = [sample for sample in samples if sample.slice == name]
+        wanted = one_by_one(model, own, gates=gates[name][None])
+        assert found.by_slice[name] == pytest.approx(wanted[name], rel=1e-5)
+
+
 def test_all_experts_of_a_whole_model_have_the_dense_loss_on_the_same_tokens(
     tmp_path: Path, samples: list[Sample]
 ) -> None:

@@ -13,7 +13,7 @@ measured on exactly these tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -164,7 +164,12 @@ Experts = int | Literal["all"] | None
 
 
 @torch.no_grad()
-def evaluate_routed(model: Any, batches: Iterable[PromptedBatch], k: Experts = None) -> Losses:
+def evaluate_routed(
+    model: Any,
+    batches: Iterable[PromptedBatch],
+    k: Experts = None,
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> Losses:
     """Loss of a model on every slice, on the labelled tokens after the prompts.
 
     Parameters
@@ -176,6 +181,8 @@ def evaluate_routed(model: Any, batches: Iterable[PromptedBatch], k: Experts = N
         From `tinyonn.train.data.held_out_batches`.
     k : int, "all" or None
         Experts on for each sample; None is as the model is set. Without a router those of the largest prior.
+    given : mapping of str to float32 [E], optional
+        Gates of every slice's samples, in place of those that would be chosen.
 
     Returns
     -------
@@ -193,7 +200,10 @@ def evaluate_routed(model: Any, batches: Iterable[PromptedBatch], k: Experts = N
     counts: dict[str, int] = {}
     for batch in batches:
         own = batch.to(device)
-        gates = gates_of(model, own, k)
+        if given is None:
+            gates = gates_of(model, own, k)
+        else:
+            gates = torch.stack([given[name] for name in batch.slices]).to(device)
         targets_BT = own.targets()
         options = {} if gates is None else {"gates": gates}
         with _computing(model, device):

@@ -263,6 +263,20 @@ def test_a_stage_to_skip_must_be_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_new_pipeline_says_what_each_stage_shows(tmp_path: Path) -> None:
+    """From the first line on, though there is no folder yet whose log it could be written to."""
+    (tmp_path / "small.yaml").write_text("model: {path: nowhere}\n", "utf-8")
+    ended = tinyonn_process(
+        *("pipeline", "small", "--config", "small.yaml"),
+        *("--skip", "score,cluster,assemble,evaluate,profile,train,trained"),
+        cwd=tmp_path,
+    )
+    assert ended.returncode == InputError.exit_code
+    first, *_, last = ended.stderr.splitlines()
+    assert first.startswith("1 of 1, record: texts go forward and backward")
+    assert "nowhere" in last
+
+
 def test_a_damaged_store_is_4(run: Path) -> None:
     for file in (run / "store").rglob("*"):
         if file.is_file():

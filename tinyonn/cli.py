@@ -221,11 +221,15 @@ def pipeline(
     samples: SamplesOption = None,
 ) -> None:
     """Every stage, one after another, from the corpus to a trained model; goes on where an earlier call stopped."""
+    from tinyonn.pipeline import left_out, run_pipeline
+
+    try:
+        skipped = left_out(names_of(skip))
+    except InputError as error:
+        fail(error)
 
     def stage(location: str, settings: Config) -> Report:
-        from tinyonn.pipeline import run_pipeline
-
-        return run_pipeline(location, settings, evaluated(methods, budgets, samples), names_of(skip))
+        return run_pipeline(location, settings, evaluated(methods, budgets, samples), skipped)
 
     run_stage("pipeline", run, config, as_json, stage)
 

@@ -231,7 +231,7 @@ def given(**options: str | None) -> list[tuple[str, str]]:
 def _console(stage: str, location: str, as_json: bool, log: bool) -> Iterator[None]:
     """The console for this stage alone, its log and its progress."""
     chatter = None
-    if log and (stage in ("record", "demo") or local_folder(location).is_dir()):
+    if log and (stage in ("record", "pipeline", "demo") or local_folder(location).is_dir()):
         from tinyonn.show.logs import chatter_file, setup_logging
 
         folder = local_folder(location) / "logs"

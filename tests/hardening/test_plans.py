@@ -158,6 +158,7 @@ def test_a_checkpoint_has_the_bytes_of_masters_and_moments(world: World, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("shape", ["shipped", "smollm2"])
 def test_every_stage_takes_what_it_said(shape: str, tmp_path: Path) -> None:
     from benchmarks.memory_plan import STAGES, measure, random_model

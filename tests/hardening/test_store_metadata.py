@@ -11,6 +11,7 @@ from typing import Any
 import icechunk
 import numpy as np
 import pytest
+from numcodecs.zstd import Zstd
 from zarr.core.buffer import cpu, default_buffer_prototype
 from zarr.core.sync import sync
 
@@ -23,6 +24,7 @@ from tinyonn.store.merge import merge_ready
 from tinyonn.store.repository import Store
 
 Edit = Callable[[dict[str, Any]], None]
+GROUP, NO_KIND = 2, 7  # of nodes, in Icechunk's snapshots
 
 
 @pytest.fixture
@@ -179,6 +181,29 @@ def flips(store: Store, count: int, seed: int) -> tuple[int, int]:
 def test_no_turned_bit_of_a_snapshot_is_silent(store: Store) -> None:
     errors, silent = flips(store, 60, 7)
     assert silent == 0 and errors > 30
+
+
+def test_a_node_of_a_kind_that_there_is_not_is_damage(store: Store) -> None:
+    """Icechunk's Rust gives up on it, with what is no `Exception`."""
+    location = Path(store.location)
+    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(str(location)))
+    path = location / "snapshots" / repository.lookup_branch("main")
+    whole, codec = path.read_bytes(), Zstd()
+    start = whole.index(b"\x28\xb5\x2f\xfd")
+    content = codec.decode(whole[start:])
+    told = []
+    try:
+        for place in [place for place, byte in enumerate(content) if byte == GROUP][:200]:
+            changed = bytearray(content)
+            changed[place] = NO_KIND
+            path.write_bytes(whole[:start] + codec.encode(bytes(changed)))
+            found = outcome(everything, location)
+            if isinstance(found, TinyONNError):
+                told.append(str(found))
+                assert store.location in told[-1]
+    finally:
+        path.write_bytes(whole)
+    assert any("cannot make sense of" in line for line in told), told
 
 
 @pytest.mark.slow

@@ -196,6 +196,7 @@ def test_a_driver_killed_with_its_local_ray_leaves_nothing_behind(
     slices = {"even": 30, "odd": 12, "rare": 7, "sick": 2}
     config = write_config(tmp_path, sick_model, slices, segment=2)
     run, place = tmp_path / "run", HOME / "local"  # short: Ray's sockets lie below
+    place.mkdir()
     life = Life(run, config, RAY_TMPDIR=str(place))
     life.wait_for_commits(2)
 

@@ -63,7 +63,7 @@ def translated(what: str) -> Iterator[None]:
     InputError
         A newer Icechunk wrote the store.
     StoreDamagedError
-        Bytes are missing or fail their checksum.
+        Bytes are missing, fail their checksum, or make no sense.
     StoreError
         The store cannot be reached, or what answers in its place answers with an error or with nonsense.
     """
@@ -100,6 +100,18 @@ def translated(what: str) -> Iterator[None]:
             f"{what}: bytes are missing or fail their checksum ({_short(error)}); "
             "restore the file from a copy, or record into another folder"
         ) from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise StoreDamagedError(
+            f"{what}: Icechunk cannot make sense of the store's bytes ({_short(error)}); "
+            "restore the file from a copy, or record into another folder"
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Icechunk's Rust gave up, as on a kind of node that there is not; the classes can be imported nowhere."""
+    return type(error).__name__ in ("PanicException", "RustPanic")
 
 
 def _short(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from tests.dense.architectures import make_model
 from tests.model.assembled import assembled, dense_model
 from tests.train.trained import make_corpus, make_models
 from tinyonn.corpus.file import Sample
+from tinyonn.dense.passes import decoder_states
 from tinyonn.errors import InputError
 from tinyonn.evaluate.loss import evaluate_routed
 from tinyonn.train.data import held_out_batches
@@ -56,6 +57,24 @@ def test_a_routed_model_is_measured_as_it_would_run(tmp_path: Path, samples: lis
     assert fewer.by_slice == pytest.approx(one_by_one(model, samples), rel=1e-5)
     router.top_k = 5
     assert evaluate_routed(model, held_out_batches(samples, tokens=64, prompt_tokens=PROMPT), 1) == fewer
+
+
+def test_hidden_states_do_not_cost_a_copy_of_the_head_for_every_sample(
+    tmp_path: Path, samples: list[Sample]
+) -> None:
+    """As Torch makes them where the one token's states, for which there are logits, do not lie together."""
+    batch = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)[0]
+    assert len(batch) > 1
+    for model in make_models(tmp_path / "model"):
+        met: list[torch.Tensor] = []
+        head: Any = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, args, met=met: met.append(args[0]))
+        with torch.no_grad():
+            (hidden,) = decoder_states(model, batch.ids_BT, layers=False)
+        hook.remove()
+        assert [states.shape[:2] for states in met] == [(len(batch), 1)]
+        assert met[0].is_contiguous()
+        torch.testing.assert_close(met[0][:, 0], hidden[:, 0])
 
 
 def test_gates_may_be_given_for_every_slice(tmp_path: Path, samples: list[Sample]) -> None:

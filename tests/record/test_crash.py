@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,6 @@ from typing import ClassVar
 import psutil
 import pytest
 
-from tests.conftest import HOME
 from tests.invariants import check_live
 from tests.options import written
 from tests.record.runs import actors, assert_same_run, config_of, make_sick_model, serial_run, write_rows
@@ -195,8 +195,10 @@ def test_a_driver_killed_with_its_local_ray_leaves_nothing_behind(
 ) -> None:
     slices = {"even": 30, "odd": 12, "rare": 7, "sick": 2}
     config = write_config(tmp_path, sick_model, slices, segment=2)
-    run, place = tmp_path / "run", HOME / "local"  # short: Ray's sockets lie below
-    place.mkdir()
+    run, place = (
+        tmp_path / "run",
+        Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp")),
+    )  # short: sockets lie below
     life = Life(run, config, RAY_TMPDIR=str(place))
     life.wait_for_commits(2)
 

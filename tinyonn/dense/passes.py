@@ -271,7 +271,9 @@ def decoder_states(
     -------
     tuple of Tensor [B, T, H]
     """
-    options |= {"input_ids": ids_BT, "use_cache": False, "logits_to_keep": 1}
+    # The first token's, by its number: of a slice Torch would multiply a copy of the whole head for every sample.
+    first = torch.zeros(1, dtype=torch.int64, device=ids_BT.device)
+    options |= {"input_ids": ids_BT, "use_cache": False, "logits_to_keep": first}
     if layers:
         hidden: tuple[torch.Tensor, ...] = model(output_hidden_states=True, **options).hidden_states[1:]
         return hidden

@@ -165,6 +165,7 @@ SECTIONS = (
     Section("Recording", ("record*", "fidelity*"), every),
     Section("Scores and cells", ("four_billion*", "kmeans*", "incremental*"), every),
     Section("What is kept, before any training", ("quality*", "baselines*", "baselines/*"), every, KEPT),
+    Section("A real model, every stage", ("pipeline*",), every),
     Section("Tasks", ("tasks*", "tasks/*"), every),
     Section("With a router", ("routing/200*", "routing/1200*", "routing*", "routing/*"), every, ROUTER),
     Section(

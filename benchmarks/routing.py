@@ -212,7 +212,7 @@ class Comparison:
             for k in self.options.ks:
                 gates = label_gates(profile, slices, k)
                 shares = active_shares(model, self.batches, k, gates)
-                losses = evaluate_routed(model, self.batches, given=gates)
+                losses = evaluate_routed(model, self.batches, slice_gates=gates)
                 found.append(self._measured("label", str(k), self._active(shares), losses))
             return found
 

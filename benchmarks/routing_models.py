@@ -164,7 +164,7 @@ def active_shares(
     model: TinyONNForCausalLM,
     batches: Sequence[Batch],
     k: Experts,
-    given: Mapping[str, torch.Tensor] | None = None,
+    slice_gates: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, float]:
     """Share of every linear layer's weights that work on a token, by parameter name, mean over the samples.
 
@@ -175,14 +175,18 @@ def active_shares(
     batches : sequence of Batch
     k : int or "all"
         Experts on.
-    given : mapping of str to float32 [E], optional
+    slice_gates : mapping of str to float32 [E], optional
         Gates by slice, in place of those that would be chosen.
     """
     with torch.no_grad():
-        if given is None:
+        if slice_gates is None:
             on_E = torch.cat([_on(model, batch, k) for batch in batches]).mean(0)
         else:
-            on_E = torch.stack([given[name] for batch in batches for name in batch.slices]).double().mean(0)
+            on_E = (
+                torch.stack([slice_gates[name] for batch in batches for name in batch.slices])
+                .double()
+                .mean(0)
+            )
     on_G = torch.cat([on_E, torch.ones(1, dtype=torch.float64)])
     found = {}
     for name, layer in model.sparse_layers.items():

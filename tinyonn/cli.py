@@ -221,10 +221,11 @@ def pipeline(
     samples: SamplesOption = None,
 ) -> None:
     """Every stage, one after another, from the corpus to a trained model; goes on where an earlier call stopped."""
-    from tinyonn.pipeline import left_out, run_pipeline
+    from tinyonn.pipeline import check_stages, run_pipeline
 
+    skipped = names_of(skip)
     try:
-        skipped = left_out(names_of(skip))
+        check_stages(skipped)  # before there is a log, and so a folder
     except InputError as error:
         fail(error)
 

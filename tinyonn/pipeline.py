@@ -163,12 +163,11 @@ STAGES = (
 )
 
 
-def left_out(names: Collection[str]) -> Collection[str]:
-    """Stages to leave out, which must be some; raises InputError."""
+def check_stages(names: Collection[str]) -> None:
+    """Raise InputError if one of the names is no stage's."""
     known = [stage.name for stage in STAGES]
     if wrong := [name for name in names if name not in known]:
         raise InputError(f"--skip {wrong[0]!r} is no stage; the stages are {', '.join(known)}")
-    return names
 
 
 def run_pipeline(
@@ -184,13 +183,16 @@ def run_pipeline(
     evaluate : dict
         What is evaluated, besides the section `evaluate`: samples, methods, budgets.
     skip : collection of str
-        Stages to leave out, from `left_out`.
+        Stages to leave out.
 
     Raises
     ------
+    InputError
+        There is no such stage.
     TinyONNError
         As a stage raises it; what the stages before it made stays.
     """
+    check_stages(skip)
     settings = changed(settings, "evaluate", evaluate)
     stages, took = [stage for stage in STAGES if stage.name not in skip], []
     for number, stage in enumerate(stages, 1):

@@ -83,7 +83,7 @@ def test_gates_may_be_given_for_every_slice(tmp_path: Path, samples: list[Sample
     experts = int(model.config.experts)
     gates = {name: (torch.arange(experts) % 2 == number % 2).float() for number, name in enumerate(names)}
     batches = held_out_batches(samples, tokens=64, prompt_tokens=PROMPT)
-    found = evaluate_routed(model, batches, given=gates)
+    found = evaluate_routed(model, batches, slice_gates=gates)
     model.router = None
     for name in names:
         own = [sample for sample in samples if sample.slice == name]

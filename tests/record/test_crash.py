@@ -195,10 +195,8 @@ def test_a_driver_killed_with_its_local_ray_leaves_nothing_behind(
 ) -> None:
     slices = {"even": 30, "odd": 12, "rare": 7, "sick": 2}
     config = write_config(tmp_path, sick_model, slices, segment=2)
-    run, place = (
-        tmp_path / "run",
-        Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp")),
-    )  # short: sockets lie below
+    run = tmp_path / "run"
+    place = Path(tempfile.mkdtemp(prefix="tl-", dir="/tmp"))  # short: Ray's sockets lie below
     life = Life(run, config, RAY_TMPDIR=str(place))
     life.wait_for_commits(2)
 

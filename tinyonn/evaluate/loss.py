@@ -168,7 +168,7 @@ def evaluate_routed(
     model: Any,
     batches: Iterable[PromptedBatch],
     k: Experts = None,
-    given: Mapping[str, torch.Tensor] | None = None,
+    slice_gates: Mapping[str, torch.Tensor] | None = None,
 ) -> Losses:
     """Loss of a model on every slice, on the labelled tokens after the prompts.
 
@@ -181,7 +181,7 @@ def evaluate_routed(
         From `tinyonn.train.data.held_out_batches`.
     k : int, "all" or None
         Experts on for each sample; None is as the model is set. Without a router those of the largest prior.
-    given : mapping of str to float32 [E], optional
+    slice_gates : mapping of str to float32 [E], optional
         Gates of every slice's samples, in place of those that would be chosen.
 
     Returns
@@ -200,10 +200,10 @@ def evaluate_routed(
     counts: dict[str, int] = {}
     for batch in batches:
         own = batch.to(device)
-        if given is None:
+        if slice_gates is None:
             gates = gates_of(model, own, k)
         else:
-            gates = torch.stack([given[name] for name in batch.slices]).to(device)
+            gates = torch.stack([slice_gates[name] for name in batch.slices]).to(device)
         targets_BT = own.targets()
         options = {} if gates is None else {"gates": gates}
         with _computing(model, device):

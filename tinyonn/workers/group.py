@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +102,7 @@ def run_group(
     resources: dict[str, float] = {"CPU": 1, "GPU": 1} if cuda else {"CPU": options.threads}
     bundles = [resources] * options.workers
     check_places(options)
-    there = _placement_groups(bundles)
+    there = patiently(_placement_groups, bundles)
     storage = folder / FOLDER
     storage.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
@@ -141,7 +141,7 @@ def run_group(
                 patiently(trainer.fit, tick=lambda: waiting.see(up.exists()))
             except (TrainingFailedError, RayActorError) as error:
                 LOG.debug("the group ended", exc_info=True)
-                _free_places(_placement_groups(bundles) - there)
+                patiently(_free_places, bundles, there)
                 ours = _failure(storage, token)
                 if ours is not None:
                     raise ours from None
@@ -193,8 +193,8 @@ def _placement_groups(bundles: Sequence[Mapping[str, float]]) -> set[str]:
     }
 
 
-def _free_places(names: Iterable[str]) -> None:
-    """Remove placement groups that a group which ended left behind.
+def _free_places(bundles: Sequence[Mapping[str, float]], others: set[str]) -> None:
+    """Remove the placement groups, but for others', that a group which ended left behind.
 
     Otherwise they hold their places until the job ends: of a controller that died they are removed by an actor that
     asks the dashboard, which a small cluster has not got, and of workers that died as they started by nobody.
@@ -203,7 +203,7 @@ def _free_places(names: Iterable[str]) -> None:
     from ray.util import remove_placement_group
     from ray.util.placement_group import PlacementGroup
 
-    for name in names:
+    for name in _placement_groups(bundles) - others:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 

@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +187,14 @@ def compare(options: Any, folder: Path) -> None:
 
     measure("Tiny-ONN: store to labels", ours, sees="all")
     measure("scikit-learn MiniBatchKMeans", lambda: scikit_learn(blocks, options), sees="all")
-    measure("faiss, 256 rows a centre", lambda: faiss_kmeans(blocks, options, 256), sees="some")
-    measure("faiss, all rows", lambda: faiss_kmeans(blocks, options, 0), sees="all")
+    measure("faiss, 256 rows a centre", lambda: faiss_kmeans(blocks.matrix(), options, 256), sees="some")
+    measure("faiss, all rows", lambda: faiss_kmeans(blocks.matrix(), options, 0), sees="all")
     measure("dask-ml, 10 iterations", lambda: dask_ml(blocks, options), sees="all")
     distinct = np.asarray(rows.matrix(space, np.arange(rows.keys.size)) * space.scale, np.float32)
-    for name, peer in WEIGHTED.items():
-        measure(name, partial(peer, distinct, rows.counts, options), sees="distinct")
+    counted = distinct, rows.counts
+    measure("scikit-learn MiniBatchKMeans", lambda: weighted_mini_batches(*counted, options), sees="distinct")
+    measure("scikit-learn KMeans", lambda: weighted_lloyd(*counted, options), sees="distinct")
+    measure("faiss, all rows", lambda: faiss_kmeans(distinct, options, 0, rows.counts), sees="distinct")
     report(options, rows, finding, results)
 
 
@@ -266,16 +267,18 @@ def scikit_learn(blocks: Blocks, options: Any) -> tuple[Float64, float]:
     return np.asarray(model.cluster_centers_, np.float64), seconds
 
 
-def faiss_kmeans(blocks: Blocks, options: Any, most: int) -> tuple[Float64, float]:
-    """Training on a matrix in memory, then assignment of all rows."""
+def faiss_kmeans(
+    matrix: Float32, options: Any, most: int, counts: Counts | None = None
+) -> tuple[Float64, float]:
+    """Training on a matrix in memory, on at most so many rows a centre, then assignment of all rows."""
     import faiss
 
     faiss.omp_set_num_threads(options.threads)
-    matrix = blocks.matrix()
-    limits = {"max_points_per_centroid": most or len(matrix)}
     began = time.perf_counter()
-    model = faiss.Kmeans(matrix.shape[1], options.cells, niter=25, seed=1, **limits)
-    model.train(matrix)
+    model = faiss.Kmeans(
+        matrix.shape[1], options.cells, niter=25, seed=1, max_points_per_centroid=most or len(matrix)
+    )
+    model.train(matrix, weights=None if counts is None else counts.astype(np.float32))
     for begin in range(0, len(matrix), 1 << 22):
         model.index.search(matrix[begin : begin + (1 << 22)], 1)
     return np.asarray(model.centroids, np.float64), time.perf_counter() - began
@@ -332,26 +335,6 @@ def weighted_lloyd(rows: Float32, counts: Counts, options: Any) -> tuple[Float64
     began = time.perf_counter()
     model = Peer(options.cells, n_init=1, max_iter=25, random_state=0).fit(rows, sample_weight=counts)
     return np.asarray(model.cluster_centers_, np.float64), time.perf_counter() - began
-
-
-def weighted_faiss(rows: Float32, counts: Counts, options: Any) -> tuple[Float64, float]:
-    """25 iterations, then assignment."""
-    import faiss
-
-    faiss.omp_set_num_threads(options.threads)
-    began = time.perf_counter()
-    model = faiss.Kmeans(rows.shape[1], options.cells, niter=25, seed=1, max_points_per_centroid=len(rows))
-    model.train(rows, weights=counts.astype(np.float32))
-    for begin in range(0, len(rows), 1 << 22):
-        model.index.search(rows[begin : begin + (1 << 22)], 1)
-    return np.asarray(model.centroids, np.float64), time.perf_counter() - began
-
-
-WEIGHTED = {
-    "scikit-learn MiniBatchKMeans, weighted": weighted_mini_batches,
-    "scikit-learn KMeans, weighted": weighted_lloyd,
-    "faiss, weighted": weighted_faiss,
-}
 
 
 def report(options: Any, rows: Rows, finding: float, results: list[dict[str, Any]]) -> None:

@@ -177,6 +177,24 @@ def test_what_is_kept_follows_gates_and_values(pair: tuple[Any, TinyONNForCausal
     assert not layer._kept
 
 
+def test_of_a_batch_that_nothing_goes_on_from_no_pattern_is_kept(
+    pair: tuple[Any, TinyONNForCausalLM],
+) -> None:
+    _, model = pair
+    layer, batch, gates_BE = model.sparse_layers[UP], tokens(), torch.eye(4)[:2]
+    model.set_path("sparse")
+    with torch.no_grad():
+        once = model(batch, gates=gates_BE, use_cache=False).logits
+        assert not layer._kept
+        assert torch.equal(model(batch, gates=gates_BE).logits, once)
+        assert len(layer._kept) == 2
+        model.generate(batch, gates=gates_BE[0], max_new_tokens=2, use_cache=False)
+        model(batch, gates=gates_BE[1], use_cache=False)
+        kept = set(layer._kept)
+        model(batch, gates=gates_BE[1], use_cache=False)
+    assert set(layer._kept) == kept and len(kept) == 2
+
+
 class Counting(torch.nn.Module):
     """A router that switches the expert of the latest token's number on, and notes what it saw."""
 

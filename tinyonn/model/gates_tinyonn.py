@@ -48,6 +48,8 @@ class Active:
         Rows are tokens, not samples.
     value_gates_RG : float32 [1 or rows, groups], optional
         What the values' gradients are multiplied by instead of the gates.
+    once : bool
+        No pass goes on from this one: of several patterns nothing is kept.
     """
 
     gates_RG: torch.Tensor
@@ -55,6 +57,7 @@ class Active:
     rows: list[torch.Tensor] = field(default_factory=list)
     per_token: bool = False
     value_gates_RG: torch.Tensor | None = None
+    once: bool = False
 
     @property
     def uniform(self) -> bool:

@@ -268,7 +268,7 @@ class ExpertLinear(nn.Linear):
                 return form
         else:
             form = self._merged(gates_G, kept.entries) if path == "sparse" else merge(self.matrix, gates_G)
-        if pattern.key is not None:
+        if pattern.key is not None and (active.uniform or not active.once):
             self._keep(key, Kept(kept.entries, form), active)
         return form
 

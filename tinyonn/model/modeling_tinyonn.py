@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,8 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
             gates,
             value_gates,
         )
+        if use_cache is False and self.switch.call is None:
+            active = replace(active, once=True)
         with self.switch.use(active):
             result = self.base(
                 input_ids=input_ids,

@@ -113,14 +113,22 @@ def main() -> None:
     config = load_config(options.config)
     if options.small:
         options.seeds, options.steps = options.seeds[:1], 3
-        data = config.data.model_copy(update={"samples": 14})
-        config = config.model_copy(update={"data": data})
+        config = made_small(config)
     if options.leave_out:
         config = left_out(options.run, config, options.leave_out)
     prepare(options.run, config, options)
     comparison = Comparison(options.run, config, options)
     lines = {seed: comparison.lines(seed) for seed in options.seeds}
     report(lines, options)
+
+
+def made_small(config: Config) -> Config:
+    """The configuration with so few samples that every arm takes seconds."""
+    data = config.data.model_copy(update={"samples": 14})
+    profile = config.profile.model_copy(update={"samples": 14})
+    few = {"data": data.model_copy(update={"samples": 56}), "batch": 4, "micro_batch": 4, "warm_start": 8}
+    train = config.train.model_copy(update=few)
+    return config.model_copy(update={"data": data, "profile": profile, "train": train})
 
 
 def left_out(place: Path, config: Config, slices: Sequence[str]) -> Config:

@@ -42,11 +42,13 @@ FILES = {
 RECORDED, HELD_OUT = 32, 36  # samples of each kind; about half of the latter lie in the test split
 BUDGETS = (0.7, 0.5, 0.315)
 METHODS = {  # what each is, as its row says
-    "default": "default: |W| · √g of the records, a core, our shares",
+    "default": "default: |W| · rms^½ · g^¾ of the records, a core, our shares",
     "default+uniform": "the same, one share in every tensor",
     "magnitude+uniform": "magnitude as published",
     "wanda-float+uniform": "Wanda as published",
     "sparsegpt+uniform": "SparseGPT as published",
+    "root": "|W| · √g of the records, our shares",
+    "wg": "|W · g| of the records, our shares",
     "wanda": "Wanda's score of the records, our shares",
     "wanda-float": "Wanda, float inputs, within rows, our shares",
     "sparsegpt": "SparseGPT, our shares",

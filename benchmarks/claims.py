@@ -93,7 +93,7 @@ def lost_with_most_kept(results: Results) -> tuple[float, ...]:
     return tuple(number(results["baselines"].cell(row, "70 %")) for row in rows)
 
 
-DEFAULT_OF_RECORDS = "default: |W| · √g of the records, a core, our shares"
+DEFAULT_OF_RECORDS = "default: |W| · rms^½ · g^¾ of the records, a core, our shares"
 
 
 def asked(results: Results) -> tuple[float, ...]:

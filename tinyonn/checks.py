@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from tinyonn.dense.parameters import Parameter
     from tinyonn.plan.demands import ModelFacts
 
-Score = Literal["root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"]
+Score = Literal[
+    "balanced", "root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"
+]
 UPDATED = "+update"  # behind a method's name: what is kept is updated
 UNIFORM = "+uniform"  # there too: every tensor has one share
 WANDA_FLOAT = "wanda-float"  # from float activations

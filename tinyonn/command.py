@@ -55,7 +55,7 @@ DaskAddressOption = Annotated[
 ]
 MethodsOption = Annotated[
     str | None,
-    typer.Option("--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else fourteen."),
+    typer.Option("--methods", help="Ways to choose weights, such as default,wanda,sparsegpt; else fifteen."),
 ]
 BudgetsOption = Annotated[
     str | None, typer.Option("--budgets", help="What is kept, such as 0.5,0.315; else four shares.")

@@ -240,7 +240,9 @@ class ExpertsConfig(Section):
     """Which weights are kept, and how the experts they become are switched on."""
 
     budget: Budget = option(0.315, "share of the linear weights to keep; above 1 their number", first=True)
-    score: Score = option("root", "what the kept are best in; root: |W| times the root of its gradient")
+    score: Score = option(
+        "balanced", "what the kept are best in; balanced: |W| · rms^½ · g^¾, of its input and its gradient"
+    )
     by: Literal["need", "cells"] = option(
         "need", "what makes an expert: which slices need a weight, or the run's cells"
     )
@@ -268,7 +270,7 @@ class EvaluateConfig(Section):
     data: DataConfig | None = option(None, "held-out data, with the keys of data; null: the shipped corpus's")
     samples: Count | None = fixed(252, "held-out samples", "give `tinyonn evaluate --samples`")
     methods: tuple[Text, ...] = fixed((
-        "default", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
+        "default", "root", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
         "default+update", "magnitude+uniform", "wanda-float+uniform", "sparsegpt+uniform",
     ), "ways to choose weights", "give `tinyonn evaluate --methods`")  # fmt: skip
     budgets: tuple[Budget, ...] = fixed(

@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated(
         evaluate_run(str(place), config, replace(options, data=None))
     with pytest.raises(InputError, match="is what was recorded"):
         evaluate_run(str(place), config, replace(options, data=config.data))
-    with pytest.raises(InputError, match="'best', which is no method; there are default, S, "):
+    with pytest.raises(InputError, match="'best', which is no method; there are default, root, S, "):
         evaluate_run(str(place), config, replace(options, methods=("best",)))
     with pytest.raises(InputError, match="needs calibration samples"):
         evaluate_run(

@@ -118,13 +118,16 @@ def test_weight_times_gradient_and_blended_wanda() -> None:
     np.testing.assert_allclose(scored(source, "gblm"), wanted, rtol=1e-5)
 
 
-def test_the_default_score_is_the_weight_times_the_root_of_its_gradient() -> None:
-    assert ExpertsConfig().score == "root"
+def test_the_default_score_is_the_weight_times_powers_of_input_and_gradient() -> None:
+    assert ExpertsConfig().score == "balanced"
     for transposed in (False, True):
         source = make_source(transposed=transposed)
         records, weights = source.arrays[NAME]["records"], np.abs(source.arrays[NAME]["weights"])
         g = gradient_sizes(source.attributes(NAME)).astype(np.float64)[records >> 8 & 15]
         np.testing.assert_allclose(scored(source, "root"), weights * g**0.5, rtol=1e-6)
+        rms = look_at(source, next(p for p in source.parameters if p.name == NAME)).rms.astype(np.float64)
+        wanted = weights * (rms[:, None] if transposed else rms) ** 0.5 * g**0.75
+        np.testing.assert_allclose(scored(source, "balanced"), wanted, rtol=1e-6)
 
 
 def test_random_scores_are_uniform_and_depend_on_the_tensor() -> None:

@@ -14,6 +14,7 @@ name           score of weight (i, j)                                           
 ``wg``         |W · g|, the root of the Fisher estimate of the loss (Molchanov et al.
                2019, https://arxiv.org/abs/1906.10771)                                      records, weights
 ``root``       |W| · √g: the geometric mean of ``magnitude`` and ``wg``                     records, weights
+``balanced``   |W| · rms^½ · g^¾: between ``wanda`` and ``wg``                              records, weights
 ``gblm``       |W| · (rms / mean rms + g / mean g), gradient-blended Wanda (Das et al.
                2023, https://arxiv.org/abs/2311.04902), both factors scaled to the tensor   records, weights
 ``random``     uniform, from a hash of tensor and index                               nothing
@@ -267,27 +268,28 @@ def _random(source: Source, parameter: Parameter) -> TensorScore:
     return score
 
 
-def _wanda(source: Source, parameter: Parameter) -> TensorScore:
-    look = look_at(source, parameter)
-    return _blended(source, parameter, look.rms, np.zeros(CODES, np.float32))
+def _product(of_input: float = 0, of_gradient: float = 0, over_energy: bool = False) -> Score:
+    """|W| times powers, in quarters, of the rms of its input and of its gradient."""
+
+    def prepare(source: Source, parameter: Parameter) -> TensorScore:
+        by_row = parameter.name in source.transposed
+        rms_I = np.ones(parameter.shape[0 if by_row else 1], np.float32)
+        if of_input:
+            look = look_at(source, parameter)
+            rms_I = _power(look.rms, of_input)
+            rms_I = rms_I * (np.float32(1.0) / look.root_mean_square) if over_energy else rms_I
+        sizes = np.ones(CODES, np.float32)
+        if of_gradient:
+            sizes = _power(gradient_sizes(source.attributes(parameter.name)), of_gradient)
+        return _by_input(_multiply, by_row, rms_I, sizes)
+
+    return Score(frozenset({"records", "weights"}), prepare)
 
 
-def _energy(source: Source, parameter: Parameter) -> TensorScore:
-    look = look_at(source, parameter)
-    scale = np.float32(1.0) / look.root_mean_square
-    return _blended(source, parameter, look.rms * scale, np.zeros(CODES, np.float32))
-
-
-def _wg(source: Source, parameter: Parameter) -> TensorScore:
-    inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
-    sizes = gradient_sizes(source.attributes(parameter.name))
-    return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
-
-
-def _root(source: Source, parameter: Parameter) -> TensorScore:
-    inputs = parameter.shape[0 if parameter.name in source.transposed else 1]
-    sizes = np.sqrt(gradient_sizes(source.attributes(parameter.name)))
-    return _blended(source, parameter, np.zeros(inputs, np.float32), sizes)
+def _power(values: Float32, exponent: float) -> Float32:
+    """A power in quarters up to 1, by square roots: their bits are the same on every machine."""
+    half = np.sqrt(values)
+    return {0.25: np.sqrt(half), 0.5: half, 0.75: half * np.sqrt(half), 1: values}[exponent]
 
 
 def _gblm(source: Source, parameter: Parameter) -> TensorScore:
@@ -295,21 +297,19 @@ def _gblm(source: Source, parameter: Parameter) -> TensorScore:
     sizes = gradient_sizes(source.attributes(parameter.name))
     mean = (sizes.astype(np.float64) * look.grad_counts).sum() / look.grad_counts.sum()
     rms = look.rms / np.float32(fsum(look.rms.tolist()) / look.rms.size or 1.0)
-    return _blended(source, parameter, rms, sizes * np.float32(1.0 / mean))
-
-
-def _blended(source: Source, parameter: Parameter, rms_I: Float32, sizes: Float32) -> TensorScore:
-    """|W| · (rms of the input + size of the gradient's code)."""
     by_row = parameter.name in source.transposed
+    return _by_input(_blend, by_row, rms, sizes * np.float32(1.0 / mean))
+
+
+def _by_input(kernel: Any, by_row: bool, rms_I: Float32, sizes: Float32) -> TensorScore:
+    """A kernel of |W|, its input's size and what its grad code stands for."""
 
     def score(band: Band) -> Float32:
         weights = _weights(band)
         assert band.records is not None
         out = np.empty(weights.shape, np.float32)
-        if by_row:
-            _blend_rows(weights, band.records, rms_I[band.first : band.first + weights.shape[0]], sizes, out)
-        else:
-            _blend_columns(weights, band.records, rms_I, sizes, out)
+        own = rms_I[band.first : band.first + len(weights), None] if by_row else rms_I[None]
+        kernel(weights, band.records, own, sizes, out)
         return out
 
     return score
@@ -325,10 +325,11 @@ SCORES: dict[str, Score] = {
     "seed": _of_table(SEED_WEIGHTS),
     "activation": _of_table(ACTIVATION_WEIGHTS),
     "magnitude": Score(frozenset({"weights"}), _magnitude),
-    "wanda": Score(frozenset({"records", "weights"}), _wanda),
-    "energy": Score(frozenset({"records", "weights"}), _energy),
-    "wg": Score(frozenset({"records", "weights"}), _wg),
-    "root": Score(frozenset({"records", "weights"}), _root),
+    "wanda": _product(of_input=1),
+    "energy": _product(of_input=1, over_energy=True),
+    "wg": _product(of_gradient=1),
+    "root": _product(of_gradient=0.5),
+    "balanced": _product(of_input=0.5, of_gradient=0.75),
     "gblm": Score(frozenset({"records", "weights"}), _gblm),
     "random": Score(frozenset({"records"}), _random),
 }
@@ -342,17 +343,21 @@ def _look_up(records: Any, table: Any, out: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _blend_columns(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
+def _multiply(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
+    """With rms [1, columns] or [rows, 1]."""
+    across, down = int(rms.shape[1] > 1), int(rms.shape[0] > 1)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
-            out[i, j] = abs(W[i, j]) * (rms[j] + sizes[(records[i, j] >> 8) & 15])
+            out[i, j] = abs(W[i, j]) * rms[i * down, j * across] * sizes[(records[i, j] >> 8) & 15]
 
 
 @njit(nogil=True, cache=True)
-def _blend_rows(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
+def _blend(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
+    """With rms [1, columns] or [rows, 1]."""
+    across, down = int(rms.shape[1] > 1), int(rms.shape[0] > 1)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
-            out[i, j] = abs(W[i, j]) * (rms[i] + sizes[(records[i, j] >> 8) & 15])
+            out[i, j] = abs(W[i, j]) * (rms[i * down, j * across] + sizes[(records[i, j] >> 8) & 15])
 
 
 @njit(nogil=True, cache=True)

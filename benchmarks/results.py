@@ -31,8 +31,9 @@ better than absolutes. What was tried besides and failed: [decisions](decisions/
 """
 KEPT = """\
 How many weights each tensor keeps matters more than which. One cut of |W · g| through all tensors costs no pass over
-data and is what you get without `--allocate`; on a real model it helps where little is kept, and where more is kept one
-share in every tensor is better. The seed of the idea, high activation and *low* gradient, loses the most.
+data and is what you get without `--allocate`; on a real model one share in every tensor was better for |W| · √g where
+half or more was kept, and is no longer for the default ([note 030](decisions/030-one-score-for-two-models.md)).
+The seed of the idea, high activation and *low* gradient, loses the most.
 SparseGPT changes the values of what is kept; `default+update` is its update of ours, and not what `assemble` writes
 ([note 012](decisions/012-quality.md)).
 """

@@ -125,9 +125,10 @@ def test_a_result_that_says_something_else_is_refused_where_it_is_told(tmp_path:
     path = tmp_path / "results" / "quality.json"
     path.write_text(path.read_text("utf-8").replace("2.434 ± 0.001", "2.534 ± 0.001"), "utf-8")
     (line, *_) = faults(ROOT, read_results(tmp_path / "results"))
-    assert "README.md does not say what the stored results say: Before any training that loses 0.19" in line
+    assert "README.md does not say what the stored results say: By |W| · √g" in line
+    assert "loses before any training 0.19 nats" in line
     path.unlink()
-    with pytest.raises(InputError, match=r"^README.md: no stored result gives the figures of 'Before any"):
+    with pytest.raises(InputError, match=r"^README.md: no stored result gives the figures of 'By"):
         faults(ROOT, read_results(tmp_path / "results"))
 
 

@@ -141,8 +141,8 @@ CLAIMS = (
     Claim(
         "README.md",
         "By |W| · √g, g the size of its gradient, that loses before any training {:.2f} nats a token with shares of "
-        "the tensors that `tinyonn evaluate --allocate` searched, {:.2f} with one cut through all tensors, which costs no "
-        "search; Wanda loses {:.2f} with those same shares and {:.2f} with one share in every tensor.",
+        "the tensors that `tinyonn evaluate --allocate` searched, {:.2f} with one cut through all tensors, which costs "
+        "no search; Wanda loses {:.2f} with those same shares and {:.2f} with one share in every tensor.",
         lost,
     ),
     Claim(

@@ -30,7 +30,7 @@ those, not this page. `python benchmarks/report.py BENCHMARK` measures again and
 better than absolutes. What was tried besides and failed: [decisions](decisions/README.md).
 """
 KEPT = """\
-How many weights each tensor keeps matters more than which. One cut of |W · g| through all tensors costs no pass over
+How many weights each tensor keeps matters as much as which. One cut of |W · g| through all tensors costs no pass over
 data and is what you get without `--allocate`; on a real model one share in every tensor was better for |W| · √g where
 half or more was kept, and is no longer for the default ([note 030](decisions/030-one-score-for-two-models.md)).
 The seed of the idea, high activation and *low* gradient, loses the most.

@@ -198,6 +198,19 @@ def test_a_mark_in_the_middle_and_blank_lines_count_as_lines(tmp_path: Path) -> 
     assert list(file_rows(path)) == [(0, {"text": "a"}), (2, {"text": "b"}), (4, {"text": "c"})]
 
 
+def peak_bytes(work: Callable[[], object], tries: int = 3) -> int:
+    """What Python held at most meanwhile; the least of some tries, since threads that tests before left are in it."""
+    peaks = []
+    for _ in range(tries):
+        tracemalloc.start()
+        try:
+            work()
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    return min(peaks)
+
+
 @pytest.mark.parametrize("layout", ["lines", "array"])
 def test_a_row_that_is_too_long_is_not_held(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -208,10 +221,9 @@ def test_a_row_that_is_too_long_is_not_held(
     path = tmp_path / "rows.json"
     huge = {"text": 'a long \\" text ' * 700_000}
     path.write_text(LAYOUTS[layout]([ROWS[0], huge, ROWS[1]]))
-    tracemalloc.start()
-    assert read(path) == [ROWS[0], json_rows.TOO_LONG, ROWS[1]]
-    assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    tracemalloc.stop()
+    found: list[Any] = []
+    assert peak_bytes(lambda: found.append(read(path))) < 8 << 20
+    assert all(rows == [ROWS[0], json_rows.TOO_LONG, ROWS[1]] for rows in found)
 
 
 def test_an_object_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +240,10 @@ def test_an_array_in_a_long_object_is_not_held(tmp_path: Path, monkeypatch: pyte
     path = tmp_path / "rows.json"
     monkeypatch.setattr(json_rows, "HEAD_BYTES", 1 << 16)
     path.write_text(LAYOUTS["wrapped"](ROWS * 10_000))
-    tracemalloc.start()
-    assert sum(record in ROWS for _, record in file_rows(path)) == 50_000
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20 < path.stat().st_size // 2
-    tracemalloc.stop()
+    counts: list[int] = []
+    peak = peak_bytes(lambda: counts.append(sum(record in ROWS for _, record in file_rows(path))))
+    assert peak < 1 << 20 < path.stat().st_size // 2
+    assert set(counts) == {50_000}
 
 
 def test_one_row_in_a_file_is_a_row(tmp_path: Path) -> None:

@@ -132,15 +132,11 @@ def weighed(results: Results) -> tuple[float, ...]:
 
 def costs(results: Results) -> tuple[float, ...]:
     """SmolLM2 after a prompt of 256 tokens: tokens a second times dense BF16, merging in ms, and llama.cpp's."""
-    table = next(table for table in results["efficiency/smollm2"].tables if "256 tokens" in table.title)
-    ours, whole = "ours, 10 experts on", "ours, all experts on"
-    return (
-        number(table.cell(ours, "x BF16")),
-        number(table.cell(ours, "merging, ms")),
-        number(table.cell(whole, "x BF16")),
-        number(table.cell(whole, "merging, ms")),
-        number(table.cell("llama.cpp Q4", "x BF16")),
-    )
+    efficiency, after_256 = results["efficiency/smollm2"], 1
+    columns = ("x BF16", "merging, ms")  # of two columns of that name the first, of tokens a second
+    cells = [(row, column) for row in ("ours, 10 experts on", "ours, all experts on") for column in columns]
+    cells.append(("llama.cpp Q4", "x BF16"))
+    return tuple(number(efficiency.cell(row, column, after_256)) for row, column in cells)
 
 
 def faster(results: Results) -> tuple[float, ...]:

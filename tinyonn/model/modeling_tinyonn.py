@@ -275,9 +275,8 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
             past_key_values,
             gates,
             value_gates,
+            use_cache,
         )
-        if use_cache is False and self.switch.call is None:
-            active = replace(active, once=True)
         with self.switch.use(active):
             result = self.base(
                 input_ids=input_ids,
@@ -304,6 +303,7 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
         cache: Any,
         gates: Gates | None,
         value_gates: Gates | None,
+        use_cache: bool | None = None,
     ) -> Any:
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
@@ -321,10 +321,12 @@ class TinyONNForCausalLM(PreTrainedModel, TinyONNGenerationMixin):
         if chosen is None:
             chosen = self.switch.rule(given.device)
         chosen = chosen.to(given.device)
-        if value_gates is None:
-            return self.switch.sorted(chosen, batch, tokens), routing
-        taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach()
-        return self.switch.sorted(chosen, batch, tokens, taught.to(given.device)), routing
+        taught = None
+        if value_gates is not None:
+            taught = read_gates(value_gates, self.config.experts, "value_gates", 2).detach().to(given.device)
+        active = self.switch.sorted(chosen, batch, tokens, taught)
+        goes_on = use_cache is not False or self.switch.call is not None
+        return active if goes_on else replace(active, once=True), routing
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

@@ -3,8 +3,8 @@
     python benchmarks/baselines.py storage/baselines --data DATA --model MODEL [--methods default wanda] [--json]
 
 DATA holds four public files (`FILES`): rows of even numbers may be recorded, rows of odd ones are held out. The run is
-recorded (128 samples), scored and clustered if it is not there; then every method is evaluated on the test split of the
-held-out documents. Methods that need samples take recorded ones. Allocation is one cut of |W · g| through all tensors,
+recorded (128 samples) and scored if it is not there; then every method is evaluated on the test split of the held-out
+documents. Methods that need samples take recorded ones. Allocation is one cut of |W · g| through all tensors,
 or the same share in every tensor (``+uniform``); nothing was chosen on these documents. A killed call goes on.
 `python benchmarks/report.py benchmarks/baselines.py ...` stores the table, which `make results` prints.
 """
@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality import record, tell
 from benchmarks.report import finish
-from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config
 from tinyonn.evaluate.intervals import RESAMPLES
 from tinyonn.evaluate.report import DENSE, ORIGINAL, EvaluateReport
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
-from tinyonn.experts.selection import select_options
+from tinyonn.score.scores import name_of
 from tinyonn.score.stage import score_run
+from tinyonn.select.selection import select_options
 from tinyonn.store.repository import Store
 from tinyonn.workers.tasks import EngineOptions
 
@@ -98,12 +98,10 @@ def config_of(model: str, folder: Path, max_tokens: int) -> Config:
 
 
 def prepared(run: Path, config: Config, threads: int) -> None:
-    """Record, score and cluster, as far as that is not done."""
+    """Record and score, as far as that is not done."""
     if not Store.exists(run / "store"):
         record(run, config, threads)
-    engine = EngineOptions("threads", threads)
-    score_run(str(run), config.score, engine)
-    cluster_run(str(run), config.cluster, engine)
+    score_run(str(run), config, EngineOptions("threads", threads))
 
 
 def rows_of_table(report: EvaluateReport, budgets: Sequence[float]) -> Iterator[list[str]]:
@@ -158,7 +156,7 @@ def main() -> None:
             data=config.evaluate.data,
             samples=None,
             calibration=options.calibration,
-            selection=select_options(config.experts),
+            selection=select_options(config.experts, name_of(config.score.exponents)),
         ),
         tell,
     )

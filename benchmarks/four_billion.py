@@ -13,8 +13,8 @@ what `tinyonn plan` says. It needs 16 GB of disk, and gives them back.
 
 ``synth`` writes a recorded run of the same shape (`synthetic.py`); ``score`` and ``cluster`` run on it what ``tinyonn``
 runs, in a process of its own with a limit of 2 GiB, beside the same reading and writing alone (`large_run.py`).
-``assemble`` does so with 4 GiB, from a random base model that it makes: another 8 GB of disk, and 5 GB for a while
-(`large_assembly.py`).
+``assemble`` does so with 4 GiB, and takes 5 GB for a while (`large_assembly.py`). ``cluster`` and ``assemble`` read a
+random base model in BF16, which they make: another 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -87,24 +87,21 @@ def main() -> None:
     two.add_argument("--threads", type=int, default=2)
     two.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")
     two.add_argument("--json", action="store_true")
-    for name, what in (
-        ("score", "score a synthetic run"),
-        ("cluster", "cluster it, all but norms and biases"),
+    for name, what, memory in (
+        ("score", "score a synthetic run", "2GiB"),
+        ("cluster", "cluster it", "2GiB"),
+        ("assemble", "assemble it", "4GiB"),
     ):
         three = commands.add_parser(name, help=f"{what}, beside the same reading and writing alone")
         three.add_argument("run", type=Path)
-        three.add_argument("--memory", default="2GiB")
+        three.add_argument("--memory", default=memory)
         three.add_argument(
             "--workers", type=int, default=4, help="threads of ours and of the input and output"
         )
         three.add_argument("--json", action="store_true")
-    four = commands.add_parser("assemble", help="assemble it, beside the same reading and writing alone")
-    four.add_argument("run", type=Path)
-    four.add_argument("--budget", type=float, default=1e9)
-    four.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")
-    four.add_argument("--memory", default="4GiB")
-    four.add_argument("--workers", type=int, default=4, help="threads of ours and of the input and output")
-    four.add_argument("--json", action="store_true")
+        if name != "score":
+            three.add_argument("--budget", type=float, default=1e9)
+            three.add_argument("--shape", type=Path, default=SHAPES / "Qwen--Qwen1.5-4B")
     options = parser.parse_args()
     if options.command is None:
         parser.print_help()

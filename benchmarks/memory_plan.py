@@ -96,7 +96,7 @@ def configuration(model: str, samples: int, tokens: int, checkpointing: bool) ->
         "data": {"samples": samples, "max_tokens": tokens},
         "record": {"workers": 1},
         "profile": {"samples": max(1, samples // 2)},
-        "experts": {"count": 20},
+        "cluster": {"cells": 20},
         "router": {"top_k": 5},
         "train": {"steps": 2, "warm_start": 2, "batch": 4, "micro_batch": 4, "checkpoint_every": 1},
     }

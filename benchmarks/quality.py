@@ -3,8 +3,8 @@
     python benchmarks/quality.py [storage/quality] [--samples 560] [--held-out 252] [--json]
 
 RUN-0, RUN-1, ... are recorded if they are not there, each with other samples of the shipped corpus (the seed draws
-them), scored and clustered. The same held-out samples judge them all, those of all splits. All methods get the same
-number of weights in every tensor: the allocation that was searched for the budget with recorded samples
+them), and scored. The same held-out samples judge them all, those of all splits. All methods get the same number of
+weights in every tensor: the allocation that was searched for the budget with recorded samples
 (`tinyonn.evaluate.allocate`).
 
 Goals: at 31.5 % the default is at most 0.01 nats behind the best method that leaves values as they are; with its kept
@@ -27,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Goal, at_most, finish
 from tinyonn.cli import CONFIGS
-from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, RecordConfig, ScoreConfig, load_config
+from tinyonn.config import Config, RecordConfig, load_config
 from tinyonn.corpus.corpus import prepare_corpus
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.report import DENSE, ORIGINAL, EvaluateReport
 from tinyonn.evaluate.stage import DEFAULT, EvaluateOptions, evaluate_run
-from tinyonn.experts.selection import select_options, stored_shares
 from tinyonn.record.worker import Worker
+from tinyonn.score.scores import name_of
 from tinyonn.score.stage import score_run
+from tinyonn.select.selection import select_options, stored_shares
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.repository import Store
 from tinyonn.workers.tasks import EngineOptions
@@ -89,9 +89,8 @@ def evaluated(options: Any, seed: int) -> EvaluateReport:
     if not Store.exists(place / "store"):
         record(place, config, options.threads)
     engine = EngineOptions("threads", options.threads)
-    score_run(str(place), ScoreConfig(), engine)
-    cluster_run(str(place), ClusterConfig(), engine)
-    selection = select_options(config.experts)
+    score_run(str(place), config, engine)
+    selection = select_options(config.experts, name_of(config.score.exponents))
     shares = {}
     if options.search:
         wanted = AllocateOptions(

@@ -1,7 +1,10 @@
-"""A model of any shape with random weights in NF4, made on the CPU without ever holding it unquantized."""
+"""A model of any shape with random weights, made on the CPU: in NF4 in memory, or as a checkpoint of BF16 shards."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 
 from tinyonn.config import ModelConfig
 from tinyonn.dense.load import DenseModel, load_shape, prepare_model
+from tinyonn.dense.parameters import Parameter
+from tinyonn.experts.shards import plan_shards, write_tensors
 
 BLOCK = 64  # weights that share a scale in NF4
 POOL_BLOCKS = 1 << 17
@@ -96,3 +101,30 @@ def random_nf4(folder: Path, seed: int = 0) -> DenseModel:
                     value += 1
                 setattr(module, part, torch.nn.Parameter(value, requires_grad=False))
     return DenseModel(prepare_model(model, config.checkpointing), None, torch.device("cpu"))
+
+
+def write_checkpoint(shape: Path, folder: Path, parameters: Sequence[Parameter]) -> None:
+    """A checkpoint of random weights, a shard for each layer; left as it is if it is there.
+
+    Parameters
+    ----------
+    shape : Path
+        Folder of a ``config.json``.
+    folder : Path
+    parameters : sequence of Parameter
+        All of that shape.
+    """
+    if (folder / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for shard in plan_shards(folder, parameters, [], []):
+        tensors = {
+            name: torch.randn(size, generator=generator).mul_(SPREAD).bfloat16()
+            for name, size in ((p.name, p.shape) for p in parameters if p.name in shard.whole)
+        }
+        write_tensors(shard.path, tensors, {"format": "pt"})
+        files.update(dict.fromkeys(tensors, shard.path.name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    shutil.copyfile(shape / "config.json", folder / "config.json")

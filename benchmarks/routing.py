@@ -7,7 +7,7 @@
 With 10, 25 and 50 of 100 experts on, as many linear weights work on a token as the choices sum up to, mean over the
 samples; every baseline has as many, those with masks (but ``own``) in every tensor:
 
-routed       experts by need, chosen from the prompt; trained with 10, 25, 50 and all experts on; measured also with as
+routed       cells as experts, chosen from the prompt; trained with 10, 25, 50 and all experts on; measured also with as
              many on as half of what is kept allows, and a tenth of the linear weights
 label        the routed model with the same experts for all prompts of a slice, which it is told: those that the profile
              says do most there
@@ -59,7 +59,7 @@ from benchmarks.routing_report import ALL, Line, report
 from benchmarks.routing_wanda import evaluate_prompt_masks
 from tinyonn.cli import CONFIGS
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ScoreConfig, load_config
+from tinyonn.config import Config, load_config
 from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.errors import InputError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
@@ -69,13 +69,14 @@ from tinyonn.evaluate.stage import EvaluateOptions, held_out_corpus, samples_of
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
 from tinyonn.experts.folder import open_assembled
-from tinyonn.experts.selection import select_options
-from tinyonn.experts.source import RunSource, digest
 from tinyonn.profile.profile import open_profile
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.reference import corpus_path
 from tinyonn.run import open_run
+from tinyonn.score.scores import name_of
+from tinyonn.score.source import RunSource, digest
 from tinyonn.score.stage import score_run
+from tinyonn.select.selection import select_options
 from tinyonn.store.repository import Store
 from tinyonn.train.data import held_out_batches
 from tinyonn.train.options import LossWeights, TrainOptions
@@ -147,18 +148,18 @@ def left_out(place: Path, config: Config, slices: Sequence[str]) -> Config:
 
 
 def prepare(place: Path, config: Config, options: Any) -> None:
-    """Record, score, assemble and profile, as far as it has not been done."""
+    """Record, score, cluster, assemble and profile, as far as it has not been done."""
     engine = EngineOptions("threads", options.threads)
     if not Store.exists(place / "store"):
         record(place, config, options.threads)
-    score_run(str(place), ScoreConfig(), engine)
-    cluster_run(str(place), ClusterConfig(), engine)
+    score_run(str(place), config, engine)
     if options.search and not (place / "experts").exists():
-        selection = select_options(config.experts)
+        selection = select_options(config.experts, name_of(config.score.exponents))
         budgets = (0.04, 0.1, config.experts.budget)
         allocate_run(
             str(place), config, AllocateOptions(budgets, 56, selection.score, selection=selection), tell
         )
+    cluster_run(str(place), config, engine)  # by the shares that were searched
     assemble_run(str(place), config.model, config.experts, engine)
     _profile(place, config)
 
@@ -227,10 +228,10 @@ class Comparison:
         return self._known(f"label-{seed}", measure)
 
     def _static(self, seed: int) -> list[Line]:
-        return self._banded("static", self.config.experts.score, seed)
+        return self._banded("static", name_of(self.config.score.exponents), seed)
 
     def _own(self, seed: int) -> list[Line]:
-        return self._banded("own", self.config.experts.score, seed)
+        return self._banded("own", name_of(self.config.score.exponents), seed)
 
     def _magnitude(self, seed: int) -> list[Line]:
         return self._banded("magnitude", "magnitude", seed)
@@ -244,7 +245,7 @@ class Comparison:
             if not (place / "experts" / "config.json").exists():
                 run, dense = open_run(str(self.place)), self.dense
                 source = RunSource(run, dense.rows, dense.transposed, labels=False)
-                selection = select_options(self.config.experts)
+                selection = select_options(self.config.experts, name_of(self.config.score.exponents))
                 groups = bands(source, selection, score, [shares[name] for name in names], arm == "own")
                 write_experts(place / "experts", dense, groups, len(names), self.base)
                 in_order(place / "experts", len(names))

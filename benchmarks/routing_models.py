@@ -27,14 +27,14 @@ from tinyonn.evaluate.baselines import masks_of, recipe_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Experts, gates_of
 from tinyonn.experts.folder import open_assembled
-from tinyonn.experts.select import select
-from tinyonn.experts.selection import SelectOptions
 from tinyonn.experts.shards import compress
-from tinyonn.experts.source import DROPPED, Source, digest
 from tinyonn.model.configuration_tinyonn import TinyONNConfig
 from tinyonn.model.matrix_tinyonn import rows_and_groups
 from tinyonn.model.modeling_tinyonn import TinyONNForCausalLM
 from tinyonn.profile.profile import Profile
+from tinyonn.score.source import DROPPED, Source, digest
+from tinyonn.select.select import select
+from tinyonn.select.selection import SelectOptions
 from tinyonn.train.data import Batch
 from tinyonn.train.losses import profile_targets
 

@@ -32,7 +32,7 @@ def main() -> None:
     config = load_config(options.config)
     parameters = [one for one in describe_model(config.model)[0] if one.name.endswith("proj.weight")]
     weights = sum(parameter.size for parameter in parameters)
-    starts = 4 * sum(parameter.shape[0] for parameter in parameters) * (config.experts.count + 1)
+    starts = 4 * sum(parameter.shape[0] for parameter in parameters) * (config.cluster.cells + 1)
     kept = options.budget * weights
     sizes = {
         "BF16": 2 * weights,

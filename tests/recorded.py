@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyonn.config import ScoreConfig
 from tinyonn.dense.parameters import Parameter
-from tinyonn.store.arrays import SegmentWriter
+from tinyonn.score.source import Float32, tensors_outside
+from tinyonn.score.stage import ScoreReport, score_store
+from tinyonn.store.arrays import BandWriter, SegmentWriter
 from tinyonn.store.manifest import Manifest, Segment
 from tinyonn.store.records import (
     Float64,
@@ -19,6 +22,7 @@ from tinyonn.store.records import (
     round_positions,
 )
 from tinyonn.store.repository import Store
+from tinyonn.workers.tasks import THREADS, EngineOptions
 
 LAYERS = 3
 SLICES = {"code": 40, "prose": 30, "sums": 20}
@@ -102,3 +106,32 @@ def commit_part(store: Store, slice: str, part: int) -> None:
         books, records = segment_of(slice, parameter, part)
         writer.write(parameter.name, parameter.shape, calibration()[parameter.name], books, [(0, records)])
     assert store.commit(fork, segment)
+
+
+def write_labels(folder: Path | str, cells: int) -> None:
+    """Commit a cell for every weight of the linear layers, drawn at random, as the clustering of a model would."""
+    store = Store.open(Path(folder) / "store", read_only=False)
+    (fork,) = store.begin_stage("cluster", 1)
+    for parameter in store.manifest.parameters:
+        labels = np.full(parameter.shape, 255, np.uint8)
+        if parameter in tensors_outside(store.manifest.parameters):
+            generator = np.random.default_rng(dither_seed(4, "labels", parameter.name))
+            labels = generator.integers(0, cells, parameter.shape, np.uint8)
+        BandWriter(fork, f"labels/{parameter.name}", parameter.shape, "uint8", {}).write(0, labels)
+    described = {"config": {"cells": cells}, "scored": store.reader().stage("rows")}
+    store.commit_stage("cluster", {"labels": {"described": described, "means": [], "cells": []}}, [fork])
+    store.drop_stage("cluster")
+
+
+def weights(name: str, first: int, last: int) -> Float32:
+    """Rows of a tensor of the model that there is not."""
+    shape = next(parameter.shape for parameter in parameters() if parameter.name == name)
+    drawn = np.random.default_rng(dither_seed(5, "weights", name)).normal(0, 0.1, shape)
+    return drawn.astype(np.float32)[first:last]
+
+
+def score(
+    folder: Path | str, config: ScoreConfig | None = None, options: EngineOptions = THREADS
+) -> ScoreReport:
+    """Score a run with these weights."""
+    return score_store(str(folder), config or ScoreConfig(), (weights, frozenset()), options)

@@ -46,7 +46,6 @@ SHIPPED: dict[str, Any] = {
     "data": {"path": "reference", "max_tokens": 64, "samples": 28},
     "record": {"segment": 2, "calibration": 7, "workers": 1},
     "cluster": {"cells": 12},
-    "experts": {"count": 12},
     "profile": {"samples": 14},
     "router": {"top_k": 4},
     "train": {"steps": 4, "batch": 4, "micro_batch": 2, "warm_start": 3, "routing": {"ks": [2, 4, 0]}},
@@ -85,9 +84,9 @@ def digests(run: Path, config: Config, shape: Shape) -> dict[str, str]:
     found["segments"] = _digest(lives.records(run))
     merge_ready(Store.open(run / "store", read_only=False))
     found["merged records"] = _digest(lives.records(run))
-    score_run(place, config.score)
+    score_run(place, config)
     found["rows"] = _digest(lives.rows(run))
-    cluster_run(place, config.cluster)
+    cluster_run(place, config)
     found["labels"] = _digest(lives.labels(run))
     assemble_run(place, config.model, config.experts)
     found["assembled tensors"] = _digest(tensors(run / "experts"))

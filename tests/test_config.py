@@ -38,10 +38,7 @@ OPTIONS = [
     "data.text",
     "evaluate.data",
     "experts.budget",
-    "experts.by",
     "experts.core",
-    "experts.count",
-    "experts.score",
     "model.checkpointing",
     "model.device",
     "model.dtype",
@@ -102,13 +99,13 @@ def test_the_page_of_options_is_made_of_them() -> None:
 
 
 def test_what_is_fixed_is_refused_with_what_to_do_instead() -> None:
-    with pytest.raises(InputError, match=r"^my\.yaml: cluster\.tolerance was removed: .*; leave it out$"):
-        parse_config({"cluster": {"tolerance": 0.1}}, "my.yaml")
+    with pytest.raises(InputError, match=r"^my\.yaml: cluster\.even was removed: .*; leave it out$"):
+        parse_config({"cluster": {"even": False}}, "my.yaml")
     with pytest.raises(InputError, match=r"evaluate\.data\.seed was removed.*evaluate\.budgets.*--budgets"):
         parse_config({"evaluate": {"data": {"seed": 1}, "budgets": [0.5]}})
     with pytest.raises(InputError, match=r"data\.sources\.share was removed.*give samples"):
         parse_config({"data": [{"path": "a", "share": 0.5}]})
-    assert parse_config({"cluster": {"tolerance": 0.1}}, whole=True).cluster.tolerance == 0.1
+    assert not parse_config({"cluster": {"even": False}}, whole=True).cluster.even
 
 
 def test_no_file_and_an_empty_file_give_the_defaults(tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train = config.train.model_copy(update={"steps": 4, "warm_start": 4})
     config = config.model_copy(update={"evaluate": measured, "record": record, "train": train})
     serial_run(folder / "storage" / "demo", config)
-    score_run(str(folder / "storage" / "demo"), config.score)
-    cluster_run(str(folder / "storage" / "demo"), config.cluster)
+    score_run(str(folder / "storage" / "demo"), config)
+    cluster_run(str(folder / "storage" / "demo"), config)
     shutil.copytree(ROOT / "configs", folder / "configs")
     (folder / "configs" / "demo.yaml").write_text(yaml.safe_dump(written(config)), "utf-8")
     return folder

@@ -14,7 +14,7 @@ ORDER = """
 errors files show machine places options endings
 model reference dense checks yaml_text config
 corpus store plan workers run command
-record score cluster experts profile train evaluate
+record score select cluster experts profile train evaluate
 status doctor pipeline cli_evaluate cli_experts cli __main__
 """.split()
 

@@ -70,12 +70,12 @@ def plan() -> Any:
 
 def cells() -> ClusterReport:
     found = tuple(
-        Cell(n, WEIGHTS // 2 - n, 15.0, 14.9, 13.8, 12.7, 11.6, {SLICES[n % 16]: 1.0}, {KINDS[n % 7]: 1.0}, [0.5] * 40)
+        Cell(n, WEIGHTS // 2, n, dict.fromkeys(SLICES, 1.2), {SLICES[n % 16]: 1.0}, {KINDS[n % 7]: 1.0}, [0.5] * 40)
         for n in range(100)
     )  # fmt: skip
     churn = Churn(0.1234, [0.5] * 100, {})
-    return ClusterReport(RUN, WEIGHTS, 777_912_320, found, 240_857_123.4, 300, False, 350_152_123, 1.2345,
-                         "stored centres", churn, 8, 12_345.6, 7_890.1, 345.6, True)  # fmt: skip
+    return ClusterReport(RUN, WEIGHTS, 777_912_320, 0.31523, found, 12.34567, 1.2345, 65_536, "stored centres",
+                         churn, 8, 12_345.6, 7_890.1, 345.6, True)  # fmt: skip
 
 
 def evaluated() -> EvaluateReport:

@@ -1,12 +1,11 @@
 """Options that contradict each other, or the model, found before anything is done.
 
 `contradictions` needs the configuration alone and is asked when it is read; `check_model` needs the list of the model's
-parameters and is asked by ``tinyonn plan`` and by the first stage; `check_kinds` also by the one that clusters.
+parameters and is asked by ``tinyonn plan`` and by the first stage.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,18 +13,17 @@ from tinyonn.errors import InputError
 from tinyonn.show.escape import shortened
 
 if TYPE_CHECKING:
-    from tinyonn.config import ClusterConfig, Config, RouterConfig, TrainConfig
+    from tinyonn.config import Config, RouterConfig, TrainConfig
     from tinyonn.dense.parameters import Parameter
     from tinyonn.plan.demands import ModelFacts
 
-Score = Literal[
-    "balanced", "root", "S", "seed", "activation", "magnitude", "wanda", "energy", "wg", "gblm", "random"
-]
+Preset = Literal["balanced", "root", "wanda", "wg", "magnitude", "source"]  # weights of S that have a name
+OTHERS = ("energy", "gblm", "random")  # scores that are no S
 UPDATED = "+update"  # behind a method's name: what is kept is updated
 UNIFORM = "+uniform"  # there too: every tensor has one share
 WANDA_FLOAT = "wanda-float"  # from float activations
 FLOAT_ROOT = "root-float-"  # and a number: from float gradients of so many samples
-BASES = ("default", "sparsegpt", WANDA_FLOAT, *get_args(Score))
+BASES = ("default", "sparsegpt", WANDA_FLOAT, *get_args(Preset), *OTHERS)
 KINDS = ("norm", "bias", "embedding", "head")  # of every architecture, be there some in this model or not
 MOST_SAMPLES = 65_535 // 15  # of a segment: its sums hold a level of at most 15 of each
 
@@ -58,38 +56,12 @@ def is_method(method: str) -> bool:
 
 def experts_of(config: Config) -> int:
     """How many experts there will be."""
-    return config.experts.count if config.experts.by == "need" else config.cluster.cells
+    return config.cluster.cells
 
 
 def fitting(given: Sequence[int], experts: int) -> tuple[int, ...]:
     """The default numbers of experts to train with, those that there are too few experts for left out."""
     return tuple(k for k in given if k <= experts)
-
-
-def check_kinds(config: ClusterConfig, parameters: Sequence[Parameter]) -> None:
-    """Refuse kinds of modules in ``cluster.trunk`` that the model has not.
-
-    Raises
-    ------
-    InputError
-        Names the kind and those that there are; or nothing would be left to be clustered.
-    """
-    from tinyonn.dense.parameters import kind_of
-
-    there = sorted({kind_of(parameter) for parameter in parameters})
-    known = sorted({*KINDS, *there})
-    for kind in config.trunk:
-        if kind not in known:
-            near = difflib.get_close_matches(kind, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(
-                f"cluster.trunk has {shortened(kind)}, a kind of module that the model has not; {hint}its kinds are "
-                f"{', '.join(known)}"
-            )
-    if set(there) <= set(config.trunk):
-        raise InputError(
-            f"cluster.trunk = {list(config.trunk)} takes all tensors; leave some to be clustered"
-        )
 
 
 def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
@@ -98,19 +70,11 @@ def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
     Raises
     ------
     InputError
-        As of `check_kinds`; labels that experts by cells would lack; more weights to keep than there are, or fewer than
-        experts.
+        More weights to keep than there are, or fewer than experts.
     """
     from tinyonn.dense.parameters import kind_of
 
-    check_kinds(config.cluster, parameters)
     cut = [p for p in parameters if p.kind == "linear" and kind_of(p) not in KINDS]
-    unlabelled = sorted({kind_of(p) for p in cut} & set(config.cluster.trunk))
-    if config.experts.by == "cells" and unlabelled:
-        raise InputError(
-            f"experts.by = 'cells' needs labels of {', '.join(unlabelled)}, which cluster.trunk leaves without; take "
-            "them out of cluster.trunk, or use experts.by: need"
-        )
     weights = sum(parameter.size for parameter in cut)
     least = experts_of(config)
     named = [
@@ -124,11 +88,8 @@ def check_model(config: Config, parameters: Sequence[Parameter]) -> None:
                 f"{name}: {kept:,} weights, but only {weights:,} linear weights are outside the trunk; give at most "
                 "as many, or a share such as 0.315"
             )
-        if (
-            kept < least
-            and name == "experts.budget"
-            and config.experts.model_fields_set & {"budget", "count"}
-        ):
+        given = config.experts.model_fields_set & {"budget"} or config.cluster.model_fields_set & {"cells"}
+        if kept < least and name == "experts.budget" and given:
             raise InputError(
                 f"{name} = {budget:g} keeps {kept:,} weights, below one for each of {_count(config)}; give more, or "
                 "make fewer experts"
@@ -169,8 +130,8 @@ def _of_experts(config: Config) -> Iterator[str]:
             f"experts.budget = {experts.budget}: a number of weights is whole, a share lies in (0, 1]; "
             f"give {round(experts.budget)}"
         )
-    if experts.by == "need" and experts.core == 1:
-        yield "experts.core = 1 leaves nothing for experts; give a smaller core, or experts.by: cells"
+    if experts.core == 1:
+        yield "experts.core = 1 leaves nothing for experts; give a smaller core"
     if experts.top_k is not None and experts.top_k > there:
         yield f"experts.top_k = {experts.top_k} but there are {_count(config)}; give at most as many, or null for all"
 
@@ -220,6 +181,4 @@ def _of_evaluate(config: Config) -> Iterator[str]:
 
 
 def _count(config: Config) -> str:
-    if config.experts.by == "need":
-        return f"{config.experts.count} experts (experts.count)"
     return f"{config.cluster.cells} experts (cluster.cells)"

@@ -135,7 +135,7 @@ def score(
     tune: Annotated[
         int | None,
         typer.Option(
-            "--tune", min=1, help="Search the weights first, up to so many trials; needs the run's config."
+            "--tune", min=1, help="Search the weights, up to so many trials; needs the run's config."
         ),
     ] = None,
 ) -> None:
@@ -144,18 +144,18 @@ def score(
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.score.stage import score_run
 
-        scores = settings.score
+        options = engine_options(engine, workers, memory, address)
+        report = score_run(location, settings, options)
         if tune is not None:
-            from tinyonn.score.tune import tune_run
+            from tinyonn.evaluate.exponents import tune_run
 
             found = tune_run(location, settings, tune)
-            scores = found.config
             say(
-                f"after {found.trials} trials: score: {{weights: [{', '.join(f'{w:.3f}' for w in scores.weights)}]}} "
-                f"agrees with |w g| by {found.agreement:.4f} "
-                f"(default {found.default_agreement:.4f})"
+                f"after {found.trials} trials: score: {{weights: [{', '.join(map(str, found.config.exponents))}]}} "
+                f"loses {found.loss:.4f} nats on the development split (default {found.default_loss:.4f})"
             )
-        return score_run(location, scores, engine_options(engine, workers, memory, address))
+            report = score_run(location, settings.model_copy(update={"score": found.config}), options)
+        return report
 
     run_stage("score", run, config, as_json, stage)
 
@@ -177,20 +177,18 @@ def cluster(
         typer.Option("--plot", help="Folder for PNG and HTML pictures of the cells.", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Group the scored weights into cells; after new data, starts from the stored centres and keeps their numbers."""
+    """Group weights into cells by which slices need them, the experts to be; new data leave cells their numbers."""
 
     def stage(location: str, settings: Config) -> Report:
         from tinyonn.cluster.stage import cluster_run
 
         report = cluster_run(
-            location, settings.cluster, engine_options(engine, workers, memory, address), fresh=fresh
+            location, settings, engine_options(engine, workers, memory, address), fresh=fresh
         )
         if plot is not None:
             from tinyonn.cluster.plot import plot_cells
 
-            say(
-                f"pictures: {', '.join(str(path) for path in plot_cells(location, plot, settings.cluster.seed))}"
-            )
+            say(f"pictures: {', '.join(map(str, plot_cells(location, settings, plot)))}")
         return report
 
     run_stage("cluster", run, config, as_json, stage)

@@ -200,7 +200,6 @@ def export(
         from tinyonn.evaluate.report import card_figures
         from tinyonn.evaluate.trained import trained_card_figures
         from tinyonn.experts.export import Assembled, export_model, numbers_of
-        from tinyonn.run import open_run
         from tinyonn.store.lock import RunLock
 
         if trained and model is not None:
@@ -210,7 +209,7 @@ def export(
         with RunLock(place, shared=True, what="export"):
             assembled = Assembled(source)
             assembly = assembled.config["assembly"]
-            numbers = numbers_of(experts, slices, assembled, lambda: open_run(location))
+            numbers = numbers_of(experts, slices, assembled)
             if "training" in assembly:
                 figures = trained_card_figures(place, assembly["id"])
             else:

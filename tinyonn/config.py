@@ -6,9 +6,9 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from tinyonn.checks import Score, contradictions
+from tinyonn.checks import Preset, contradictions
 from tinyonn.errors import InputError
 from tinyonn.options import (
     BelowOne,
@@ -48,6 +48,12 @@ REMOVED: dict[str, str] = {
     "router.gate": "a chosen expert works with gate 1, as in the dense model",
     "evaluate.oracle": "leave it out; masks of one slice are not evaluated any more",
     "experts.allocation=outlier": "it was worse than uniform; use auto, global or uniform",
+    "experts.by": "leave it out; the cells of `tinyonn cluster` are the experts, by which slices need their weights",
+    "experts.count": "the cells are the experts; cluster.cells says how many",
+    "cluster.cap": "leave it out; cells hold about equally many of the weights that are kept",
+    "cluster.trunk": "leave it out; what can be cut is clustered",
+    **dict.fromkeys(("cluster.iterations", "cluster.tolerance"), "leave it out; centres are of a sample"),
+    "cluster.features.slice": "cluster.features.need is the weight of what slices need",
     "experts.balance": "leave it out; weights compete within a tensor, whatever their cells",
     "experts.core_by": "leave it out; the core is the best of what is kept",
     "experts.within": "leave it out; weights compete within a tensor",
@@ -55,7 +61,8 @@ REMOVED: dict[str, str] = {
     "profile.excerpt": "160 characters of each sample are kept; leave it out",
     "router.branches": "10 are found in the profile; leave it out",
     "router.width": "the encoder has 128 features; leave it out",
-    "score.preset": "give score.weights: [1, 0, 1] for default, [1, 1, 1] for seed, [1, 0, 0] for activation",
+    "score.preset": "give score.weights",
+    "experts.score": "a run is cut by what it was scored by: give score.weights and run `tinyonn score` again",
     **{f"score.{name}": "give score.weights, of act, grad and freq" for name in ("act", "grad", "freq")},
     "train.seed": "it is 0; leave it out",
     "train.prompt_loss": "the prompt's own tokens count; leave it out",
@@ -81,9 +88,15 @@ REMOVED: dict[str, str] = {
     ),
 }
 
-# Weights of act, grad and freq in S = act z(act) - grad z(grad) + freq z(freq): the first idea's; activation alone.
-SEED_WEIGHTS = (1.0, 1.0, 1.0)
-ACTIVATION_WEIGHTS = (1.0, 0.0, 0.0)
+# a, b, c, d of S by name; the source is the first idea: high activation, low gradient, high frequency.
+PRESETS: dict[str, tuple[float, float, float, float]] = {
+    "balanced": (0.5, 0.75, 0.0, 1.0),
+    "root": (0.0, 0.5, 0.0, 1.0),
+    "wanda": (1.0, 0.0, 0.0, 1.0),
+    "wg": (0.0, 1.0, 0.0, 1.0),
+    "magnitude": (0.0, 0.0, 0.0, 1.0),
+    "source": (1.0, -1.0, 1.0, 1.0),
+}
 
 
 class ModelConfig(Section):
@@ -193,13 +206,32 @@ class RecordConfig(Section):
 
 
 class ScoreConfig(Section):
-    """How weights are scored: S = act z(act) - grad z(grad) + freq z(freq)."""
+    """What a weight is worth, by which it is kept: S = a log2 rms + b log2 g + c share + d log2 |W|."""
 
-    weights: tuple[Signed, Signed, Signed] = option((1.0, 0.0, 1.0), "of act, grad and freq")
+    # rms is that of its input, g the size of its gradient, share that of the samples in which it was active.
+    weights: Preset | tuple[Signed, Signed, Signed, Weight] = option(
+        "balanced", "a, b, c and d in S, or a name: balanced is 0.5, 0.75, 0, 1"
+    )
+
+    @property
+    def exponents(self) -> tuple[float, float, float, float]:
+        """The four numbers."""
+        return PRESETS[self.weights] if isinstance(self.weights, str) else self.weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_four(cls, tree: Any) -> Any:
+        weights = tree.get("weights") if isinstance(tree, dict) else None
+        if isinstance(weights, list | tuple) and len(weights) != 4:
+            raise ValueError(
+                f"score.weights has {len(weights)} numbers; give four, of its input's size, its gradient's, its share "
+                f"of samples and its own size, or one of {', '.join(PRESETS)}"
+            )
+        return tree
 
     @model_validator(mode="after")
     def _some_weight(self) -> ScoreConfig:
-        if not any(self.weights):
+        if not any(self.exponents):
             raise ValueError(f"the weights are {self.weights}; at least one must not be 0")
         return self
 
@@ -207,46 +239,32 @@ class ScoreConfig(Section):
 class FeatureWeights(Section):
     """Weight of each group of features in the distance between weights; 0 leaves a group out."""
 
-    score: Weight = 1.0
-    act: Weight = 1.0
-    grad: Weight = 1.0
-    freq: Weight = 0.5
-    slice: Weight = 2.0  # dominant slice, scaled by selectivity
-    layer: Weight = 0.5
-    kind: Weight = 0.25
+    need: Weight = Field(
+        1.0, gt=0
+    )  # of each slice: the logarithm of the budget under which it keeps the weight
+    score: Weight = 0.0
+    act: Weight = 0.0
+    grad: Weight = 0.0
+    freq: Weight = 0.0
+    layer: Weight = 0.0
+    kind: Weight = 0.0
     row: Weight = 0.0  # position in 16 buckets; neurons have no order of their own
     column: Weight = 0.0
 
-    @model_validator(mode="after")
-    def _some_weight(self) -> FeatureWeights:
-        if not any(self.model_dump().values()):
-            raise ValueError("all features weigh 0; give at least one a weight")
-        return self
-
 
 class ClusterConfig(Section):
-    """How weights are clustered into cells."""
+    """How weights are clustered into cells, which become the experts."""
 
-    cells: int = option(100, "how many", ge=2, le=255)
+    cells: int = option(100, "how many, and so how many experts", ge=1, le=254)
     features: FeatureWeights = fixed(FeatureWeights(), "weights of the features in the distance")
-    trunk: tuple[Text, ...] = fixed(("norm", "bias", "embedding", "head"), "kinds of modules in no cell")
-    cap: Factor | None = fixed(None, "largest cell, as a multiple of the mean size", gt=1)
-    iterations: Width = fixed(300, "of full k-means, at most")
-    tolerance: BelowOne = fixed(1e-5, "share of weights that may still change cell in the last iteration")
-    seed: Seed = fixed(0, "of the first centres")
+    even: bool = fixed(True, "cells hold about equally many of the weights that are kept")
+    seed: Seed = fixed(0, "of the sample and of the first centres")
 
 
 class ExpertsConfig(Section):
     """Which weights are kept, and how the experts they become are switched on."""
 
     budget: Budget = option(0.315, "share of the linear weights to keep; above 1 their number", first=True)
-    score: Score = option(
-        "balanced", "what the kept are best in; balanced: |W| · rms^½ · g^¾, of its input and its gradient"
-    )
-    by: Literal["need", "cells"] = option(
-        "need", "what makes an expert: which slices need a weight, or the run's cells"
-    )
-    count: int = option(100, "experts by need; by cells there are as many as cells", ge=1, le=254)
     allocation: Literal["auto", "global", "uniform"] = fixed(
         "auto",
         "of the budget across tensors: what `tinyonn evaluate --allocate` found, else one cut through all",
@@ -270,7 +288,7 @@ class EvaluateConfig(Section):
     data: DataConfig | None = option(None, "held-out data, with the keys of data; null: the shipped corpus's")
     samples: Count | None = fixed(252, "held-out samples", "give `tinyonn evaluate --samples`")
     methods: tuple[Text, ...] = fixed((
-        "default", "root", "S", "seed", "activation", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
+        "default", "root", "source", "magnitude", "wanda", "wg", "gblm", "random", "sparsegpt",
         "default+update", "magnitude+uniform", "wanda-float+uniform", "sparsegpt+uniform",
     ), "ways to choose weights", "give `tinyonn evaluate --methods`")  # fmt: skip
     budgets: tuple[Budget, ...] = fixed(

@@ -105,11 +105,11 @@ def _record(location: str, settings: Config) -> Iterator[Report]:
 
 
 def _score(location: str, settings: Config) -> Iterator[Report]:
-    yield score_run(location, settings.score)
+    yield score_run(location, settings)
 
 
 def _cluster(location: str, settings: Config) -> Iterator[Report]:
-    yield cluster_run(location, settings.cluster)
+    yield cluster_run(location, settings)
 
 
 def _assemble(location: str, settings: Config) -> Iterator[Report]:
@@ -146,8 +146,8 @@ STAGES = (
         _record,
     ),
     Stage("score", "what each weight did for each kind of text becomes one record of 16 bits", _score),
-    Stage("cluster", "weights that did alike are put into cells: a map of the model", _cluster),
-    Stage("assemble", "the best weights are kept; those that the same texts need become experts", _assemble),
+    Stage("cluster", "weights that the same kinds of text need are put into cells", _cluster),
+    Stage("assemble", "the best weights are kept; those of a cell become an expert", _assemble),
     Stage("evaluate", "what this cut, and others, lose on texts that were not recorded", _evaluate),
     Stage("profile", "what each expert does for each text: from this the router learns first", _profile),
     Stage(

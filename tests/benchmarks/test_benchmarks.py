@@ -16,11 +16,13 @@ import pytest
 from benchmarks.exact import SMALLEST, exact_statistics
 from benchmarks.report import at_least, at_most, finish, show
 from tests.dense.architectures import make_model
+from tests.experts.runs import CELLS, clustered_run
 from tests.record.oracle import float64_copy, statistics
 from tinyonn.config import ModelConfig
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model
 from tinyonn.record.recorder import Recorder
+from tinyonn.run import merge_run, open_run
 from tinyonn.store.records import TensorCalibration
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +41,10 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
 
 
-def run(*arguments: str) -> dict[str, Any]:
-    """Run a benchmark as its first lines say; the last line of its output."""
+def run(*arguments: str, threads: str = "--threads") -> dict[str, Any]:
+    """Run a benchmark as its first lines say, on one thread; the last line of its output."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *arguments, "--threads", "1", "--json"]
+    command = [sys.executable, *arguments, *([threads, "1"] if threads else []), "--json"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout.splitlines()[-1])
@@ -77,6 +79,45 @@ def test_four_billion_record() -> None:
     )
     assert tree["figures"]["record_bytes"] == 2 * tree["figures"]["weights"]
     assert 0 < tree["figures"]["stored_bytes"] < 2 * tree["figures"]["record_bytes"]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a merged and clustered run of it, and its configuration."""
+    folder = tmp_path_factory.mktemp("merged")
+    config = clustered_run(folder)
+    merge_run(str(folder / "run"))
+    tree = {"model": config.model.model_dump(exclude_unset=True), "cluster": {"cells": CELLS}}
+    (folder / "run.yaml").write_text(json.dumps(tree), "utf-8")  # YAML holds JSON
+    return folder
+
+
+def test_kmeans_peers(merged: Path) -> None:
+    more = ("--config", str(merged / "run.yaml"), "--points", "30000", "--rounds", "1")
+    tree = run("benchmarks/kmeans_peers.py", str(merged / "run"), *more, threads="")
+    figures = tree["figures"]
+    assert figures["cells"] == CELLS and figures["axes"] == ["need code", "need prose"]
+    plain, evened = figures["even"]
+    assert evened["most"] - evened["least"] < plain["most"] - plain["least"]
+    assert all(goal["value"] < 1.05 for goal in tree["goals"] if "distance" in goal["name"])
+
+
+@pytest.mark.slow
+def test_four_billion_stages(merged: Path, tmp_path: Path) -> None:
+    """A run drawn from the records of another one, and each stage beside its input and output alone."""
+    script, place, shape = (
+        "benchmarks/four_billion.py",
+        str(tmp_path / "run"),
+        ("--shape", str(merged / "model")),
+    )
+    run(script, "synth", place, "--reference", str(merged / "run"), "--slices", "2", *shape)
+    run(script, "score", place, threads="--workers")
+    read = run(script, "cluster", place, *shape, "--budget", "0.5", threads="--workers")["figures"]
+    cut = [p for p in open_run(place).parameters if p.kind == "linear" and p.layer is not None]
+    assert read["weights"] == sum(p.size for p in cut)
+    assert read["written"] > 0 and read["read"] > 2 * read["weights"]  # a base model in two bytes a weight
+    figures = run(script, "assemble", place, *shape, "--budget", "0.5", threads="--workers")["figures"]
+    assert figures["written"] > 0
 
 
 def test_decode() -> None:

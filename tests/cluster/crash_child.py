@@ -9,20 +9,20 @@ import sys
 from itertools import count
 from pathlib import Path
 
-from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import SEED_WEIGHTS, ClusterConfig, ScoreConfig
-from tinyonn.score.stage import score_run
+from tests.cluster.runs import cluster, of_cluster
+from tests.recorded import score
+from tinyonn.config import ScoreConfig
 
-SCORES = {"default": ScoreConfig(), "seed": ScoreConfig(weights=SEED_WEIGHTS)}
+SCORES = {"balanced": ScoreConfig(), "source": ScoreConfig(weights="source")}
 CELLS = (7, 11)
 
 
 def main(folder: str, turn: int) -> None:
     """Print a line after each stage."""
     for number in count(turn):
-        score_run(folder, list(SCORES.values())[number % 2])
+        score(folder, list(SCORES.values())[number % 2])
         print("scored", flush=True)
-        cluster_run(folder, ClusterConfig(cells=CELLS[number % 2], seed=number, tolerance=0.01), fresh=True)
+        cluster(Path(folder), of_cluster(cells=CELLS[number % 2], seed=number), fresh=True)
         print("clustered", flush=True)
 
 

@@ -27,9 +27,9 @@ from tinyonn.evaluate.sensitivity import (
     smooth,
     solve,
 )
-from tinyonn.experts.selection import stored_shares
-from tinyonn.experts.source import RunSource
 from tinyonn.run import open_run
+from tinyonn.score.source import RunSource
+from tinyonn.select.selection import stored_shares
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from tinyonn.corpus.file import Sample
 from tinyonn.errors import InputError, StoreDamagedError
 from tinyonn.evaluate.report import EvaluateReport, card_figures
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpus, samples_of, split_of
-from tinyonn.experts.selection import SelectOptions
 from tinyonn.files import write_json
+from tinyonn.select.selection import SelectOptions
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated(
         evaluate_run(str(place), config, replace(options, data=None))
     with pytest.raises(InputError, match="is what was recorded"):
         evaluate_run(str(place), config, replace(options, data=config.data))
-    with pytest.raises(InputError, match="'best', which is no method; there are default, root, S, "):
+    with pytest.raises(InputError, match="'best', which is no method; there are default, root, source, "):
         evaluate_run(str(place), config, replace(options, methods=("best",)))
     with pytest.raises(InputError, match="needs calibration samples"):
         evaluate_run(

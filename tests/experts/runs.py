@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tests.dense.architectures import make_model
 from tests.record.runs import config_of, serial_run
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ExpertsConfig, ModelConfig, ScoreConfig
+from tinyonn.config import ClusterConfig, Config, ModelConfig, RouterConfig, RoutingConfig
 from tinyonn.score.stage import score_run
 
 CELLS = 6
@@ -29,13 +28,10 @@ def clustered_run(
     rows.write_text("\n".join(lines), "utf-8")
     config = config_of(make_model(name, folder / "model"), rows)
     model = ModelConfig(path=str(folder / "model"), quantization=quantization, dtype=dtype, device="cpu")
-    config = config.model_copy(update={"model": model})
+    train = config.train.model_copy(update={"routing": RoutingConfig(ks=(2, 4, 0))})
+    few = {"cluster": ClusterConfig(cells=CELLS), "router": RouterConfig(top_k=2), "train": train}
+    config = config.model_copy(update={"model": model, **few})
     serial_run(folder / "run", config)
-    score_run(str(folder / "run"), ScoreConfig())
-    cluster_run(str(folder / "run"), ClusterConfig(cells=CELLS))
+    score_run(str(folder / "run"), config)
+    cluster_run(str(folder / "run"), config)
     return config
-
-
-def by_cells(**options: Any) -> ExpertsConfig:
-    """Experts that are the run's cells."""
-    return ExpertsConfig(by="cells", **options)

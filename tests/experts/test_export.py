@@ -17,13 +17,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.experts.independent_reader import read_weights
-from tests.experts.runs import CELLS, by_cells, clustered_run
+from tests.experts.runs import CELLS, clustered_run
 from tinyonn.config import Config, ExpertsConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run
-from tinyonn.experts.export import Assembled, experts_of_slices, export_model, numbers_of
+from tinyonn.experts.export import Assembled, export_model, numbers_of
 from tinyonn.experts.folder import open_assembled
-from tinyonn.run import Run, open_run
 from tinyonn.train.checkpoint import save_model
 
 IDS = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -33,7 +32,7 @@ IDS = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
 def assembled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     folder = tmp_path_factory.mktemp("export")
     config = clustered_run(folder)
-    assemble_run(str(folder / "run"), config.model, by_cells(budget=0.5), folder=folder / "sparse")
+    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.5), folder=folder / "sparse")
     return folder, config
 
 
@@ -49,7 +48,7 @@ def test_a_dense_checkpoint_is_the_model_with_those_gates(
     name: str, quantization: str, tmp_path: Path
 ) -> None:
     config = clustered_run(tmp_path, name, quantization)
-    assemble_run(str(tmp_path / "run"), config.model, by_cells(budget=0.5), folder=tmp_path / "sparse")
+    assemble_run(str(tmp_path / "run"), config.model, ExpertsConfig(budget=0.5), folder=tmp_path / "sparse")
     chosen = [1, 4]
     report = export_model(tmp_path / "sparse", tmp_path / "dense", "dense", chosen)
     sparse = open_assembled(tmp_path / "sparse")
@@ -67,7 +66,7 @@ def test_a_dense_checkpoint_is_the_model_with_those_gates(
 @pytest.mark.parametrize(("name", "arch"), [("qwen2", "QWEN2"), ("llama", "LLAMA"), ("qwen3", "QWEN3")])
 def test_a_dense_checkpoint_has_what_a_conversion_to_gguf_needs(name: str, arch: str, tmp_path: Path) -> None:
     config = clustered_run(tmp_path, name)
-    assemble_run(str(tmp_path / "run"), config.model, by_cells(), folder=tmp_path / "sparse")
+    assemble_run(str(tmp_path / "run"), config.model, ExpertsConfig(), folder=tmp_path / "sparse")
     export_model(tmp_path / "sparse", tmp_path / "dense", "dense")
     layers = 2
     known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch), layers)
@@ -195,17 +194,13 @@ def test_files_may_be_cut_anywhere(assembled: tuple[Path, Config], tmp_path: Pat
                 assert path.read_bytes() == (tmp_path / f"{name}-{format}" / path.name).read_bytes()
 
 
-def test_experts_by_need_of_slices_are_those_that_they_would_keep(
-    assembled: tuple[Path, Config], tmp_path: Path
-) -> None:
-    folder, config = assembled
-    needed = ExpertsConfig(budget=0.4, count=7, core=0.1)
-    assemble_run(str(folder / "run"), config.model, needed, folder=tmp_path / "sparse")
-    opened = Assembled(tmp_path / "sparse")
+def test_experts_of_slices_are_those_that_they_would_keep(assembled: tuple[Path, Config]) -> None:
+    folder, _ = assembled
+    opened = Assembled(folder / "sparse")
     needs = opened.config["assembly"]["needs"]
 
     def of(slices: str) -> list[int]:
-        found = numbers_of(None, slices, opened, lambda: open_run(folder / "run"))
+        found = numbers_of(None, slices, opened)
         assert found is not None
         return found
 
@@ -213,41 +208,15 @@ def test_experts_by_need_of_slices_are_those_that_they_would_keep(
     assert of("code") == [number for number, need in enumerate(needs["code"]) if need <= 1]
     assert of("code") != of("prose")
     assert of("code,prose") == sorted({*of("code"), *of("prose")})
-    assert 0 < len(of("code")) < 7
+    assert 0 < len(of("code")) < CELLS
     with pytest.raises(InputError, match="no slice 'sums' with samples in this model; there are code, prose"):
         of("sums")
-    opened.config["assembly"]["needs"] = {"code": [2.0] * 7}
+    opened.config["assembly"]["needs"] = {"code": [2.0] * CELLS}
     with pytest.raises(InputError, match="code would keep no expert's weights"):
         of("code")
     del opened.config["assembly"]["needs"]
     with pytest.raises(InputError, match=r"earlier version .* `tinyonn assemble` again"):
         of("code")
-
-
-def test_experts_of_an_assembly_without_needs_are_cells(assembled: tuple[Path, Config]) -> None:
-    opened = Assembled(assembled[0] / "sparse")
-
-    def of_code() -> list[int] | None:
-        return numbers_of(None, "code", opened, lambda: open_run(assembled[0] / "run"))
-
-    assert opened.config["assembly"]["needs"] is None
-    wanted = of_code()
-    assert wanted
-    del opened.config["assembly"][
-        "needs"
-    ]  # an earlier version's, which had experts of cells within a cell alone
-    opened.config["assembly"]["selection"]["within"] = "cell"
-    assert of_code() == wanted
-
-
-def test_experts_of_slices_have_more_of_them_than_all() -> None:
-    cells = [
-        {"size": 10, "slices": {"code": 0.9, "prose": 0.1}},
-        {"size": 30, "slices": {"code": 0.2, "prose": 0.8}},
-        {"size": 5, "slices": {"code": 0.5, "prose": 0.5}},
-    ]
-    assert experts_of_slices(cells, ["code"], ["code", "prose"]) == [0, 2]
-    assert experts_of_slices(cells, ["prose"], ["code", "prose"]) == [1]
 
 
 def test_an_export_that_was_cut_off_is_made_again(
@@ -275,9 +244,6 @@ def test_an_export_that_was_cut_off_is_made_again(
 def test_what_cannot_be_exported_is_refused(assembled: tuple[Path, Config], tmp_path: Path) -> None:
     folder, _ = assembled
 
-    def run() -> Run:
-        return open_run(folder / "run")
-
     opened = Assembled(folder / "sparse")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
@@ -296,9 +262,12 @@ def test_what_cannot_be_exported_is_refused(assembled: tuple[Path, Config], tmp_
         ),
         (lambda: export_model(tmp_path / "none", tmp_path / "x", "npz"), "holds no assembled model"),
         (lambda: export_model(folder / "run", tmp_path / "x", "npz"), "holds no assembled model"),
-        (lambda: numbers_of("1,b", None, opened, run), "'b' is not a number"),
-        (lambda: numbers_of("1", "code", opened, run), "exclude each other"),
-        (lambda: numbers_of(None, "sums", opened, run), "no slice 'sums' in this run; there are code, prose"),
+        (lambda: numbers_of("1,b", None, opened), "'b' is not a number"),
+        (lambda: numbers_of("1", "code", opened), "exclude each other"),
+        (
+            lambda: numbers_of(None, "sums", opened),
+            "no slice 'sums' with samples in this model; there are code, prose",
+        ),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             call()

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.dense.architectures import ARCHITECTURES, FAMILIES, VOCAB, make_model
-from tests.experts.runs import by_cells, clustered_run
+from tests.experts.runs import clustered_run
 from tests.families.table import FAMILY_NOTES, REFUSALS, families_table, refusals_table, write_settings
 from tests.model.assembled import assembled
-from tinyonn.config import ModelConfig, parse_config
+from tinyonn.config import ExpertsConfig, ModelConfig, parse_config
 from tinyonn.dense.load import load_model
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
@@ -49,7 +49,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "quantization"), cases())
 def test_everything_kept_and_all_on_is_the_dense_model(name: str, quantization: str, tmp_path: Path) -> None:
     config = clustered_run(tmp_path, name, quantization, "float32", rows_each=4)
-    report = assemble_run(str(tmp_path / "run"), config.model, by_cells(budget=1.0))
+    report = assemble_run(str(tmp_path / "run"), config.model, ExpertsConfig(budget=1.0))
     assert report.budget == report.linear == sum(report.sizes)
     sparse, wanted = open_assembled(report.folder), logits(load_model(config.model).model)
     assert wanted.std() > 0.05

@@ -37,12 +37,12 @@ from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run, held_out_corpu
 from tinyonn.evaluate.trained import evaluate_trained, trained_card_figures
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.folder import open_assembled
-from tinyonn.experts.selection import SelectOptions, all_searched_shares, read_allocation
 from tinyonn.files import read_derived
 from tinyonn.profile.profile import open_profile
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.record.identity import recorded_corpus
 from tinyonn.run import open_run
+from tinyonn.select.selection import SelectOptions, all_searched_shares, read_allocation
 from tinyonn.store.arrays import codebooks_of, read_rows
 from tinyonn.train.checkpoint import Checkpoints
 from tinyonn.train.data import held_out_batches

@@ -76,7 +76,7 @@ class World:
             "data": data,
             "record": {"segment": 2, "workers": 2},
             "cluster": {"cells": 6},
-            "experts": {"budget": 0.6, "count": 6},
+            "experts": {"budget": 0.6},
             "profile": {"samples": 64},
             "router": {"top_k": 2},
             "train": {**train, "checkpoint_every": 5, "routing": {"ks": [2, 4, 0]}},
@@ -117,9 +117,9 @@ def _advance(run: Path, stage: str, config: Config) -> None:
     elif stage == "merge":
         merge_ready(Store.open(run / "store", read_only=False))
     elif stage == "score":
-        score_run(place, config.score)
+        score_run(place, config)
     elif stage == "cluster":
-        cluster_run(place, config.cluster)
+        cluster_run(place, config)
     elif stage == "assemble":
         assemble_run(place, config.model, config.experts)
     elif stage == "profile":

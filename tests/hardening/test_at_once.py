@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.dense.architectures import make_model
 from tests.record.runs import write_rows
-from tests.recorded import make_run
-from tinyonn.checks import UPDATED, Score, check_model, experts_of
-from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import Config, load_config, parse_config
+from tinyonn.checks import OTHERS, UPDATED, Preset, check_model, experts_of
+from tinyonn.config import PRESETS, Config, load_config, parse_config
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
 from tinyonn.evaluate.baselines import METHODS
-from tinyonn.experts.scores import SCORES
 from tinyonn.plan.facts import plan_run
 from tinyonn.record.driver import record
-from tinyonn.score.stage import score_run
+from tinyonn.score.scores import SCORES
 from tinyonn.train.plan import train_stage_options
 from tinyonn.yaml_text import parse_yaml
 
@@ -59,13 +56,13 @@ def test_a_key_of_its_own_beside_a_merged_one_is_no_twin() -> None:
 
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"experts": {"count": 8}, "train": {"routing": {"ks": [4, 9]}}}, r"train\.routing\.ks has 9 but there are 8"),
+    ({"cluster": {"cells": 8}, "train": {"routing": {"ks": [4, 9]}}}, r"train\.routing\.ks has 9 but there are 8"),
     ({"train": {"routing": {"ks": [-1]}}}, r"train\.routing\.ks has -1"),
-    ({"experts": {"by": "cells"}, "cluster": {"cells": 5}, "train": {"routing": {"ks": [6]}}}, r"5 experts \(cluster"),
-    ({"experts": {"count": 8}, "router": {"top_k": 9}}, r"router\.top_k = 9 but there are 8"),
-    ({"experts": {"count": 8}, "router": {"top_k": 6, "shared": 3}}, r"5 experts beside the 3 shared"),
-    ({"experts": {"count": 8}, "router": {"shared": 8}}, r"router\.shared = 8 of 8"),
-    ({"experts": {"count": 8, "top_k": 9}}, r"experts\.top_k = 9 but there are 8"),
+    ({"cluster": {"cells": 5}, "train": {"routing": {"ks": [6]}}}, r"5 experts \(cluster"),
+    ({"cluster": {"cells": 8}, "router": {"top_k": 9}}, r"router\.top_k = 9 but there are 8"),
+    ({"cluster": {"cells": 8}, "router": {"top_k": 6, "shared": 3}}, r"5 experts beside the 3 shared"),
+    ({"cluster": {"cells": 8}, "router": {"shared": 8}}, r"router\.shared = 8 of 8"),
+    ({"cluster": {"cells": 8}, "experts": {"top_k": 9}}, r"experts\.top_k = 9 but there are 8"),
     ({"experts": {"core": 1.0}}, r"experts\.core = 1"),
     ({"experts": {"budget": 1000.5}}, r"experts\.budget = 1000\.5"),
     ({"train": {"warm_start": 0}}, r"train\.warm_start = 0 leaves a new router"),
@@ -86,10 +83,10 @@ def test_options_that_contradict_each_other_are_refused_when_they_are_read(
 
 
 def test_defaults_are_fitted_to_fewer_experts() -> None:
-    few = train_stage_options(parse_config({"experts": {"count": 8}, "router": {"shared": 2}}))
+    few = train_stage_options(parse_config({"cluster": {"cells": 8}, "router": {"shared": 2}}))
     assert few.train.routing.ks == (0,)
     assert few.router is not None and few.router.top_k == 6
-    some = train_stage_options(parse_config({"experts": {"by": "cells"}, "cluster": {"cells": 30}}))
+    some = train_stage_options(parse_config({"cluster": {"cells": 30}}))
     assert some.train.routing.ks == (10, 25, 0)
     many = train_stage_options(Config())
     assert many.train.routing.ks == (10, 25, 50, 0)
@@ -98,7 +95,7 @@ def test_defaults_are_fitted_to_fewer_experts() -> None:
 
 
 def test_the_names_of_scores_and_methods_are_those_that_there_are() -> None:
-    assert set(Score.__args__) == set(SCORES)  # type: ignore[attr-defined]
+    assert {*get_args(Preset), *OTHERS} == set(SCORES) and set(get_args(Preset)) == set(PRESETS)
     parse_config(
         {"evaluate": {"methods": [*METHODS, *SCORES, *(f"{name}{UPDATED}" for name in SCORES)]}}, whole=True
     )
@@ -115,12 +112,9 @@ def config_for(model: Path, rows: Path, **sections: Any) -> Config:
 
 
 FITTING: list[tuple[dict[str, Any], str]] = [
-    ({"cluster": {"trunk": ["norm", "nosuch"]}}, "cluster.trunk has 'nosuch'.*its kinds are .*q_proj"),
-    ({"cluster": {"trunk": ["q_porj"]}}, "did you mean 'q_proj'"),
-    ({"cluster": {"trunk": ["q_proj"]}, "experts": {"by": "cells"}}, "experts.by = 'cells' needs labels of q_proj"),
     ({"experts": {"budget": 1e12}}, "experts.budget: 1,000,000,000,000 weights, but only 73,728"),
     ({"evaluate": {"budgets": [1e12]}}, "evaluate.budgets: 1,000,000,000,000 weights"),
-    ({"experts": {"budget": 50, "count": 60}}, "keeps 50 weights, below one for each of 60 experts"),
+    ({"experts": {"budget": 50}, "cluster": {"cells": 60}}, "keeps 50 weights, below one for each of 60 experts"),
 ]  # fmt: skip
 
 
@@ -154,13 +148,6 @@ def test_a_teacher_that_cannot_teach_is_refused_by_plan(model: Path, tmp_path: P
         config = config_for(model, tmp_path / "rows.jsonl", train={"teacher_model": teacher})
         with pytest.raises(InputError, match=told):
             plan_run(str(tmp_path / "run"), tmp_path / "run", config, {})
-
-
-def test_clustering_refuses_a_kind_that_there_is_not(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", {"code": 4, "prose": 4})
-    score_run(str(run), Config().score)
-    with pytest.raises(InputError, match=r"cluster.trunk has 'nosuch'"):
-        cluster_run(str(run), Config().cluster.model_copy(update={"trunk": ("norm", "nosuch")}))
 
 
 def test_kinds_of_every_architecture_may_stand_in_the_trunk_of_any() -> None:

@@ -11,10 +11,10 @@ import pytest
 from tests.hardening.flips import KINDS, SILENT, UNNAMED, Flip, World, flipped, make_world, table, take
 from tinyonn.corpus.file import Corpus
 from tinyonn.errors import StoreDamagedError
-from tinyonn.experts.selection import read_allocation
 from tinyonn.files import read_json
 from tinyonn.record.identity import corpus_of_run, identity_of, recorded_corpus
 from tinyonn.run import open_run
+from tinyonn.select.selection import read_allocation
 from tinyonn.store.repository import Store
 
 

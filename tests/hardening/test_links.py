@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.experts.runs import CELLS, by_cells, clustered_run
+from tests.experts.runs import clustered_run
 from tests.record.runs import serial_run
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ScoreConfig
+from tinyonn.config import Config, ExpertsConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import export_model
@@ -55,7 +55,7 @@ def copy(made: tuple[Path, Config], folder: Path) -> tuple[Path, Config]:
 
 
 def assemble(folder: Path, config: Config) -> Path:
-    assemble_run(str(folder / "run"), config.model, by_cells(budget=0.5))
+    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.5))
     return folder / "run" / "experts"
 
 
@@ -183,8 +183,8 @@ def test_the_hubs_cache_is_assembled_though_it_is_links(
     model = made[1].model.model_copy(update={"path": str(snapshot)})
     folder, config = tmp_path, made[1].model_copy(update={"model": model})
     serial_run(folder / "run", config)
-    score_run(str(folder / "run"), ScoreConfig())
-    cluster_run(str(folder / "run"), ClusterConfig(cells=CELLS))
+    score_run(str(folder / "run"), config)
+    cluster_run(str(folder / "run"), config)
     experts = assemble(folder, config)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (experts / name).read_bytes() == (made[0] / "model" / name).read_bytes()

@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.experts.runs import CELLS, by_cells
 from tests.hardening.neighbour import environment
 from tests.store.machines import beating
 from tests.train.runs import World, make_world
 from tinyonn.cli import app
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, ScoreConfig
+from tinyonn.config import ExpertsConfig
 from tinyonn.errors import StoreBusyError, StoreError
 from tinyonn.evaluate.allocate import AllocateOptions, allocate_run
 from tinyonn.evaluate.stage import EvaluateOptions, evaluate_run
@@ -271,9 +270,9 @@ def changing(world: World) -> dict[str, Callable[[], Any]]:
     return {
         "record": lambda: record(world.run, world.config, progress=False),
         "merge": lambda: merge_run(world.run),
-        "score": lambda: score_run(world.run, ScoreConfig()),
-        "cluster": lambda: cluster_run(world.run, ClusterConfig(cells=CELLS), fresh=True),
-        "assemble": lambda: assemble_run(world.run, world.config.model, by_cells(budget=0.3)),
+        "score": lambda: score_run(world.run, world.config),
+        "cluster": lambda: cluster_run(world.run, world.config, fresh=True),
+        "assemble": lambda: assemble_run(world.run, world.config.model, ExpertsConfig(budget=0.3)),
         "profile": lambda: profile_run(world.run, world.config, ProfileOptions(workers=1, fresh=True)),
     }
 
@@ -344,6 +343,6 @@ def test_one_assembles_into_a_folder_at_a_time(world: World, tmp_path: Path) -> 
     folder = tmp_path / "out"
     folder.mkdir()
     with only_writer(folder), pytest.raises(StoreBusyError, match=rf"writes into {folder}; .*another folder"):
-        assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
-    assemble_run(world.run, world.config.model, by_cells(budget=0.3), folder=folder)
+        assemble_run(world.run, world.config.model, ExpertsConfig(budget=0.3), folder=folder)
+    assemble_run(world.run, world.config.model, ExpertsConfig(budget=0.3), folder=folder)
     assert not list(folder.glob("lock*"))

@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.dense.architectures import make_model
-from tests.experts.runs import by_cells, clustered_run
+from tests.experts.runs import clustered_run
 from tests.hardening.models import place_of, turn
 from tests.model.assembled import dense_model
 from tests.train.trained import make_corpus
-from tinyonn.config import Config, ModelConfig
+from tinyonn.config import Config, ExpertsConfig, ModelConfig
 from tinyonn.errors import InputError
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.experts.export import Assembled
@@ -71,7 +71,7 @@ def test_a_converted_gguf_is_made_again(tmp_path: Path, monkeypatch: pytest.Monk
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
     folder = tmp_path_factory.mktemp("run")
     config = clustered_run(folder, quantization="none", rows_each=6)
-    assemble_run(str(folder / "run"), config.model, by_cells(budget=0.6))
+    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.6))
     return folder / "run", config
 
 
@@ -86,7 +86,7 @@ def experts(run: tuple[Path, Config]) -> Iterator[Path]:
 
 
 def again(run: tuple[Path, Config]) -> Any:
-    return assemble_run(str(run[0]), run[1].model, by_cells(budget=0.6))
+    return assemble_run(str(run[0]), run[1].model, ExpertsConfig(budget=0.6))
 
 
 def test_a_damaged_shard_is_made_again_and_the_others_are_kept(

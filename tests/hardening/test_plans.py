@@ -40,7 +40,7 @@ KERNELS = 192 * MiB
 def random_run(folder: Path, parameters: tuple[Parameter, ...], slices: int = 2, parts: int = 2) -> Path:
     """A recorded run of these tensors: random codes, as many live segments of each slice as it takes."""
     names = {f"slice{number}": parts * 2 for number in range(slices)}
-    manifest = Manifest({"weights": "m"}, {}, {}, names, 2, parameters, 5, parts)
+    manifest = Manifest({}, {}, {}, names, 2, parameters, 5, parts)  # of no model: any is the recorded one
     store = Store.create(folder / "store", manifest)
     calibration = {p.name: TensorCalibration(200, 190, -3) for p in parameters}
     store.commit_calibration(calibration)

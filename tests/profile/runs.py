@@ -6,10 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.experts.runs import by_cells
 from tests.record.runs import config_of, make_sick_model, serial_run, write_rows
 from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import ClusterConfig, Config, ScoreConfig
+from tinyonn.config import ClusterConfig, Config, ExpertsConfig
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.score.stage import score_run
 
@@ -35,17 +34,18 @@ def make_world(folder: Path) -> World:
     """All stages before the profile."""
     rows = write_rows(folder / "rows.jsonl", SLICES)
     config = config_of(make_sick_model(folder / "model"), folder / "rows.jsonl", workers=1, segment=32)
+    config = config.model_copy(update={"cluster": ClusterConfig(cells=CELLS)})
     run = folder / "run"
     serial_run(run, config)
-    score_run(str(run), ScoreConfig())
-    cluster_run(str(run), ClusterConfig(cells=CELLS))
+    score_run(str(run), config)
+    cluster_run(str(run), config)
     assemble(run, config)
     return World(run, rows, config)
 
 
 def assemble(run: Path, config: Config, budget: float = 0.4) -> str:
     """Assemble the run; the id."""
-    return assemble_run(str(run), config.model, by_cells(budget=budget)).assembly
+    return assemble_run(str(run), config.model, ExpertsConfig(budget=budget)).assembly
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.experts.runs import by_cells, clustered_run
+from tests.experts.runs import clustered_run
 from tests.train.defaults import loss_weights, optimizer_options, routing_options, stage_options, training
-from tinyonn.config import Config
+from tinyonn.config import Config, ExpertsConfig
 from tinyonn.experts.assemble import assemble_run
 from tinyonn.profile.stage import ProfileOptions, profile_run
 from tinyonn.train.options import (
@@ -70,6 +70,6 @@ class World:
 def make_world(folder: Path) -> World:
     """Record, score, cluster, assemble and profile."""
     config = clustered_run(folder, quantization="none")
-    assemble_run(str(folder / "run"), config.model, by_cells(budget=0.6))
+    assemble_run(str(folder / "run"), config.model, ExpertsConfig(budget=0.6))
     profile_run(str(folder / "run"), config, ProfileOptions(workers=1))
     return World(folder, config)

@@ -1,155 +1,147 @@
-"""What a weight looks like to the clustering, and the space that its features span.
+"""Where a weight lies for the clustering: its coordinates, from integers that are read band by band.
 
-A weight has a *code part*, its record and affinity, and a *place part*, the tensor (and buckets of rows and columns)
-that it lies in. All features are integers, so that their sums over weights are exact:
+================ =================================================================================
+feature          coordinate, before its weight
+================ =================================================================================
+need             one axis per slice: natural logarithm of the slice's need over the budget, from
+                 -3.5 to 1 (`tinyonn.cluster.needs`)
+score, act,      code of the merged record, 0..15, over 15; codes have equal mass in a tensor, so
+grad, freq       they are ranks
+row, column      sixteenth of the tensor's rows or columns, 0..15, over 15
+layer            number of the layer over the last one's
+kind             one axis per kind of module: 1 / sqrt 2
+================ =================================================================================
 
-======== ============================================ ==================
-group    feature                                      scaled to
-======== ============================================ ==================
-score    code of S, 0..15                             code / 15
-act      code of the mean act level, 0..15            code / 15
-grad     code of the mean grad level, 0..15           code / 15
-freq     code of the share, 0..15                     code / 15
-slice    selectivity on the dominant slice's axis     selectivity / 15
-layer    number of the layer, one axis                layer / last layer
-kind     one axis per kind of module, 0 or 1          1 / sqrt 2
-row      bucket of the row, 0..15                     bucket / 15
-column   bucket of the column, 0..15                  bucket / 15
-======== ============================================ ==================
+All but the last two differ from weight to weight: each is a *bin* of the weight and a table from bins to coordinates.
+Layer and kind are a tensor's.
 
-each times the group's weight. Codes have equal mass in a tensor, so a code is a rank: tensors are comparable
-whatever the size of their numbers. A weight's *key* is ``record's upper 12 bits << 8 | affinity``, 20 bits; its score
-is a function of the tensor and of the upper 12 bits.
+Shape suffixes: ``F`` features that differ within a tensor, ``A`` axes of features of the tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyonn.cluster.needs import BINS, Float32, NeedData
 from tinyonn.dense.parameters import Parameter, kind_of
-from tinyonn.store.records import Float64
+from tinyonn.score.source import Band
+from tinyonn.store.records import SHIFTS, STATISTICS, UInt16
 
 if TYPE_CHECKING:
     from tinyonn.config import FeatureWeights
 
 BUCKETS = 16
-KEYS = 1 << 20
-CODE_AXES = 4  # score, act, grad, freq
 HALF = 2**-0.5  # distance between two kinds becomes 1
+CODED = ("score", *STATISTICS)
+PLACED = ("row", "column")
 
 
 @dataclass(frozen=True)
 class Space:
-    """The axes of the features and their scale.
-
-    Axes, in order: score, act, grad, freq; one per slice; layer; one per kind; row, column.
+    """The axes, those with a weight above 0 alone.
 
     Attributes
     ----------
-    slices, kinds : tuple of str
+    slices : tuple of str
+        That have samples.
+    coded : tuple of str
+        Those of `CODED`, then those of `PLACED`.
+    kinds : tuple of str
+        None where kinds do not count.
     last_layer : int
-    scale : float64 [axes]
-        What one unit of an integer feature is worth in the distance.
+    weights : FeatureWeights
     """
 
     slices: tuple[str, ...]
+    coded: tuple[str, ...]
     kinds: tuple[str, ...]
     last_layer: int
-    scale: Float64
-
-    @property
-    def axes(self) -> int:
-        """How many there are."""
-        return int(self.scale.size)
-
-    @property
-    def largest_distance(self) -> float:
-        """A bound of the squared distance between two weights."""
-        units = self.scale.copy()
-        units[: self.layer_axis] *= 15
-        units[self.layer_axis] *= max(self.last_layer, 1)
-        units[-2:] *= BUCKETS - 1
-        squares = units**2
-        one_of = slice(CODE_AXES, self.layer_axis), slice(self.layer_axis + 1, -2)
-        alone = [*range(CODE_AXES), self.layer_axis, self.axes - 2, self.axes - 1]
-        pairs = sum(2 * float(squares[axes].max(initial=0.0)) for axes in one_of)
-        return max(float(squares[alone].sum()) + pairs, 1e-12)
-
-    @property
-    def layer_axis(self) -> int:
-        """Place of the layer; kinds follow, then row and column."""
-        return CODE_AXES + len(self.slices)
+    weights: FeatureWeights
 
     @property
     def names(self) -> list[str]:
-        """Of the axes."""
+        """Of all axes: those of F, then those of A."""
+        layer = ["layer"] if self.weights.layer > 0 else []
         return [
-            *("score", "act", "grad", "freq"),
-            *(f"slice {name}" for name in self.slices),
-            "layer",
-            *(f"kind {name}" for name in self.kinds),
-            *("row", "column"),
+            *(f"need {name}" for name in self.slices),
+            *self.coded,
+            *layer,
+            *(f"kind {kind}" for kind in self.kinds),
         ]
 
-    def place(self, parameter: Parameter, row: int, column: int) -> np.ndarray:
-        """Integer features of a place: int64 [axes after the slices]."""
-        features = np.zeros(self.axes - self.layer_axis, np.int64)
-        features[0] = _depth(parameter, self.last_layer)
-        features[1 + self.kinds.index(kind_of(parameter))] = 1
-        features[-2:] = row, column
-        return features
+    @property
+    def own(self) -> int:
+        """How many axes differ within a tensor."""
+        return len(self.slices) + len(self.coded)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What of a band the bins are made of."""
+        return frozenset({"weights", "records"} if set(self.coded) & set(CODED) else {"weights"})
+
+    def table(self, needs_SB: Float32) -> Float32:
+        """Coordinates of a tensor's bins, float32 [F, bins], from the logs of its needs by slice and bin."""
+        out_FB = np.zeros((self.own, BINS), np.float32)
+        out_FB[: len(self.slices)] = self.weights.need * needs_SB
+        for number, name in enumerate(self.coded, len(self.slices)):
+            out_FB[number, :BUCKETS] = getattr(self.weights, name) * np.arange(BUCKETS) / (BUCKETS - 1)
+        return out_FB
+
+    def place(self, parameter: Parameter) -> Float32:
+        """A tensor's own coordinates: float32 [A]."""
+        depth = parameter.layer if parameter.layer is not None else self.last_layer
+        layer = [self.weights.layer * depth / max(self.last_layer, 1)] if self.weights.layer > 0 else []
+        kind = kind_of(parameter)
+        return np.array(
+            [*layer, *(self.weights.kind * HALF * (name == kind) for name in self.kinds)], np.float32
+        )
 
 
-def space_of(
-    parameters: Sequence[Parameter],
-    every: Sequence[Parameter],
-    slices: Sequence[str],
-    weights: FeatureWeights,
-) -> Space:
+def space_of(parameters: Sequence[Parameter], slices: Sequence[str], weights: FeatureWeights) -> Space:
     """The space for some tensors.
 
     Parameters
     ----------
     parameters : sequence of Parameter
         Those that are clustered.
-    every : sequence of Parameter
-        All of the model, which say how many layers there are.
     slices : sequence of str
+        That have samples.
     weights : FeatureWeights
     """
-    kinds = tuple(dict.fromkeys(kind_of(parameter) for parameter in parameters))
-    last = max((parameter.layer or 0 for parameter in every), default=0)
-    scale = np.array(
-        [
-            *(weight / 15 for weight in (weights.score, weights.act, weights.grad, weights.freq)),
-            *([weights.slice / 15] * len(slices)),
-            weights.layer / max(last, 1),
-            *([weights.kind * HALF] * len(kinds)),
-            *(weight / (BUCKETS - 1) for weight in (weights.row, weights.column)),
-        ]
-    )
-    return Space(tuple(slices), kinds, last, scale)
+    kinds = tuple(dict.fromkeys(map(kind_of, parameters))) if weights.kind > 0 else ()
+    last = max((parameter.layer or 0 for parameter in parameters), default=0)
+    coded = tuple(name for name in (*CODED, *PLACED) if getattr(weights, name) > 0)
+    return Space(tuple(slices), coded, kinds, last, weights)
 
 
-def _depth(parameter: Parameter, last: int) -> int:
-    """Layer number; what lies before the layers counts as the first, what lies behind as the last."""
-    if parameter.layer is not None:
-        return parameter.layer
-    return 0 if parameter.kind == "embedding" else last
+class TensorBins:
+    """Bins of a tensor's weights on all axes that differ within it, band by band."""
 
+    def __init__(self, data: NeedData, space: Space, parameter: Parameter) -> None:
+        self._needs, self._space, self._shape = data.tensor(parameter.name), space, parameter.shape
 
-def bucket_edges(extent: int, buckets: int) -> list[tuple[int, int]]:
-    """Half-open ranges that cut an axis into at most so many buckets of like size."""
-    buckets = min(buckets, extent)
-    edges = [extent * i // buckets for i in range(buckets + 1)]
-    return list(pairwise(edges))
+    def of(self, band: Band) -> UInt16:
+        """Of a band that was read with the space's `reads`: uint16 [F, rows, columns]."""
+        assert band.weights is not None
+        needs_SOI = self._needs.bins(band.first, band.first + len(band.weights), band.weights)
+        if not self._space.coded:
+            return needs_SOI
+        out = np.empty((self._space.own, *band.weights.shape), np.uint16)
+        out[: len(needs_SOI)] = needs_SOI
+        for number, name in enumerate(self._space.coded, len(needs_SOI)):
+            out[number] = self._coded(band, name)
+        return out
 
-
-def bucket_number(index: int, count: int) -> int:
-    """Feature of the bucket with this index among `count`, 0..15."""
-    return 0 if count == 1 else round(index * (BUCKETS - 1) / (count - 1))
+    def _coded(self, band: Band, name: str) -> np.ndarray:
+        if name in CODED:
+            assert band.records is not None
+            return (band.records >> SHIFTS[name]) & 15
+        rows, columns = self._shape
+        if name == "row":
+            rows_O = np.arange(band.first, band.first + len(band.weights))  # type: ignore[arg-type]
+            return np.asarray(rows_O * BUCKETS // rows)[:, None]
+        return np.asarray(np.arange(columns) * BUCKETS // columns)[None]

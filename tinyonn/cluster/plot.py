@@ -1,7 +1,7 @@
 """Pictures of the cells: UMAP and t-SNE of a stratified sample of weights, cell sizes, layers by cell. PNG and HTML.
 
-Needs the extra ``plot``. The sample takes weights from every cell in proportion to the root of its size, so that small
-cells are seen.
+Needs the extra ``plot``. The sample is of the weights that the clustering has drawn, from every cell in proportion to
+the root of its size, so that small cells are seen.
 """
 
 from __future__ import annotations
@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyonn.cluster.centres import NEEDS
+from tinyonn.cluster.look import coordinates, looked_at
+from tinyonn.cluster.stage import Job, labels_of, source_of
+from tinyonn.config import Config
 from tinyonn.dense.parameters import kind_of
 from tinyonn.errors import InputError
-from tinyonn.run import Run, open_run
+from tinyonn.places import store_location
+from tinyonn.select.select import one_by_one
 from tinyonn.show.escape import html, picture
-from tinyonn.store.arrays import bands, read_together
+from tinyonn.store.arrays import read_rows
 from tinyonn.store.records import Float64
+from tinyonn.store.repository import Store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SAMPLE = 50_000  # weights in the projections
 TSNE_SAMPLE = 10_000  # t-SNE grows faster than linearly; a part of the same sample
-CANDIDATES = 4_000_000  # weights that the sample is drawn from, evenly spread over all tensors
 DOT = 2.0
 PNG_DPI = 110
 
@@ -39,7 +44,7 @@ class Sample:
         Scaled, as the clustering saw them.
     cells : int64 [n]
     kinds, slices : list of str
-        Of each weight: kind of module, dominant slice.
+        Of each weight: kind of module, slice that needs it most.
     """
 
     features: Float64
@@ -48,17 +53,17 @@ class Sample:
     slices: list[str]
 
 
-def plot_cells(location: str, folder: Path, seed: int = 0, sample: int = SAMPLE) -> list[Path]:
+def plot_cells(location: str, config: Config, folder: Path, sample: int = SAMPLE) -> list[Path]:
     """Draw a clustered run.
 
     Parameters
     ----------
     location : str
         The run's folder or ``s3://`` address.
+    config : Config
+        It was clustered with; its seed is that of the sample and of the projections, too.
     folder : Path
         Made if it is not there.
-    seed : int
-        Of the sample and of the projections.
     sample : int
         Weights in the projections.
 
@@ -79,11 +84,8 @@ def plot_cells(location: str, folder: Path, seed: int = 0, sample: int = SAMPLE)
     except ImportError as error:
         raise InputError(f"--plot needs the package {error.name}: pip install 'tiny-onn[plot]'") from None
     matplotlib.use("Agg")
-    run = open_run(location)
-    stored = run.store.reader().stage("labels")
-    if stored is None:
-        raise InputError(f"{location} is not clustered yet; run `tinyonn cluster` first")
-    drawn = draw_sample(run, stored, sample, seed)
+    seed = config.cluster.seed
+    drawn, stored = draw_sample(location, config, sample)
     maps = {"UMAP": _umap(drawn.features, seed)}
     part = np.random.default_rng(seed).permutation(drawn.cells.size)[:TSNE_SAMPLE]
     maps["t-SNE"] = _tsne(drawn.features[part], seed)
@@ -95,35 +97,31 @@ def plot_cells(location: str, folder: Path, seed: int = 0, sample: int = SAMPLE)
     return paths
 
 
-def draw_sample(run: Run, stored: dict[str, Any], wanted: int, seed: int) -> Sample:
-    """Draw weights from every cell in proportion to the root of its size."""
-    rng = np.random.default_rng(seed)
-    inside = [p for p in run.parameters if kind_of(p) not in stored["described"]["config"]["trunk"]]
-    total = sum(parameter.size for parameter in inside)
-    axes = list(stored["axes"])
+def draw_sample(location: str, config: Config, wanted: int) -> tuple[Sample, dict[str, Any]]:
+    """Weights from every cell in proportion to the root of its size, and the labels' attributes."""
+    store = Store.open(store_location(location))
+    stored = labels_of(store)
+    if stored is None:
+        raise InputError(f"{location} is not clustered yet; run `tinyonn cluster` first")
+    job = Job(store, location, config, source_of(store, location, config))
+    reader = store.reader()
+    needs = [number for number, name in enumerate(job.space.names) if name.startswith(NEEDS)]
+    looks, tables = job.look(one_by_one)
     features, cells, kinds, slices = [], [], [], []
-    reader = run.store.reader()
-    for parameter in inside:
-        arrays = [
-            (reader.output(group, parameter.name), reader.what(group, parameter.name))
-            for group in ("rows", "affinity", "labels")
-        ]
-        spans = list(bands(parameter.shape))
-        first, last = spans[int(rng.integers(len(spans)))]
-        rows, affinity, labels = (part.reshape(-1) for part in read_together(arrays, first, last))
-        count = min(rows.size, max(64, CANDIDATES * parameter.size // total))
-        chosen = rng.choice(rows.size, count, replace=False)
-        record, beside = rows[chosen].astype(np.int64), affinity[chosen].astype(np.int64)
-        x = np.zeros((count, len(axes)))
-        x[:, :4] = np.stack([record & 15, record >> 12, record >> 8 & 15, record >> 4 & 15], axis=1)
-        x[np.arange(count), 4 + (beside >> 4)] = beside & 15
-        x[:, axes.index("layer")] = parameter.layer or 0
-        x[:, axes.index(f"kind {kind_of(parameter)}")] = 1
-        features.append(x * np.asarray(stored["scale"]))
-        cells.append(labels[chosen].astype(np.int64))
-        kinds += [kind_of(parameter)] * count
-        slices += [stored["slices"][number] for number in beside >> 4]
-    return _stratified(np.concatenate(features), np.concatenate(cells), kinds, slices, wanted, rng)
+    for parameter, look, table_FB in zip(job.inside, looks, tables, strict=True):
+        array, what = reader.output("labels", parameter.name), reader.what("labels", parameter.name)
+        width = parameter.size // parameter.shape[0]
+        for first, last in looked_at(parameter.shape):
+            inside = (look.at_N >= first * width) & (look.at_N < last * width)
+            labels = read_rows(array, first, last, what).reshape(-1)[look.at_N[inside] - first * width]
+            x_NA = coordinates(look, table_FB, job.space.place(parameter), np.flatnonzero(inside))
+            features.append(x_NA)
+            cells.append(labels.astype(np.int64))
+            kinds += [kind_of(parameter)] * len(x_NA)
+            slices += [job.space.slices[number] for number in x_NA[:, needs].argmin(1)]
+    rng = np.random.default_rng(config.cluster.seed)
+    drawn = _stratified(np.concatenate(features), np.concatenate(cells), kinds, slices, wanted, rng)
+    return drawn, stored
 
 
 def _stratified(
@@ -179,7 +177,7 @@ def _draw_png(
         colours = {
             "cell": drawn.cells[chosen],
             "kind": np.array(drawn.kinds)[chosen],
-            "dominant slice": np.array(drawn.slices)[chosen],
+            "slice that needs them most": np.array(drawn.slices)[chosen],
         }
         for column, (title, values) in enumerate(colours.items()):
             _scatter(grid[line, column], points, values)
@@ -191,9 +189,9 @@ def _draw_png(
     grid[2, 1].set(title="share of a cell's weights by layer", xlabel="cell", ylabel="layer")
     figure.colorbar(image, ax=grid[2, 1])
     names = stored["slices"]
-    shares = np.array([[cell["slices"].get(name, 0.0) for name in names] for cell in stored["cells"]])
-    image = grid[2, 2].imshow(shares.T, aspect="auto", cmap="magma")
-    grid[2, 2].set(title="share of a cell's weights by dominant slice", xlabel="cell")
+    needs = np.array([[cell["needs"][name] for name in names] for cell in stored["cells"]])
+    image = grid[2, 2].imshow(-np.log2(needs.T), aspect="auto", cmap="magma")
+    grid[2, 2].set(title="how much slices need a cell, octaves of the budget", xlabel="cell")
     grid[2, 2].set_yticks(range(len(names)), [picture(name) for name in names])
     figure.colorbar(image, ax=grid[2, 2])
     figure.tight_layout()

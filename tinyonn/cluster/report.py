@@ -1,4 +1,4 @@
-"""What the cells are made of: counts by layer, kind and slice, and mean codes; what has moved; a table for people."""
+"""What the cells are: which slices need their weights, layers and kinds; what has moved; a table for people."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from tinyonn.cluster.features import CODE_AXES, Space
-from tinyonn.cluster.histogram import NO_CELL, Moved, Place
-from tinyonn.cluster.kmeans import Assignment, Rows
+from tinyonn.cluster.features import Space
+from tinyonn.cluster.labels import NO_CELL, Labelled, Moved
+from tinyonn.cluster.needs import HEIGHT
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_count, format_seconds
 
-SHOWN = 20  # cells in the table, the largest
+SHOWN = 20  # cells in the table
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,22 @@ class Cell:
     ----------
     number, size : int
         Its label; weights in it.
-    score, act, grad, freq : float
-        Mean codes, 0 to 15.
-    selectivity : float
-        Mean selectivity, 0 to 15.
+    needed : int
+        Those of them that some slice needs within the budget.
+    needs : dict of str to float
+        By slice: the budget under which it would keep the needed ones, as a multiple of the budget that was clustered
+        for, geometric mean; e without any.
     slices, kinds : dict of str to float
-        Share of its weights by dominant slice and by kind of module; shares that are 0 left out.
+        Share of its weights by dominant slice, on which they stand higher than on others (affinity), and by kind of
+        module; shares that are 0 left out.
     layers : list of float
         Share of its weights by layer; what lies outside the layers is left out.
     """
 
     number: int
     size: int
-    score: float
-    act: float
-    grad: float
-    freq: float
-    selectivity: float
+    needed: int
+    needs: dict[str, float]
     slices: dict[str, float]
     kinds: dict[str, float]
     layers: list[float]
@@ -74,17 +72,16 @@ class ClusterReport:
     location: str
     weights: int
     trunk: int
+    budget: float
     cells: tuple[Cell, ...]
     inertia: float
-    iterations: int
-    converged: bool
-    distinct_rows: int
-    balance_cost: float | None
+    even_cost: float
+    points: int
     started_from: str
     churn: Churn | None
     workers: int
-    seconds_counting: float
-    seconds_clustering: float
+    seconds_looking: float
+    seconds_centres: float
     seconds_labelling: float
     fresh: bool
     planned_rss_bytes: int = 0
@@ -99,66 +96,58 @@ class ClusterReport:
 
 
 def summarise(
-    rows: Rows,
-    found: Assignment,
-    space: Space,
+    labelled: Mapping[str, Labelled],
     parameters: Sequence[Parameter],
-    places: dict[str, list[Place]],
+    space: Space,
+    slices: Sequence[str],
+    cells: int,
 ) -> Iterator[Cell]:
-    """Every cell's summary, from whole numbers of weights."""
-    cells = found.sizes.size
-    by_slice = np.zeros((cells, 16), np.int64)
-    by_place = np.zeros((rows.offsets.size - 1, cells), np.int64)
-    _count_cells(rows.keys, rows.counts, rows.offsets, found.labels, by_slice, by_place)
-    owners = [parameter for parameter in parameters for _ in places[parameter.name]]
-    by_layer = np.zeros((space.last_layer + 1, cells), np.int64)
-    by_kind = {kind: np.zeros(cells, np.int64) for kind in space.kinds}
-    for parameter, counts in zip(owners, by_place, strict=True):
-        by_kind[kind_of(parameter)] += counts
+    """Every cell's summary, from whole numbers of weights and, for the needs, sums of logarithms; `slices` are those of
+    the run, as affinities number them.
+    """
+    found = [(parameter, labelled[parameter.name]) for parameter in parameters]
+    filled = len(found[0][1].sizes_K)
+    by_layer = np.zeros((1 + max((p.layer or 0 for p in parameters), default=0), filled), np.int64)
+    by_kind = {kind_of(parameter): np.zeros(filled, np.int64) for parameter in parameters}
+    for parameter, its in found:
+        by_kind[kind_of(parameter)] += its.sizes_K
         if parameter.layer is not None:
-            by_layer[parameter.layer] += counts
+            by_layer[parameter.layer] += its.sizes_K
+    needed_K = np.sum([its.needed_K for _, its in found], axis=0)
+    sums_KS = np.sum([its.needs_KS for _, its in found], axis=0) / space.weights.need
+    logs_KS = np.where(needed_K[:, None] > 0, sums_KS / np.maximum(needed_K, 1)[:, None], HEIGHT)
+    sizes_K = np.sum([its.sizes_K for _, its in found], axis=0)
+    slices_KD = np.sum([its.slices_KD for _, its in found], axis=0)
     for cell in range(cells):
-        size = int(found.sizes[cell])
-        means = found.sums[cell, :CODE_AXES] / max(size, 1)
-        selectivity = found.sums[cell, CODE_AXES : space.layer_axis].sum() / max(size, 1)
+        if cell >= filled:
+            nothing = dict.fromkeys(space.slices, float(np.exp(HEIGHT)))
+            yield Cell(cell, 0, 0, nothing, {}, {}, [0.0] * len(by_layer))
+            continue
+        size = int(sizes_K[cell])
         yield Cell(
             cell,
             size,
-            float(means[0]),
-            float(means[1]),
-            float(means[2]),
-            float(means[3]),
-            float(selectivity),
-            _shares({name: by_slice[cell, number] for number, name in enumerate(space.slices)}, size),
-            _shares({kind: counts[cell] for kind, counts in by_kind.items()}, size),
+            int(needed_K[cell]),
+            dict(zip(space.slices, np.exp(logs_KS[cell]).tolist(), strict=True)),
+            {name: float(slices_KD[cell, d] / size) for d, name in enumerate(slices) if slices_KD[cell, d]},
+            {kind: float(counts[cell] / size) for kind, counts in by_kind.items() if counts[cell]},
             [float(count / max(size, 1)) for count in by_layer[:, cell]],
         )
 
 
-def _shares(counts: dict[str, Any], size: int) -> dict[str, float]:
-    return {name: float(count / size) for name, count in counts.items() if count}
-
-
-@njit(nogil=True, cache=True)
-def _count_cells(keys: Any, counts: Any, offsets: Any, labels: Any, by_slice: Any, by_place: Any) -> None:
-    for place in range(offsets.size - 1):
-        for row in range(offsets[place], offsets[place + 1]):
-            by_slice[labels[row], keys[row] >> 4 & 15] += counts[row]
-            by_place[place, labels[row]] += counts[row]
-
-
 def _cell_table(report: ClusterReport) -> Sheet:
-    """The largest cells, and what the clustering took."""
+    """The cells that are needed most, and what the clustering took."""
     sheet = Sheet(f"{len(report.cells)} cells of {whole(report.location)}", list(_notes(report)))
-    sheet.number("cell", "weights", "share", "score", "act", "grad", "freq")
-    sheet.text("most of it", "layers")
-    largest = sorted(report.cells, key=lambda cell: -cell.size)[:SHOWN]
-    for cell in largest:
+    sheet.number("cell", "weights", "share", "needed")
+    sheet.text("most by", "least by", "most of it", "layers")
+    for cell in report.cells[:SHOWN]:
+        order = sorted(cell.needs, key=lambda name: cell.needs[name])
         sheet.add(
             str(cell.number),
             f"{cell.size:,}",
             f"{cell.size / report.weights:.2%}",
-            *(f"{mean:.1f}" for mean in (cell.score, cell.act, cell.grad, cell.freq)),
+            f"{cell.needed / max(cell.size, 1):.0%}",
+            *(whole(f"{name} {cell.needs[name]:.2f}") for name in (order[0], order[-1])),
             f"{_top(cell.slices)}, {_top(cell.kinds)}",
             _span(cell.layers),
         )
@@ -167,21 +156,21 @@ def _cell_table(report: ClusterReport) -> Sheet:
 
 def _notes(report: ClusterReport) -> Iterator[str]:
     if len(report.cells) > SHOWN:
-        yield f"the {SHOWN} largest of {len(report.cells)} cells; --json lists all"
+        yield f"{SHOWN} of {len(report.cells)} cells; --json lists all"
     yield (
-        f"{format_count(report.weights)} weights in cells, {format_count(report.trunk)} in the trunk, "
-        f"{report.distinct_rows:,} distinct rows; inertia {report.inertia:.6g}"
+        f"{format_count(report.weights)} weights in cells, {format_count(report.trunk)} in the trunk; needed: by some "
+        f"slice within the budget of {report.budget:.1%}; 0.50 beside a slice: it would keep them under half of it"
     )
-    settled = "settled" if report.converged else "did not settle"
-    yield f"started from {report.started_from}, {settled} after {report.iterations} iterations"
-    if report.balance_cost is not None:
-        yield f"the cap costs {report.balance_cost - 1:.1%} more inertia"
+    yield (
+        f"centres of {report.points:,} weights, started from {report.started_from}; mean squared distance "
+        f"{report.inertia:.4g}, even sizes cost {report.even_cost - 1:.1%} of it"
+    )
     if report.churn is not None:
         yield f"{report.churn.share:.2%} of the weights changed cell since the clustering before"
     if report.fresh:
         yield (
-            f"counting {format_seconds(report.seconds_counting)}, clustering "
-            f"{format_seconds(report.seconds_clustering)}, labelling {format_seconds(report.seconds_labelling)}"
+            f"looking {format_seconds(report.seconds_looking)}, centres {format_seconds(report.seconds_centres)}, "
+            f"labelling {format_seconds(report.seconds_labelling)}"
         )
     else:
         yield "nothing to do: clustered already"
@@ -229,17 +218,16 @@ def reported(location: str, stored: dict[str, Any]) -> ClusterReport:
         location=location,
         weights=stored["weights"],
         trunk=stored["trunk"],
+        budget=stored["budget"],
         cells=tuple(Cell(**cell) for cell in stored["cells"]),
         inertia=stored["inertia"],
-        iterations=stored["iterations"],
-        converged=stored["converged"],
-        distinct_rows=stored["distinct_rows"],
-        balance_cost=stored["balance_cost"],
+        even_cost=stored["even_cost"],
+        points=stored["points"],
         started_from=stored["started_from"],
         churn=None if stored["churn"] is None else Churn(**stored["churn"]),
         workers=0,
-        seconds_counting=0.0,
-        seconds_clustering=0.0,
+        seconds_looking=0.0,
+        seconds_centres=0.0,
         seconds_labelling=0.0,
         fresh=False,
     )

@@ -1,74 +1,66 @@
-"""``tinyonn cluster``: all scored weights into cells, out of core, exactly.
+"""``tinyonn cluster``: all weights that can be cut into cells, by which slices need them, out of core.
 
-Data flow: Dask tasks count the distinct rows of every tensor (`histogram`) → k-means over them in this process, on
-threads (`kmeans`) → Dask tasks look every weight's label up and write it → one commit, with the centres, the space and
-a summary of the cells as attributes. A later call starts from the stored centres.
+Data flow: Dask tasks look at some weights of every tensor (`look`) → allocation, tables and a sample of what will be
+kept → k-means over it in this process (`centres`) → Dask tasks write every weight's label (`labels`) → one commit, with
+the centres and a summary of the cells as attributes. A later call starts from the stored centres. The cells are the
+experts: ``tinyonn assemble`` reads them.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from tinyonn.checks import check_kinds
-from tinyonn.cluster.features import BUCKETS, Space, space_of
-from tinyonn.cluster.histogram import (
-    NO_CELL,
-    Grid,
-    LabelTable,
-    Place,
-    count_bytes,
-    count_tensors,
-    label_tensors,
+from tinyonn.cluster.centres import Centres, find_centres, match_numbers, stored_means
+from tinyonn.cluster.features import Space, space_of
+from tinyonn.cluster.labels import NO_CELL, LabelData, Labelled, label_bytes, label_tensors
+from tinyonn.cluster.look import (
+    DRAWN,
+    POINTS,
+    Look,
+    LookData,
+    Shares,
+    curves_of,
+    look_at,
+    look_bytes,
+    looked_at,
+    points_of,
+    share_drawn,
+    tables_of,
 )
-from tinyonn.cluster.kmeans import Clustering, KMeans, Rows, match_numbers, stored_centres
-from tinyonn.cluster.report import Cell, Churn, ClusterReport, churn_of, reported, summarise
-from tinyonn.config import ClusterConfig
-from tinyonn.dense.parameters import Parameter, kind_of
-from tinyonn.errors import CapacityError, InputError
-from tinyonn.machine import free_ram, usable_cpus
+from tinyonn.cluster.needs import BINS, Curves, Float32, NeedData
+from tinyonn.cluster.report import Cell, ClusterReport, churn_of, reported, summarise
+from tinyonn.config import Config
+from tinyonn.dense.parameters import Parameter
+from tinyonn.dense.weights import BaseWeights
+from tinyonn.errors import InputError
 from tinyonn.places import local_folder, store_location
 from tinyonn.plan.demands import codec_bytes
+from tinyonn.record.identity import check_base
+from tinyonn.run import Run
+from tinyonn.score.scores import name_of
+from tinyonn.score.source import RunSource, tensors_outside
 from tinyonn.score.stage import task_groups
+from tinyonn.select.selection import SelectOptions, all_searched_shares, select_options
 from tinyonn.show.pace import Phase
 from tinyonn.show.progress import Bar
-from tinyonn.show.sizes import MiB, format_size
+from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock
 from tinyonn.store.repository import Store
 from tinyonn.workers.tasks import THREADS, Call, Compute, EngineOptions, Watch, computing
 
 LOG = logging.getLogger(__name__)
 
-# Of a distinct row: key, score and count, as counted and put together; labels of two passes; two bounds.
-ROW_BYTES = 2 * (4 + 1 + 4) + 2 + 8
-OWN_BYTES = 415 * MiB  # of the process: Python with the store, Dask, Numba's kernels and scikit-learn
-FEW_ITERATIONS = 5  # before which their number cannot be told
-MOVED = 1e-7  # share of the weights that moves, below which it counts as none
-WAVES = 8  # in which the counting is done, so that what does not fit is found early
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """What is clustered: the tensors outside the trunk, their tasks, and the grid of their positions."""
-
-    inside: tuple[Parameter, ...]
-    trunk: tuple[Parameter, ...]
-    grid: Grid
-
-    @property
-    def groups(self) -> list[list[Parameter]]:
-        """Of one counting task each."""
-        return task_groups(self.inside)
+FORMAT = 1  # of needs, look and centres: another one gives other labels
+OWN_BYTES = 760 * MiB  # of the process: Python with the store, Dask, Torch, Numba's kernels and scikit-learn
 
 
 def cluster_run(
-    location: str, config: ClusterConfig, options: EngineOptions = THREADS, fresh: bool = False
+    location: str, config: Config, options: EngineOptions = THREADS, fresh: bool = False
 ) -> ClusterReport:
     """Cluster a scored run; may be killed at any moment and called again.
 
@@ -76,7 +68,8 @@ def cluster_run(
     ----------
     location : str
         The run's folder or ``s3://`` address.
-    config : ClusterConfig
+    config : Config
+        Its model, which must be the recorded one; of its experts the budget, score, core and allocation.
     options : EngineOptions
     fresh : bool
         Start anew instead of from the stored centres; cells keep their numbers as far as they match.
@@ -84,7 +77,7 @@ def cluster_run(
     Raises
     ------
     InputError
-        No run is there, it is not scored, or it has fewer distinct rows than cells.
+        No run is there, it is not scored, or the base model is not the recorded one.
     CapacityError
         The memory limit is below what is needed, or the disk is full.
     StoreBusyError
@@ -95,12 +88,10 @@ def cluster_run(
     _check_scored(Store.open(store_location(location)))
     with RunLock(local_folder(location), what="cluster"):
         store = Store.open(store_location(location), read_only=False)
-        scored = _check_scored(store)
-        stored = store.reader().stage("labels")
-        described = describe_cluster(config, scored)
-        if stored is not None and stored["described"] == described and not fresh:
-            return reported(location, stored)
-        return _Job(store, location, config, options, described, stored, fresh).run()
+        job = Job(store, location, config, source_of(store, location, config), options, fresh)
+        if job.stored is not None and job.stored["described"] == job.described and not fresh:
+            return reported(location, job.stored)
+        return job.run()
 
 
 def _check_scored(store: Store) -> dict[str, Any]:
@@ -110,262 +101,238 @@ def _check_scored(store: Store) -> dict[str, Any]:
     return scored
 
 
-def describe_cluster(config: ClusterConfig, scored: dict[str, Any]) -> dict[str, Any]:
+def describe_cluster(
+    config: Config, choice: SelectOptions, searched: Shares, scored: Mapping[str, Any]
+) -> dict[str, Any]:
     """What decides the bits of the labels, beside the centres that they start from."""
-    return {"config": config.model_dump(mode="json"), "scored": scored}
+    return {
+        "format": FORMAT,
+        "config": config.cluster.model_dump(mode="json"),
+        "selection": choice.tree(),
+        "searched": {str(budget): dict(shares) for budget, shares in sorted(searched.items())},
+        "scored": dict(scored),
+    }
 
 
-def tensors_of(parameters: Sequence[Parameter], config: ClusterConfig) -> Tensors:
-    """Which tensors are clustered and how finely their positions count.
+def source_of(store: Store, location: str, config: Config) -> RunSource:
+    """Rows of the run and weights of its base model; refuses another model than the recorded one."""
+    _check_scored(store)
+    run, base = Run(store), BaseWeights(config.model)
+    check_base(store, location, config.model)
+    return RunSource(run, base.recorded_rows, base.recorded_across, labels=False)
 
-    Raises
-    ------
-    InputError
-        All tensors belong to the trunk, or none of a kind that it names.
+
+class Job:
+    """One clustering, from the look to the commit.
+
+    Parameters
+    ----------
+    store : Store
+    location : str
+    config : Config
+    source : RunSource
+        Of the store's rows, without labels.
+    options : EngineOptions
+    fresh : bool
     """
-    check_kinds(config, parameters)
-    trunk = tuple(p for p in parameters if kind_of(p) in config.trunk)
-    inside = tuple(p for p in parameters if kind_of(p) not in config.trunk)
-    grid = Grid(BUCKETS if config.features.row > 0 else 1, BUCKETS if config.features.column > 0 else 1)
-    return Tensors(inside, trunk, grid)
-
-
-def _weights(call: Call) -> float:
-    """Of a call of `count_tensors` or `label_tensors`."""
-    function, arguments = call
-    counted: Sequence[Parameter] = (
-        arguments[1] if function is count_tensors else [parameter for parameter, _ in arguments[2]]
-    )
-    return sum(parameter.size for parameter in counted)
-
-
-class _Settling:
-    """Iterations on a bar: how many there will be, by the line that the logarithm of what still moves follows."""
-
-    def __init__(self, bar: Bar, config: ClusterConfig) -> None:
-        self._bar, self._most = bar, config.iterations
-        self._end = math.log(max(config.tolerance, MOVED))
-        self._moved: list[float] = []
-
-    def __call__(self, moved: float) -> None:
-        """An iteration is done, in which such a share of the weights changed cell."""
-        self._moved.append(math.log(max(moved, MOVED)))
-        done = len(self._moved)
-        before = self._moved[done // 2]
-        slope = (before - self._moved[-1]) / max(1, done - 1 - done // 2)
-        more = (self._moved[-1] - self._end) / slope if slope > 0 else self._most
-        if done >= FEW_ITERATIONS:
-            self._bar.pace.phase.total = min(self._most, done + math.ceil(max(0.0, more)))
-        self._bar.update(done, note=f"{moved:.2%} moved")
-
-
-class _Job:
-    """One clustering, from the counts to the commit."""
 
     def __init__(
         self,
         store: Store,
         location: str,
-        config: ClusterConfig,
-        options: EngineOptions,
-        described: dict[str, Any],
-        stored: dict[str, Any] | None,
-        fresh: bool,
+        config: Config,
+        source: RunSource,
+        options: EngineOptions = THREADS,
+        fresh: bool = False,
     ) -> None:
         self.store, self.location, self.config, self.options = store, location, config, options
-        self.described, self.stored, self.fresh = described, stored, fresh
-        parameters = store.manifest.parameters
-        self.tensors = tensors_of(parameters, config)
-        slices = list(store.manifest.slices)
-        self.space = space_of(self.tensors.inside, parameters, slices, config.features)
-        self.fit = options.fit(
-            task_needs(task_groups(parameters), self.tensors.grid),
-            "counting the weights' rows",
-            OWN_BYTES + codec_bytes(parameter.shape for parameter in parameters),
-        )
-        self.workers, self.planned = self.fit.workers, self.fit.bytes
-        limit = free_ram() if options.memory is None else options.memory
-        self.row_budget = max(0, limit - self.fit.bytes)
+        self.source, self.fresh = source, fresh
+        self.parameters = store.manifest.parameters
+        self.inside = tensors_outside(self.parameters)
+        experts = config.experts
+        everything = all_searched_shares(Run(store), location) if experts.allocation == "auto" else {}
+        score = name_of(source.scored_by)
+        self.choice = select_options(experts, score, everything.get(experts.budget, {}))
+        self.budget = self.choice.weights_of(self.source)
+        self.searched: Shares = everything
+        self.described = describe_cluster(config, self.choice, everything, _check_scored(store))
+        self.stored = labels_of(store)
+
+    @cached_property
+    def needs(self) -> NeedData:
+        """Of the slices that have samples."""
+        reader = self.store.reader()
+        filled = {segment.slice for segment in reader.segments if segment.samples}
+        slices = tuple(name for name in self.store.manifest.slices if name in filled)
+        return NeedData(reader, self.source, slices)
+
+    @cached_property
+    def space(self) -> Space:
+        """Of the features."""
+        return space_of(self.inside, self.needs.slices, self.config.cluster.features)
 
     def run(self) -> ClusterReport:
-        """Count, cluster, label, commit."""
-        counting, labelling = (
-            Phase(name, sum(p.size for p in its), parallel=self.workers)
-            for name, its in (
-                ("counting", self.tensors.inside),
-                ("labelling", self.store.manifest.parameters),
-            )
-        )
+        """Look, find centres, label, commit."""
+        groups = task_groups(self.parameters)
+        axes = len(self.space.names)
+        own = OWN_BYTES + codec_bytes(parameter.shape for parameter in self.parameters)
+        own += len(self.inside) * (self.space.own + len(self.needs.slices)) * BINS * 4  # tables, counts
+        own += DRAWN * (2 * self.space.own + 10) + POINTS * 4 * (self.config.cluster.cells + 4 * axes)
+        fit = self.options.fit(task_needs(groups, self.inside, self.space), "clustering", own)
+        weights = sum(_seen(parameter) for parameter in self.inside)
+        looking = Phase("looking", weights, parallel=fit.workers)
+        labelling = Phase("labelling", sum(p.size for p in self.parameters), parallel=fit.workers)
         with (
-            Bar("clustering", [counting, Phase("settling", math.inf), labelling]) as bar,
-            computing(self.options, self.workers, Watch(bar, _weights)) as compute,
+            Bar("clustering", [looking, Phase("centres", 1), labelling]) as bar,
+            computing(self.options, fit.workers, Watch(bar, _weights)) as compute,
         ):
             started = time.monotonic()
-            places = self._count(compute)
-            self._state(sum(place.keys.size for its in places.values() for place in its))
-            rows = rows_of(self.tensors.inside, places, self.space)
-            counted = time.monotonic()
-            labelling.expected = counting.rate
-            bar.enter("settling")
-            clustering, cost, start = self._cluster(rows, _Settling(bar, self.config))
-            clustered = time.monotonic()
+            looks, tables = self.look(compute)
+            core = self.config.experts.core
+            points_NA = points_of(looks, tables, self.inside, self.space, self.curves(looks), core)
+            del looks
+            looked = time.monotonic()
+            labelling.expected = looking.rate
+            bar.enter("centres")
+            centres, start = self._centres(points_NA)
+            found = time.monotonic()
             bar.enter("labelling")
-            cells = tuple(summarise(rows, clustering.last, self.space, self.tensors.inside, places))
-            churn = self._label(compute, places, rows, clustering, cells, cost, start)
+            tree = self._label(compute, tables, centres, start, len(points_NA))
             labelled = time.monotonic()
         self.store.clean()
+        LOG.debug("clustered %s: %d tasks, %d workers", self.location, len(groups), fit.workers)
+        seconds = looked - started, found - looked, labelled - found
         return ClusterReport(
-            self.location,
-            rows.total,
-            sum(parameter.size for parameter in self.tensors.trunk),
-            cells,
-            clustering.last.inertia,
-            clustering.iterations,
-            clustering.converged,
-            rows.keys.size,
-            cost,
-            start,
-            churn,
-            self.workers,
-            counted - started,
-            clustered - counted,
-            labelled - clustered,
-            True,
-            self.planned,
+            **{**_fields(reported(self.location, tree)), "workers": fit.workers, "fresh": True},
+            seconds_looking=seconds[0],
+            seconds_centres=seconds[1],
+            seconds_labelling=seconds[2],
+            planned_rss_bytes=fit.bytes,
         )
 
-    def _count(self, compute: Compute) -> dict[str, list[Place]]:
-        reader, groups = self.store.reader(), self.tensors.groups
-        places: dict[str, list[Place]] = {}
-        found, done, total = 0, 0, sum(p.size for p in self.tensors.inside)
-        size = max(1, -(-len(groups) // WAVES))
-        for begin in range(0, len(groups), size):
-            wave = groups[begin : begin + size]
-            results = compute([(count_tensors, (reader, tuple(group), self.tensors.grid)) for group in wave])
-            for group, result in zip(wave, results, strict=True):
-                for parameter, its in zip(group, result, strict=True):
-                    places[parameter.name] = its
-                    found += sum(place.keys.size for place in its)
-                    done += parameter.size
-            if found * ROW_BYTES > self.row_budget:
-                need = int(found * ROW_BYTES * total / done)
-                raise CapacityError(
-                    f"the distinct rows of {done:,} of {total:,} weights take {format_size(found * ROW_BYTES)} already "
-                    f"and {format_size(self.row_budget)} are left for them; give --memory about {format_size(need)} "
-                    "more"
-                )
-        return places
+    def look(self, compute: Compute) -> tuple[list[Look], list[Float32]]:
+        """At every tensor that can be cut, and the tables of their bins: float32 [F, bins] each."""
+        data = LookData(
+            self.needs, self.space, self.choice, share_drawn(self.inside), self.config.cluster.seed
+        )
+        groups = task_groups(self.inside)
+        results = compute([(look_at, (data, tuple(group))) for group in groups])
+        by_name = {
+            parameter.name: look
+            for group, its in zip(groups, results, strict=True)
+            for parameter, look in zip(group, its, strict=True)
+        }
+        looks = [by_name[parameter.name] for parameter in self.inside]
+        return looks, tables_of(looks, self.curves(looks), self.space)
 
-    def _state(self, rows: int) -> None:
-        """What is needed, now that the distinct rows are known."""
-        self.planned = self.fit.bytes + rows * ROW_BYTES
-        what = f"{rows:,} distinct rows {format_size(rows * ROW_BYTES)}"
-        LOG.info("clustering needs %s of RAM at most, %s of it", format_size(self.planned), what)
+    def curves(self, looks: Sequence[Look]) -> Curves:
+        """What every tensor keeps under growing budgets."""
+        return curves_of(looks, self.inside, self.choice, self.budget, self.searched)
 
-    def _cluster(self, rows: Rows, settling: _Settling) -> tuple[Clustering, float | None, str]:
-        config = self.config
-        kmeans = KMeans(rows, self.space, usable_cpus())
-        old = None if self.stored is None else stored_centres(self.stored, self.space, config.cells)
-        if old is not None and not self.fresh:
-            start, centres = "stored centres", old
-        else:
-            start = "k-means++"
-            centres = kmeans.warm_up(kmeans.seed(config.cells, config.seed))
-        clustering = kmeans.settle(centres, config.iterations, config.tolerance, settling)
-        if old is not None:
-            clustering = clustering.renumbered(match_numbers(clustering.centres, old, self.space))
-        cost = None
-        if config.cap is not None:
-            clustering, cost = kmeans.balance(clustering, config.cap)
-        return clustering, cost, start
+    def _centres(self, points_NA: Float32) -> tuple[Centres, str]:
+        config, names = self.config.cluster, self.space.names
+        old_KA = None if self.stored is None else stored_means(self.stored, names, config.cells)
+        start_KA = None if self.fresh else old_KA
+        centres = find_centres(points_NA, config.cells, config.seed, config.even, start_KA)
+        if old_KA is not None and len(centres.means_KA) == len(old_KA):
+            centres = centres.numbered(match_numbers(centres.means_KA, old_KA))
+        return centres, "k-means++" if start_KA is None else "stored centres"
 
     def _label(
-        self,
-        compute: Compute,
-        places: dict[str, list[Place]],
-        rows: Rows,
-        clustering: Clustering,
-        cells: tuple[Cell, ...],
-        cost: float | None,
-        start: str,
-    ) -> Churn | None:
-        """Write the labels and commit them; what has moved since the labels before."""
-        tables: dict[str, list[LabelTable]] = {parameter.name: [] for parameter in self.tensors.trunk}
-        number = 0
-        for parameter in self.tensors.inside:
-            its = []
-            for place in places[parameter.name]:
-                labels = clustering.last.labels[rows.offsets[number] : rows.offsets[number + 1]]
-                its.append(LabelTable(place.keys, labels))
-                number += 1
-            tables[parameter.name] = its
-        groups = task_groups(self.store.manifest.parameters)
-        reader, old = self.store.reader(), self.stored is not None
+        self, compute: Compute, tables: Sequence[Float32], centres: Centres, start: str, points: int
+    ) -> dict[str, Any]:
+        """Write the labels and commit them; their attributes."""
+        table_of = dict(zip((parameter.name for parameter in self.inside), tables, strict=True))
+        groups = task_groups(self.parameters)
+        old = self.store.reader().stage("labels") is not None
+        data = LabelData(self.needs, self.space, centres, old)
         forks = self.store.begin_stage("cluster", len(groups))
         try:
-            calls = [
-                (
-                    label_tensors,
-                    (reader, fork, tuple((p, tables[p.name]) for p in group), self.tensors.grid, old),
-                )
-                for fork, group in zip(forks, groups, strict=True)
-            ]
-            results = compute(calls)
-            moves = {
-                parameter.name: table
-                for group, (_, its) in zip(groups, results, strict=True)
-                for parameter, table in zip(group, its, strict=True)
+            results = compute(
+                [
+                    (label_tensors, (data, fork, tuple((p, table_of.get(p.name)) for p in group)))
+                    for fork, group in zip(forks, groups, strict=True)
+                ]
+            )
+            labelled: dict[str, Labelled] = {
+                parameter.name: its
+                for group, (_, every) in zip(groups, results, strict=True)
+                for parameter, its in zip(group, every, strict=True)
             }
-            churn = churn_of(moves, self.config.cells) if old else None
-            attributes = self._attributes(rows, clustering, cells, cost, start, churn)
-            self.store.commit_stage("cluster", {"labels": attributes}, [fork for fork, _ in results])
+            tree = self._attributes(labelled, centres, old, start, points)
+            self.store.commit_stage("cluster", {"labels": tree}, [fork for fork, _ in results])
         finally:
             self.store.drop_stage("cluster")
-        return churn
+        return tree
 
     def _attributes(
-        self,
-        rows: Rows,
-        clustering: Clustering,
-        cells: tuple[Cell, ...],
-        cost: float | None,
-        start: str,
-        churn: Churn | None,
+        self, labelled: Mapping[str, Labelled], centres: Centres, old: bool, start: str, points: int
     ) -> dict[str, Any]:
+        count = self.config.cluster.cells
+        cells: list[Cell] = list(
+            summarise(labelled, self.inside, self.space, list(self.store.manifest.slices), count)
+        )
+        weights = sum(parameter.size for parameter in self.inside)
+        inertia = sum(labelled[parameter.name].inertia for parameter in self.inside) / weights
+        moves = {name: its.moved for name, its in labelled.items()}
         return {
             "described": self.described,
             "axes": self.space.names,
-            "scale": self.space.scale.tolist(),
-            "centres": clustering.centres.tolist(),
+            "means": centres.means_KA.tolist(),
+            "handicaps": centres.handicaps_K.tolist(),
             "slices": list(self.space.slices),
             "trunk_label": NO_CELL,
             "cells": [asdict(cell) for cell in cells],
-            "weights": rows.total,
-            "trunk": sum(parameter.size for parameter in self.tensors.trunk),
-            "inertia": clustering.last.inertia,
-            "iterations": clustering.iterations,
-            "converged": clustering.converged,
-            "distinct_rows": int(rows.keys.size),
-            "balance_cost": cost,
+            "weights": weights,
+            "trunk": sum(parameter.size for parameter in self.parameters) - weights,
+            "budget": self.budget / weights,
+            "inertia": inertia,
+            "even_cost": centres.cost,
+            "points": points,
             "started_from": start,
-            "churn": None if churn is None else asdict(churn),
+            "churn": asdict(churn_of(moves, count)) if old else None,
         }
 
 
-def task_needs(groups: Sequence[Sequence[Parameter]], grid: Grid) -> list[int]:
-    """Memory of every task: its largest tensor's."""
-    return [max(count_bytes(parameter.shape, grid) for parameter in group) for group in groups]
+def labels_of(store: Store) -> dict[str, Any] | None:
+    """Attributes of the labels that are there; None if there are none, or none of this kind."""
+    stored = store.reader().stage("labels")
+    return stored if stored is not None and "means" in stored else None
 
 
-def rows_of(parameters: Sequence[Parameter], places: dict[str, list[Place]], space: Space) -> Rows:
-    """The distinct rows of all places, tensor by tensor."""
-    every = [(parameter, place) for parameter in parameters for place in places[parameter.name]]
-    offsets = np.zeros(len(every) + 1, np.int64)
-    np.cumsum([place.keys.size for _, place in every], out=offsets[1:])
-    return Rows(
-        np.concatenate([place.keys for _, place in every]),
-        np.concatenate([place.scores for _, place in every]),
-        np.concatenate([place.counts for _, place in every]),
-        offsets,
-        np.stack([space.place(parameter, place.row, place.column) for parameter, place in every]),
-    )
+def _fields(report: ClusterReport) -> dict[str, Any]:
+    """Of what is stored, without what a call itself has taken."""
+    own = ("workers", "fresh", "planned_rss_bytes")
+    return {
+        name: value
+        for name, value in vars(report).items()
+        if name not in own and not name.startswith("seconds")
+    }
+
+
+def task_needs(groups: Sequence[Sequence[Parameter]], inside: Sequence[Parameter], space: Space) -> list[int]:
+    """Memory of every task that looks or labels: its largest tensor's."""
+    cut = {parameter.name for parameter in inside}
+    return [
+        max(
+            max(look_bytes(p.shape, space), label_bytes(p.shape, space))
+            if p.name in cut
+            else label_bytes(p.shape, space)
+            for p in group
+        )
+        for group in groups
+    ]
+
+
+def _seen(parameter: Parameter) -> int:
+    """Weights of a tensor that are looked at."""
+    rows = sum(last - first for first, last in looked_at(parameter.shape))
+    return parameter.size * rows // parameter.shape[0]
+
+
+def _weights(call: Call) -> float:
+    """Of a call of `look_at` or `label_tensors`."""
+    function, arguments = call
+    if function is look_at:
+        return sum(map(_seen, arguments[1]))
+    return float(sum(parameter.size for parameter, _ in arguments[2]))

@@ -33,14 +33,14 @@ from tinyonn.evaluate.sensitivity import (
     predicted,
     search,
 )
-from tinyonn.experts.select import select, select_bytes
-from tinyonn.experts.selection import ALLOCATION, SelectOptions, check_base, read_allocation
-from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
-from tinyonn.record.identity import recorded_corpus
+from tinyonn.record.identity import check_base, recorded_corpus
 from tinyonn.run import Run, open_run
+from tinyonn.score.source import RunSource, digest
+from tinyonn.select.select import select, select_bytes
+from tinyonn.select.selection import ALLOCATION, SelectOptions, read_allocation
 from tinyonn.show.progress import Bar
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_seconds
@@ -153,7 +153,7 @@ def _allocated(
 ) -> AllocateReport:
     started = time.monotonic()
     folder = local_folder(location)
-    fingerprint = check_base(run, location, config.model)
+    fingerprint = check_base(run.store, location, config.model)
     scored = run.store.reader().stage("rows")
     if scored is None:
         raise InputError(f"{location} is not scored yet; run `tinyonn score` first")

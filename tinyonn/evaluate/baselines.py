@@ -4,7 +4,7 @@
 name              what is kept
 ================= ==================================================================================================
 ``default``       the selection as it would be assembled, with its core
-a score's name    of each tensor the best by a score that is rebuilt from INT4 records (`tinyonn.experts.scores`)
+a score's name    of each tensor the best by a score that is rebuilt from INT4 records (`tinyonn.score.scores`)
 ``sparsegpt``     SparseGPT, in blocks of 128 columns, updated (`tinyonn.evaluate.layerwise`)
 ``wanda-float``   Wanda as published: the norms of float inputs, compared within each row, layer after layer
 ``root-float-N``  |W| · √g like ``root``, with g the mean over N recorded samples of |∂L/∂W| in float32
@@ -32,10 +32,10 @@ from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.gradients import float_gradients
 from tinyonn.evaluate.layerwise import prune, prune_model, updated_wanda, wanda
-from tinyonn.experts.scores import SCORES
-from tinyonn.experts.select import Spread, allocate, groups_of, select
-from tinyonn.experts.selection import Selection, SelectOptions
-from tinyonn.experts.source import DROPPED, Source, tensors_outside
+from tinyonn.score.scores import SCORES
+from tinyonn.score.source import DROPPED, Source, tensors_outside
+from tinyonn.select.select import allocate, groups_of, select
+from tinyonn.select.selection import Selection, SelectOptions
 
 METHODS = EvaluateConfig().methods
 
@@ -168,7 +168,7 @@ def cut(
         masks = float_masks(dense, recipe, counts, samples, scratch)
     else:
         kept_T = np.array(list(counts.values()))
-        masks = masks_of(select(source, recipe.options, spread=Spread(kept_T, kept_T)), source)
+        masks = masks_of(select(source, recipe.options, kept_T=kept_T), source)
     kept = sum(counts.values())
     if not recipe.updates:
         with dense.masked(masks):

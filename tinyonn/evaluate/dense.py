@@ -47,7 +47,7 @@ class DenseWeights:
             self._make_plain(parameter.name)
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows of a matrix before any cut, float32: what `tinyonn.experts.source.RunSource` reads weights from."""
+        """Rows of a matrix before any cut, float32: what `tinyonn.score.source.RunSource` reads weights from."""
         if self._last[0] != name:  # bands of a tensor follow one another, and NF4 is dequantized whole
             self._last = (name, self.original(name))
         return np.asarray(self._last[1][first:last].float().cpu().numpy())

@@ -19,7 +19,7 @@ from tinyonn.dense.head import head_of
 from tinyonn.dense.passes import attach, forward_backward
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
-from tinyonn.experts.source import Float32
+from tinyonn.score.source import Float32
 
 WINDOW_BYTES = 1 << 30  # of sums held at a time, or one tensor's
 SUM_BYTES = 4

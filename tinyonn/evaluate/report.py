@@ -13,8 +13,8 @@ from tinyonn.checks import UNIFORM
 from tinyonn.errors import InputError
 from tinyonn.evaluate.intervals import Interval, interval_of, resampled
 from tinyonn.evaluate.loss import Losses
-from tinyonn.experts.source import digest
 from tinyonn.files import damaged, read_derived, read_json, write_json
+from tinyonn.score.source import digest
 from tinyonn.show.escape import picture
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_seconds

@@ -22,9 +22,9 @@ from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import InputError
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.loss import Batch, losses
-from tinyonn.experts.scores import score_named
-from tinyonn.experts.select import apportion
-from tinyonn.experts.source import Source
+from tinyonn.score.scores import score_named
+from tinyonn.score.source import Source
+from tinyonn.select.select import apportion
 from tinyonn.store.arrays import bands
 
 SHARES = (0.03, 0.1, 0.25, 0.5)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.config import Config, DataConfig, EvaluateConfig
+from tinyonn.config import PRESETS, Config, DataConfig, EvaluateConfig
 from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.file import Sample
 from tinyonn.dense.load import load_model, load_tokenizer
@@ -41,14 +41,15 @@ from tinyonn.evaluate.report import (
     Results,
     plot_lines,
 )
-from tinyonn.experts.select import select_bytes
-from tinyonn.experts.selection import SelectOptions, check_base, select_options, stored_shares
-from tinyonn.experts.source import RunSource, digest
 from tinyonn.files import write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
-from tinyonn.record.identity import recorded_corpus
+from tinyonn.record.identity import check_base, recorded_corpus
 from tinyonn.run import Run, open_run
+from tinyonn.score.scores import name_of
+from tinyonn.score.source import RunSource, digest, score_of
+from tinyonn.select.select import select_bytes
+from tinyonn.select.selection import SelectOptions, select_options, stored_shares
 from tinyonn.show.progress import Bar
 from tinyonn.store.lock import evaluating
 
@@ -108,6 +109,7 @@ def evaluate_options(
     wanted = config.evaluate
     scored = open_run(location).store.reader().stage("rows")
     searched = config.experts.allocation == "auto" and scored is not None
+    score = name_of(PRESETS["balanced"] if scored is None else score_of(scored, location))
     return EvaluateOptions(
         methods=wanted.methods,
         budgets=wanted.budgets,
@@ -115,7 +117,7 @@ def evaluate_options(
         samples=None if wanted.samples is None else wanted.samples * parts_of(split),
         split=split,
         calibration=wanted.calibration,
-        selection=select_options(config.experts),
+        selection=select_options(config.experts, score),
         shares=stored_shares(local_folder(location), scored) if searched else {},
         plot=plot,
     )
@@ -142,8 +144,8 @@ def evaluate_run(
     Raises
     ------
     InputError
-        The run is not scored; ``default`` is wanted and it is not clustered; the model is not the recorded one; no
-        held-out data; an unknown method or a budget out of range.
+        The run is not scored; the model is not the recorded one; no held-out data; an unknown method or a budget out of
+        range.
     CapacityError
         It does not fit.
     StoreBusyError
@@ -234,21 +236,16 @@ class _Evaluation:
         self.run, self.location, self.config, self.options, self.tell = run, location, config, options, tell
         self.folder = local_folder(location)
         self.corpus = held_out_corpus(config, options, self.folder)
-        self.fingerprint = check_base(run, location, config.model)
+        self.fingerprint = check_base(run.store, location, config.model)
         self.results = Results(self.folder / "evaluate" / "lines.json", VERSION, Line.from_tree)
         self.evaluated = 0
         self.counts: dict[str, Mapping[str, int]] = {}
         self.samples = samples_of(self.corpus, options.split)
         self.batches: list[Batch] = batches_of(self.samples)
-        self.labelled = run.store.reader().stage("labels") is not None
         model = {"model": self.fingerprint, **config.model.model_dump(include={"quantization", "dtype"})}
         whole = self.corpus.fingerprint
         heldout = whole if options.split == ALL else [whole, options.split]
         self.common = {"heldout": heldout, "model": model}
-        if "default" in {method.removesuffix("+update") for method in options.methods} and not self.labelled:
-            raise InputError(
-                f"{location} has no labels yet; run `tinyonn cluster` first, or leave out default"
-            )
         self.recipes = [
             recipe_of(method, options.selection, budget, options.shares.get(budget, {}))
             for budget in options.budgets
@@ -261,14 +258,9 @@ class _Evaluation:
         return DenseWeights(self.config.model)
 
     @cached_property
-    def plain_source(self) -> RunSource:
-        """Without labels: all weights of a tensor compete."""
+    def source(self) -> RunSource:
+        """Without labels: which expert a weight is in changes nothing while all are on."""
         return RunSource(self.run, self.rows, self.transposed, labels=False)
-
-    @cached_property
-    def cell_source(self) -> RunSource:
-        """With labels, as assembly reads it."""
-        return RunSource(self.run, self.rows, self.transposed)
 
     @property
     def transposed(self) -> frozenset[str]:
@@ -291,8 +283,7 @@ class _Evaluation:
     def _state(self) -> int:
         """What it needs of RAM, or a refusal."""
         parameters, model = describe_model(self.config.model)
-        plain = RunSource(self.run, None, frozenset(), labels=False)
-        source = RunSource(self.run, None, frozenset()) if self.labelled else plain
+        source = RunSource(self.run, None, frozenset(), labels=False)
         select = select_bytes(source) if self.recipes else 0
         needs = evaluate_needs(parameters, model, self.corpus.longest, select, self._work(model.quantization))
         return state("evaluating", self.config.model, needs)
@@ -375,18 +366,16 @@ class _Evaluation:
         yield self._kept([DENSE], lambda: Line(DENSE, 1.0, total, losses(self.dense.model, self.batches)))
 
     def _line(self, recipe: Recipe) -> Line:
-        cells = recipe.method.startswith("default") and self.labelled
-        key: list[Any] = [recipe.method, recipe.options.tree(), self._statistics(cells)]
+        key: list[Any] = [recipe.method, recipe.options.tree(), self._statistics()]
         samples = self.calibration(recipe) if recipe.samples(1) else []
         if samples:
             key.append([sample.index for sample in samples])
 
         def evaluate() -> Line:
-            source = self.cell_source if cells else self.plain_source
-            counts = self._counts(source, recipe.options)
-            with cut(self.dense, recipe, source, counts, samples, self.scratch) as kept:
+            counts = self._counts(self.source, recipe.options)
+            with cut(self.dense, recipe, self.source, counts, samples, self.scratch) as kept:
                 found = losses(self.dense.model, self.batches)
-            return Line(recipe.method, _share(recipe.options.budget, kept, source), kept, found)
+            return Line(recipe.method, _share(recipe.options.budget, kept, self.source), kept, found)
 
         return self._kept(key, evaluate, effort_of(recipe))
 
@@ -397,13 +386,12 @@ class _Evaluation:
             self.counts[key] = counts_of(source, options)
         return self.counts[key]
 
-    def _statistics(self, cells: bool) -> Any:
+    def _statistics(self) -> Any:
         """What the run's part in a line is."""
-        reader = self.run.store.reader()
-        scored = reader.stage("rows")
+        scored = self.run.store.reader().stage("rows")
         if scored is None:
             raise InputError(f"{self.location} is not scored yet; run `tinyonn score` first")
-        return [scored, reader.stage("labels") if cells else None]
+        return [scored, None]
 
     def _kept(self, key: list[Any], evaluate: Callable[[], Line], effort: float = 1.0) -> Line:
         decided_by = [*key, self.common]

@@ -26,11 +26,11 @@ from tinyonn.evaluate.demand import state, task_needs
 from tinyonn.evaluate.stream import Stream, read_stream, stream_loss, windows_of
 from tinyonn.evaluate.subjects import Subject, find_subjects, load_subject, sparse_settings
 from tinyonn.evaluate.task_report import TasksReport, task_results, write_rows, write_values
-from tinyonn.experts.selection import check_base
-from tinyonn.experts.source import digest
 from tinyonn.places import local_folder
 from tinyonn.plan.facts import describe_model
+from tinyonn.record.identity import check_base
 from tinyonn.run import open_run
+from tinyonn.score.source import digest
 from tinyonn.show.pace import Phase
 from tinyonn.show.progress import Bar
 from tinyonn.store.lock import evaluating
@@ -156,7 +156,7 @@ def evaluate_tasks(
         check_lm_eval()
     run = open_run(location)
     with evaluating(location):
-        fingerprint = check_base(run, location, config.model)
+        fingerprint = check_base(run.store, location, config.model)
         return _Tasks(location, config, options, fingerprint, tell).carry_out()
 
 

@@ -1,7 +1,7 @@
 """``tinyonn assemble``: the kept weights, expert by expert, as a folder that ``transformers`` loads.
 
-Data flow: rows and records of the run, weights of the base model → `select` and the experts: by `need`, or the run's
-labels → one task per shard, each of which cuts, compresses and writes a layer's matrices (`shards`) → index, tokenizer,
+Data flow: rows and labels of the run, weights of the base model → `select`, with the run's cells as experts → one task
+per shard, each of which cuts, compresses and writes a layer's matrices (`shards`) → index, tokenizer,
 card, code and configuration (`TinyONNForCausalLM.save_shell`). The configuration comes last: without it the folder is
 not a model. Shards of the same assembly that are there already are kept, so a killed call goes on.
 """
@@ -13,8 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from tinyonn.dense.settings import base_settings
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.card import write_card
-from tinyonn.experts.cuts import cut_tensors
 from tinyonn.experts.ending import with_turn_ends
 from tinyonn.experts.folder import (
     CONFIG,
@@ -39,17 +37,7 @@ from tinyonn.experts.folder import (
     seal_model,
     shard_fault,
 )
-from tinyonn.experts.need import ByNeed, NeedOptions, NeedSource
-from tinyonn.experts.need_passes import count_needs, label_needs, sample_needs
 from tinyonn.experts.report import AssembleReport, totals
-from tinyonn.experts.select import groups_bytes, select, select_needs, worth_histograms
-from tinyonn.experts.selection import (
-    Selection,
-    all_searched_shares,
-    check_base,
-    searched_shares,
-    select_options,
-)
 from tinyonn.experts.shards import (
     Layer,
     Shard,
@@ -61,11 +49,20 @@ from tinyonn.experts.shards import (
     tensor_bytes,
     write_shard,
 )
-from tinyonn.experts.source import RunSource, digest, tensors_outside
 from tinyonn.files import read_derived, write_json
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import codec_bytes
+from tinyonn.record.identity import check_base
 from tinyonn.run import Run, open_run
+from tinyonn.score.scores import name_of
+from tinyonn.score.source import RunSource, digest, tensors_outside
+from tinyonn.select.cuts import cut_tensors
+from tinyonn.select.select import groups_bytes, select, select_needs, worth_histograms
+from tinyonn.select.selection import (
+    Selection,
+    searched_shares,
+    select_options,
+)
 from tinyonn.show.progress import Bar
 from tinyonn.show.sizes import MiB
 from tinyonn.store.lock import RunLock, only_writer
@@ -74,17 +71,12 @@ from tinyonn.workers.tasks import THREADS, Call, EngineOptions, Watch, computing
 LOG = logging.getLogger(__name__)
 OWN_BYTES = 900 * MiB  # of the process: Python with the store, Dask, Torch, Transformers and Numba's kernels
 FORMAT = 1  # of the assembled folder
-NEED = "need"  # in the run's folder, while a model is assembled: labels of its experts
 # Of a task: microseconds of one core for each of its weights, as measured on the shipped model.
 EFFORT = {
     worth_histograms: 0.4,
     cut_tensors: 0.15,
-    count_needs: 0.3,
-    sample_needs: 0.25,
-    label_needs: 0.5,
     write_shard: 0.1,
 }
-OF_NEED = (count_needs, sample_needs, label_needs)
 GATE_RULE = (
     "without a router the experts_top_k experts through which most of the recorded output energy went (expert_prior: "
     "mean over layers of an expert's share of the sum of squared |W| rms x, all slices) are on with gate 1, all if null"
@@ -145,19 +137,11 @@ class _Assembly:
         self.base = BaseWeights(model)
         check_files(self.base.folder)
         read = self.base.recorded_rows, self.base.recorded_across
-        self.fingerprint = check_base(run, location, model)
+        self.fingerprint = check_base(run.store, location, model)
         self.shape = load_shape(model)
-        self.choice = select_options(config, searched_shares(run, location, config.budget))
-        self.needs: ByNeed | None = None
-        self.source: RunSource | NeedSource
-        if config.by == "need":
-            plain = RunSource(run, *read, labels=False)
-            searched = all_searched_shares(run, location) if config.allocation == "auto" else {}
-            wanted, labels = NeedOptions(config.count, config.seed), local_folder(location) / NEED
-            self.needs = ByNeed(run, plain, wanted, self.choice, searched, labels)
-            self.source = self.needs.labelled()
-        else:
-            self.source = RunSource(run, *read)
+        self.source = RunSource(run, *read)
+        score = name_of(self.source.scored_by)
+        self.choice = select_options(config, score, searched_shares(run, location, config.budget))
         made_of = [
             FORMAT,
             self.choice.tree(),
@@ -178,10 +162,7 @@ class _Assembly:
         self._take_folder()
         inside = tensors_outside(self.run.parameters)
         weights = sum(parameter.size for parameter in inside)
-        with (
-            only_writer(self.folder),
-            Bar("assembling", _effort_of(weights, self.needs is not None)) as self.bar,
-        ):
+        with only_writer(self.folder), Bar("assembling", weights * sum(EFFORT.values())) as self.bar:
             for name in (CONFIG, INDEX):
                 (self.folder / name).unlink(missing_ok=True)
             return self._make()
@@ -199,7 +180,6 @@ class _Assembly:
             selection, shards, sources, workers, selected - started, time.monotonic() - selected
         )
         self._finish(selection, shards, layers, report)
-        shutil.rmtree(local_folder(self.location) / NEED, ignore_errors=True)
         return report
 
     def _take_folder(self) -> None:
@@ -221,7 +201,7 @@ class _Assembly:
         except InputError as error:
             LOG.warning("%s", error)
             return None
-        if not isinstance(tree, dict) or tree.get("id") != self.id or "needs" not in tree:
+        if not isinstance(tree, dict) or tree.get("id") != self.id:
             return None
         faults = list(model_faults(self.folder))
         for fault in faults:
@@ -232,19 +212,15 @@ class _Assembly:
         """Made, or taken from a call that was killed."""
         path = self.folder / MARKER
         tree = (read_derived(path) if path.stat().st_size else None) or {}
-        if tree.get("assembly") == self.id and (self.needs is None or self.needs.made):
+        if tree.get("assembly") == self.id:
             return Selection.from_tree(tree)
-        tasks, own = sorted(select_needs(self.source), reverse=True), 0
-        if self.needs is not None:
-            its, own = sorted(self.needs.task_bytes, reverse=True), self.needs.own_bytes
-            tasks = [max(pair) for pair in zip_longest(tasks, its, fillvalue=0)]
-        with self._computing(tasks, "selecting", own) as compute:
-            selection = self.needs.make(compute) if self.needs else select(self.source, self.choice, compute)
+        with self._computing(select_needs(self.source), "selecting") as compute:
+            selection = select(self.source, self.choice, compute)
         write_json(path, {"assembly": self.id, **selection.tree()})
         return selection
 
-    def _computing(self, tasks: Sequence[int], what: str, own: int = 0) -> Any:
-        own += OWN_BYTES + codec_bytes(parameter.shape for parameter in self.run.parameters)
+    def _computing(self, tasks: Sequence[int], what: str) -> Any:
+        own = OWN_BYTES + codec_bytes(parameter.shape for parameter in self.run.parameters)
         fit = self.options.fit(tasks, what, own)
         self.workers, self.planned = fit.workers, max(self.planned, fit.bytes)
         return computing(self.options, self.workers, Watch(self.bar, _call_effort))
@@ -399,14 +375,17 @@ class _Assembly:
             "samples": self.run.samples,
             "slices": {name: self.run.manifest.slices[name] for name in self.run.slices},
             "selection": selection.options.tree(),
-            "needs": self.needs.needs() if self.needs else None,
+            "needs": needs_by_slice(self.source.clustered),
             "report": report.figures(),
         }
 
 
-def _effort_of(weights: int, by_need: bool) -> float:
-    """Of all tasks that assemble so many weights."""
-    return sum(each * weights for function, each in EFFORT.items() if by_need or function not in OF_NEED)
+def needs_by_slice(clustered: Mapping[str, Any]) -> dict[str, list[float]]:
+    """By slice what it needs of every expert, from the labels' attributes.
+
+    The budget under which the slice would keep the expert's weights, as a multiple of the one that was clustered for.
+    """
+    return {name: [cell["needs"][name] for cell in clustered["cells"]] for name in clustered["slices"]}
 
 
 def _call_effort(call: Call) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from tinyonn.show.sizes import MiB, format_size
 from tinyonn.store.lock import only_writer
 
 if TYPE_CHECKING:
-    from tinyonn.run import Run
+    pass
 
 FORMATS = ("hub", "dense", "npz", "parquet")
 UNFINISHED = ".unfinished"  # lies in a folder until all of it is written
@@ -279,19 +279,8 @@ def export_needs(assembled: Assembled, format: str) -> list[Need]:
     return [own, read, Need("what is made of one, and on its way into a file", max(made))]
 
 
-def experts_of_slices(
-    cells: Sequence[dict[str, Any]], slices: Sequence[str], known: Sequence[str]
-) -> list[int]:
-    """Experts in which the slices are dominant for a larger share of the weights than in all cells together."""
-    if wrong := [name for name in slices if name not in known]:
-        raise InputError(f"no slice {wrong[0]!r} in this run; there are {', '.join(known)}")
-    shares = np.array([sum(cell["slices"].get(name, 0.0) for name in slices) for cell in cells])
-    sizes = np.array([cell["size"] for cell in cells], dtype=np.float64)
-    return [int(number) for number in np.flatnonzero(shares > shares @ sizes / sizes.sum())]
-
-
 def experts_needed(needs: Mapping[str, Sequence[float]], slices: Sequence[str]) -> list[int]:
-    """Experts by need whose weights one of the slices would keep under the budget itself, or a smaller one."""
+    """Experts whose weights one of the slices would keep under the budget itself, or a smaller one."""
     if wrong := [name for name in slices if name not in needs]:
         raise InputError(f"no slice {wrong[0]!r} with samples in this model; there are {', '.join(needs)}")
     least_E = np.min([needs[name] for name in slices], axis=0)
@@ -303,18 +292,14 @@ def experts_needed(needs: Mapping[str, Sequence[float]], slices: Sequence[str]) 
     return found
 
 
-def numbers_of(
-    experts: str | None, slices: str | None, assembled: Assembled, run: Callable[[], Run]
-) -> list[int] | None:
+def numbers_of(experts: str | None, slices: str | None, assembled: Assembled) -> list[int] | None:
     """Numbers of experts from the command line's texts, comma-separated; None takes all.
 
     Parameters
     ----------
     experts, slices : str or None
     assembled : Assembled
-        Says what each slice needs, if its experts are by need.
-    run : callable
-        Opens the run, whose cells say it otherwise.
+        Says what each slice needs.
 
     Raises
     ------
@@ -334,19 +319,12 @@ def numbers_of(
         return None
     names = [name.strip() for name in slices.split(",")]
     assembly = assembled.config["assembly"]
-    by_cells = assembly["selection"].get("within") == "cell"
-    if "needs" not in assembly and not by_cells:
+    if assembly.get("needs") is None:
         raise InputError(
             f"{assembled.folder} is of an earlier version and does not say what its experts are for; run "
             "`tinyonn assemble` again, then `tinyonn train --fresh` for a trained model, or give numbers as --experts"
         )
-    if assembly.get("needs") is not None:
-        return experts_needed(assembly["needs"], names)
-    opened = run()
-    stored = opened.store.reader().stage("labels")
-    if stored is None:
-        raise InputError(f"{opened.store.location} is not clustered; run `tinyonn cluster` first")
-    return experts_of_slices(stored["cells"], names, opened.slices)
+    return experts_needed(assembly["needs"], names)
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn.dense.parameters import Parameter, kind_of
-from tinyonn.experts.selection import Selection
+from tinyonn.select.selection import Selection
 from tinyonn.show.sheet import Sheet, whole
 from tinyonn.show.sizes import format_count, format_seconds, format_size
 

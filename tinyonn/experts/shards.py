@@ -22,15 +22,15 @@ import torch
 from numba import njit
 
 from tinyonn.dense.parameters import Parameter
-from tinyonn.experts.source import DROPPED
 from tinyonn.model.digests_tinyonn import METADATA, crc_of, header_text, read_header, sealed_metadata
 from tinyonn.model.shards_tinyonn import ASSEMBLY
+from tinyonn.score.source import DROPPED
 from tinyonn.store.records import Float64, UInt8
 
 if TYPE_CHECKING:
     from tinyonn.dense.weights import BaseWeights
-    from tinyonn.experts.selection import Selection
-    from tinyonn.experts.source import Source
+    from tinyonn.score.source import Source
+    from tinyonn.select.selection import Selection
 
 WIDE = 1 << 16  # inputs, above which a column takes 4 bytes
 
@@ -349,7 +349,7 @@ def _cut(parameter: Parameter, sources: Sources) -> tuple[Layer, dict[str, torch
 
 def _grouped(parameter: Parameter, sources: Sources, groups: int) -> tuple[UInt8, Float64]:
     """Every weight's group in the recorded orientation, and what each group is worth, float64 [groups + 1]."""
-    from tinyonn.experts.select import TensorGroups
+    from tinyonn.select.select import TensorGroups
     from tinyonn.store.arrays import bands
 
     name = parameter.name

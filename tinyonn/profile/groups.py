@@ -20,8 +20,8 @@ from tinyonn.dense.parameters import Parameter
 from tinyonn.dense.weights import BaseWeights
 from tinyonn.errors import InputError
 from tinyonn.experts.folder import compare, read_settings
-from tinyonn.experts.source import DROPPED, RunSource, check_labels, tensors_outside
 from tinyonn.model.shards_tinyonn import ASSEMBLY, index_of
+from tinyonn.score.source import DROPPED, RunSource, check_labels, tensors_outside
 from tinyonn.store.records import UInt8
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class LabelGroups:
     @property
     def tensors(self) -> tuple[Parameter, ...]:
         """The linear tensors outside the trunk."""
-        return tensors_outside(self.source.parameters, self.source.trunk)
+        return tensors_outside(self.source.parameters)
 
     def read(self, name: str) -> UInt8:
         """Every weight's cell."""

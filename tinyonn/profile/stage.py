@@ -20,7 +20,6 @@ from tinyonn.corpus.file import Corpus
 from tinyonn.corpus.tokens import PROMPT_TOKENS
 from tinyonn.dense.load import choose_device
 from tinyonn.errors import InputError
-from tinyonn.experts.selection import check_base
 from tinyonn.machine import Device, free_ram, gpus, usable_cpus
 from tinyonn.places import local_folder
 from tinyonn.plan.demands import DataFacts, Machine
@@ -31,7 +30,7 @@ from tinyonn.profile.dataset import Dataset, Manifest, Part
 from tinyonn.profile.groups import Wanted, WeightGroups, find_groups
 from tinyonn.profile.measure import Job, PartProfile, ProfileWorker
 from tinyonn.profile.profile import Profile, ProfileReport, open_profile, spread
-from tinyonn.record.identity import recorded_corpus
+from tinyonn.record.identity import check_base, recorded_corpus
 from tinyonn.run import Run, open_run
 from tinyonn.show.progress import Bar
 from tinyonn.show.sizes import format_size
@@ -157,7 +156,7 @@ class _Profiling:
         self.folder = local_folder(location)
         self.started = time.monotonic()
         self.measured, self.planned = 0, 0
-        fingerprint = check_base(run, location, config.model)
+        fingerprint = check_base(run.store, location, config.model)
         self.groups: WeightGroups = find_groups(run, self.folder / "experts", config.model, options.groups)
         self.corpus = recorded_corpus(self.folder, config, run.manifest)
         model = {"quantization": config.model.quantization, "dtype": config.model.dtype}

@@ -8,12 +8,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tinyonn.config import Config
+from tinyonn.config import Config, ModelConfig
 from tinyonn.corpus.corpus import Corpus, prepare_corpus
 from tinyonn.corpus.growth import Earlier
 from tinyonn.dense.load import fingerprint_model, load_tokenizer
 from tinyonn.errors import InputError, StoreDamagedError
+from tinyonn.places import local_folder
 from tinyonn.store.manifest import Manifest
+from tinyonn.store.repository import Store
 
 LOG = logging.getLogger(__name__)
 
@@ -169,3 +171,33 @@ def _earlier(path: Path, stored: Manifest) -> Earlier | None:
     if not isinstance(fingerprint, str) or not corpus.begins_with(fingerprint):
         return None
     return Earlier(corpus, fingerprint, stored.slices)
+
+
+def check_base(store: Store, location: str, model: ModelConfig) -> dict[str, Any]:
+    """Refuse a base model that is not the recorded one; its fingerprint.
+
+    Raises
+    ------
+    InputError
+        Names the first difference and both values.
+    """
+    manifest = store.manifest
+    for option in ("quantization", "dtype"):
+        recorded, given = manifest.config.get(option), getattr(model, option)
+        if recorded not in (None, given):
+            raise InputError(
+                f"the run was recorded with model.{option}: {recorded}, not {given}; give the same"
+            )
+    found = fingerprint_model(model, local_folder(location) / "fingerprint.json")
+    for name in sorted(manifest.model.keys() | found.keys()) if manifest.model else ():
+        before, now = manifest.model.get(name), found.get(name)
+        if before != now:
+            raise InputError(
+                f"model.path = {model.path!r} is not the model that was recorded: {name} has the fingerprint "
+                f"{_short(now)} and had {_short(before)}; give the recorded model, or record this one into another run"
+            )
+    return found
+
+
+def _short(text: str | None) -> str:
+    return "none" if text is None else text[:12]

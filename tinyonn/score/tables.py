@@ -1,18 +1,19 @@
-"""From a look at some of a tensor's weights to tables that score all of them with one gather per segment.
+"""From a look at some of a tensor's weights to tables that merge and compare all of them with one gather per segment.
 
-For a weight with mean levels ``m`` (averaged over segments by samples), and ``z`` standardised over the tensor,
+What the records say of a weight is, with mean levels ``m`` of act and grad (two to the octave) and the share of
+samples f, averaged over segments by samples,
 
-    S = w_act z(m_act) - w_grad z(m_grad) + w_freq z(m_freq)
+    R = a m_act / 2 + b m_grad / 2 + c f
 
-on the decoded INT4 codes of the merged record, so that S is a function of 12 bits. ``score`` is S's code of equal mass
-in the tensor. The *affinity* of a weight compares the slices: ``S_p`` is the same sum on the means of slice p alone,
-standardised within that slice; the dominant slice has the highest ``S_p``, and the selectivity is the distance from
-there to the mean of the others, in steps of a quarter of S's unit, up to 15:
+which is S = a log2 rms + b log2 g + c f + d log2 |W| but for (d - a) log2 |W| and a constant of the tensor. The
+*affinity* of a weight compares the slices, to which |W| is the same: ``R_p`` is the same sum on the means of slice p
+alone, standardised within that slice; the dominant slice has the highest ``R_p``, and the selectivity is the distance
+from there to the mean of the others, in steps of a quarter of a standard deviation, up to 15:
 
     affinity = dominant slice << 4 | selectivity
 
 Everything that a segment adds is packed in one 64-bit entry per 12-bit code: three 16-bit shares of the merged
-means and a 16-bit share of its slice's ``S_p``. Integer sums make the result independent of order and machine.
+means and a 16-bit share of its slice's ``R_p``. Integer sums make the result independent of order and machine.
 """
 
 from __future__ import annotations
@@ -41,25 +42,10 @@ UNITS = 1 << 16  # of a packed share
 SUM_SHIFT = 4  # sums of shares are cut to 12 bits before their code is looked up
 SUMS = UNITS >> SUM_SHIFT
 BLOCK = 2048  # weights at a time, which stay in the first cache
-SLICE_SPAN = 64.0  # width of the range that S_p is packed in, in units of S; clipped beyond
-SELECTIVITY_STEPS = 4.0  # per unit of S
+SLICE_SPAN = 64.0  # width of the range that R_p is packed in, in standard deviations; clipped beyond
+SELECTIVITY_STEPS = 4.0  # per standard deviation
 
 UInt64 = np.ndarray[Any, np.dtype[np.uint64]]
-
-
-@dataclass(frozen=True)
-class ScoreWeights:
-    """Weights of the three terms of S; `grad` counts against a weight."""
-
-    act: float
-    grad: float
-    freq: float
-
-    @property
-    def signed(self) -> Float64:
-        """As they enter the sum, scaled to absolute values that sum to 1: float64 [3]."""
-        weights = np.array([self.act, -self.grad, self.freq], dtype=np.float64)
-        return np.asarray(weights / np.abs(weights).sum())
 
 
 @dataclass(frozen=True)
@@ -81,29 +67,25 @@ class Part:
 
 @dataclass(frozen=True)
 class ScoreTables:
-    """All that is needed to score a tensor.
+    """All that is needed to merge a tensor's records and to compare its slices.
 
     Attributes
     ----------
     codebooks : float64 [3, 16]
         Of the merged record, of equal mass.
-    mean, deviation : float64 [3]
-        That standardise the decoded codes.
     shares : uint64 [parts, 4096]
-        What a part's 12-bit code adds: act, grad, freq and S_p, from the lowest 16 bits up.
+        What a part's 12-bit code adds: act, grad, freq and R_p, from the lowest 16 bits up.
     slices : int64 [parts]
         Number of each part's slice; parts of a slice lie together.
     codes : uint16 [3, 4096]
         The upper 12 bits of a sum of shares to its code, shifted to its place in the record.
     score : uint16 [4096]
-        A merged 12-bit code to its score.
+        A merged 12-bit code to the code of equal mass of R.
     bias : int64 [slices]
-        Sum of shares that stands for ``S_p = 0``; -1 for a slice without parts.
+        Sum of shares that stands for ``R_p = 0``; -1 for a slice without parts.
     """
 
     codebooks: Float64
-    mean: Float64
-    deviation: Float64
     shares: UInt64
     slices: np.ndarray
     codes: UInt16
@@ -112,7 +94,7 @@ class ScoreTables:
 
 
 def fit_tables(
-    parts: Sequence[Part], looked_at: Sequence[UInt16], weights: ScoreWeights, slices: int
+    parts: Sequence[Part], looked_at: Sequence[UInt16], exponents: Sequence[float], slices: int
 ) -> ScoreTables:
     """Fit a tensor's tables.
 
@@ -122,10 +104,12 @@ def fit_tables(
         At least one; those of a slice together.
     looked_at : sequence of uint16 [n]
         Records of the same weights, one array per part.
-    weights : ScoreWeights
+    exponents : sequence of 4 floats
+        a, b, c and d of S.
     slices : int
         How many slices there are.
     """
+    worth = worth_of_statistics(exponents)
     shares = np.array([part.samples for part in parts], dtype=np.float64)
     values = weighted_values([part.codebooks for part in parts], shares / shares.sum())
     packed = np.zeros((len(parts), TRIPLES), np.uint64)
@@ -137,13 +121,13 @@ def fit_tables(
     codes = _code_tables(codebooks, values[:, :, 0].sum(0), scale)
     triples = np.zeros(TRIPLES, np.int64)
     _count_triples(flat, packed, codes, triples)
-    S, mean, deviation = _scores(codebooks, triples, weights)
+    R = worth @ decoded(codebooks)
     bias = np.full(slices, -1, np.int64)
     for number in sorted({part.slice for part in parts}):
         members = [index for index, part in enumerate(parts) if part.slice == number]
-        bias[number] = _pack_slice([parts[i] for i in members], flat[members], weights, packed, members)
+        bias[number] = _pack_slice([parts[i] for i in members], flat[members], worth, packed, members)
     places = np.array([part.slice for part in parts], np.int64)
-    return ScoreTables(codebooks, mean, deviation, packed, places, codes, _equal_mass(S, triples), bias)
+    return ScoreTables(codebooks, packed, places, codes, _equal_mass(R, triples), bias)
 
 
 def _pack_means(values: Float64, packed: UInt64) -> Float64:
@@ -168,23 +152,20 @@ def _code_tables(codebooks: Float64, lowest: Float64, scale: Float64) -> UInt16:
     return tables
 
 
-def _scores(
-    codebooks: Float64, triples: np.ndarray, weights: ScoreWeights
-) -> tuple[Float64, Float64, Float64]:
-    """S of every 12-bit code, float64 [4096], and the mean and deviation of each decoded statistic, float64 [3]."""
+def worth_of_statistics(exponents: Sequence[float]) -> Float64:
+    """What a unit of the mean act level, grad level and share is worth to S, in octaves: float64 [3]."""
+    return np.array([exponents[0] / 2, exponents[1] / 2, exponents[2]], np.float64)
+
+
+def decoded(codebooks: Float64) -> Float64:
+    """What every 12-bit code stands for: float64 [3, 4096]."""
     index = np.arange(TRIPLES)
-    decoded = np.stack([codebooks[s][index >> (8 - 4 * s) & 15] for s in range(len(STATISTICS))])
-    total = triples.sum()
-    mean = decoded @ triples / total
-    deviation = np.sqrt(np.maximum((decoded - mean[:, None]) ** 2 @ triples / total, 0))
-    deviation = np.where(deviation > 0, deviation, 1.0)
-    S = weights.signed @ ((decoded - mean[:, None]) / deviation[:, None])
-    return S, mean, deviation
+    return np.stack([codebooks[s][index >> (8 - 4 * s) & 15] for s in range(len(STATISTICS))])
 
 
-def _equal_mass(S: Float64, counts: np.ndarray) -> UInt16:
-    """Sixteen codes of equal mass over the values of S: uint16, one per entry; equal values get the same code."""
-    values, place = np.unique(S, return_inverse=True)
+def _equal_mass(R: Float64, counts: np.ndarray) -> UInt16:
+    """Sixteen codes of equal mass over the values of R: uint16, one per entry; equal values get the same code."""
+    values, place = np.unique(R, return_inverse=True)
     mass = np.bincount(place, counts, values.size)
     middle = np.cumsum(mass) - mass / 2
     codes = np.floor(middle * (CODES / mass.sum()))
@@ -192,46 +173,43 @@ def _equal_mass(S: Float64, counts: np.ndarray) -> UInt16:
 
 
 def _pack_slice(
-    parts: Sequence[Part], looked_at: UInt16, weights: ScoreWeights, packed: UInt64, members: list[int]
+    parts: Sequence[Part], looked_at: UInt16, worth: Float64, packed: UInt64, members: list[int]
 ) -> int:
-    """Put one slice's shares of ``S_p`` into the highest 16 bits; the sum of shares where ``S_p = 0``."""
+    """Put one slice's shares of ``R_p`` into the highest 16 bits; the sum of shares where ``R_p = 0``."""
     samples = np.array([part.samples for part in parts], dtype=np.float64)
-    values = weighted_values([part.codebooks for part in parts], samples / samples.sum())
-    mean, deviation = _moments(looked_at, values)
-    index = np.arange(TRIPLES)
+    shares = samples / samples.sum()
+    values = weighted_values([part.codebooks for part in parts], shares)
+    tables = np.stack(
+        [worth @ decoded(value) for value in values]
+    )  # what a part's code adds to R: [parts, 4096]
+    mean, deviation = _moments(looked_at, tables)
     unit = UNITS / SLICE_SPAN
     bias = 0
-    for member, value, share in zip(members, values, samples / samples.sum(), strict=True):
-        S = np.zeros(TRIPLES)
-        for s in range(len(STATISTICS)):
-            term = (value[s] - share * mean[s]) / deviation[s]
-            S += weights.signed[s] * term[index >> (8 - 4 * s) & 15]
+    for member, table, share in zip(members, tables, shares, strict=True):
         room = share * UNITS / 2
-        units = np.clip(np.round(S * unit), -room, room - 1) + round(room)
+        units = np.clip(np.round((table - share * mean) / deviation * unit), -room, room - 1) + round(room)
         bias += round(room)
         packed[member] |= np.clip(units, 0, UNITS - 1).astype(np.uint64) << np.uint64(48)
     return bias
 
 
-def _moments(looked_at: UInt16, values: Float64) -> tuple[Float64, Float64]:
-    """Mean and standard deviation over weights of each statistic's mean: float64 [3] each."""
-    sums = np.zeros((2, len(STATISTICS)))
-    _add_moments(looked_at, values, sums)
-    n = looked_at.shape[1]
-    mean = sums[0] / n
-    deviation = np.sqrt(np.maximum(sums[1] / n - mean**2, 0))
-    return mean, np.where(deviation > 1e-9, deviation, 1.0)
+def _moments(looked_at: UInt16, tables: Float64) -> tuple[float, float]:
+    """Mean and standard deviation of R over weights."""
+    sums = np.zeros(2)
+    _add_moments(looked_at, tables, sums)
+    mean = float(sums[0] / looked_at.shape[1])
+    deviation = float(np.sqrt(max(sums[1] / looked_at.shape[1] - mean**2, 0)))
+    return mean, deviation if deviation > 1e-9 else 1.0
 
 
 @njit(nogil=True, cache=True)
-def _add_moments(parts: UInt16, values: Float64, sums: Float64) -> None:
+def _add_moments(parts: UInt16, tables: Float64, sums: Float64) -> None:
     for i in range(parts.shape[1]):
-        for s in range(3):
-            mean = 0.0
-            for p in range(parts.shape[0]):
-                mean += values[p, s, (np.uint64(parts[p, i]) >> np.uint64(12 - 4 * s)) & np.uint64(15)]
-            sums[0, s] += mean
-            sums[1, s] += mean * mean
+        total = 0.0
+        for p in range(parts.shape[0]):
+            total += tables[p, parts[p, i] >> 4]
+        sums[0] += total
+        sums[1] += total * total
 
 
 @njit(nogil=True, cache=True)
@@ -306,7 +284,7 @@ def score_records(
     rows: UInt16,
     affinity: UInt8,
 ) -> None:
-    """Score flat records.
+    """Merge and compare flat records.
 
     Parameters
     ----------
@@ -315,7 +293,7 @@ def score_records(
     shares, slices, codes, score, bias
         From `ScoreTables`.
     rows : uint16 [n], written
-        Merged records with their score.
+        Merged records with their code of R.
     affinity : uint8 [n], written
     """
     entries, means = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint64)

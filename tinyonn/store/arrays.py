@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 from math import ceil, prod
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -30,6 +30,7 @@ from tinyonn.store.records import CODES, SHIFTS, STATISTICS, Float64, TensorCali
 # Chunks of zeros are stored like all others: what is absent must be an error, never a zero.
 zarr.config.set({"async.concurrency": 4, "array.write_empty_chunks": True})
 
+T = TypeVar("T")
 MiB = 2**20
 CODECS: list[dict[str, Any]] = [
     {"name": "bytes", "configuration": {"endian": "little"}},
@@ -82,6 +83,13 @@ def bands(shape: tuple[int, ...], itemsize: int = 2, target: int = 8 * MiB) -> I
     rows = band_rows(shape, itemsize, target)
     for first in range(0, shape[0], rows):
         yield first, min(first + rows, shape[0])
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, evenly spread."""
+    if len(items) <= most:
+        return list(items)
+    return [items[(2 * i + 1) * len(items) // (2 * most)] for i in range(most)]
 
 
 class BandWriter:

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 from tinyonn.dense.copies import copy_file, tokenizer_files
 from tinyonn.errors import CapacityError, InputError, StoreDamagedError
 from tinyonn.experts.folder import seal_model
-from tinyonn.experts.source import digest
 from tinyonn.files import file_checksum, read_json, sync, write_json
 from tinyonn.model.digests_tinyonn import seal_file
+from tinyonn.score.source import digest
 from tinyonn.store.faults import is_full
 from tinyonn.train.optimizers import load_state_tensors, state_tensors
 from tinyonn.train.stages import Rules

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 ReadWeights = Callable[[str, int, int], np.ndarray]  # (tensor, first row, last row) -> [rows, columns]
-MOST_CELLS = 254  # numbers 0 to 253; the core is the next one
 DROPPED = 255  # group of a weight that is not kept
+EXPONENTS = ("input", "gradient", "share", "weight")  # of S, as rows name them
 TRUNK = ("norm", "bias", "embedding", "head")  # kinds of modules that are never cut
 
 
@@ -50,7 +50,28 @@ class Band:
     weights: Float32 | None = None
 
 
-class Source(Protocol):
+class Rows(Protocol):
+    """What a score is made from: records with their codebooks, and weights.
+
+    Attributes
+    ----------
+    transposed : collection of str
+        Names of tensors whose rows are inputs.
+    """
+
+    @property
+    def transposed(self) -> Collection[str]: ...  # noqa: D102
+
+    def attributes(self, name: str) -> Mapping[str, Any]:
+        """Of the tensor's records: ``fields`` with codebooks and bases."""
+        ...
+
+    def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
+        """Rows [first, last) with those of ``records``, ``labels``, ``weights`` that are needed."""
+        ...
+
+
+class Source(Rows, Protocol):
     """A scored (and clustered) model, for selection; picklable, so that tasks can run elsewhere.
 
     Attributes
@@ -59,11 +80,7 @@ class Source(Protocol):
         All of the model.
     cells : int
         How many; 0 where there are no labels, and all weights count as one cell.
-    trunk : tuple of str
-        Kinds that have no labels.
     slices : int
-    transposed : collection of str
-        Names of tensors whose rows are inputs.
     identity : str
         Digest of what the records and labels were made from.
     """
@@ -73,21 +90,9 @@ class Source(Protocol):
     @property
     def cells(self) -> int: ...  # noqa: D102
     @property
-    def trunk(self) -> tuple[str, ...]: ...  # noqa: D102
-    @property
     def slices(self) -> int: ...  # noqa: D102
     @property
-    def transposed(self) -> Collection[str]: ...  # noqa: D102
-    @property
     def identity(self) -> str: ...  # noqa: D102
-
-    def attributes(self, name: str) -> Mapping[str, Any]:
-        """Of the tensor's records: ``fields`` with codebooks, bases and the weights, means and deviations of S."""
-        ...
-
-    def band(self, name: str, first: int, last: int, needs: Collection[str]) -> Band:
-        """Rows [first, last) with those of ``records``, ``labels``, ``weights`` that are needed."""
-        ...
 
 
 class RunSource:
@@ -103,6 +108,13 @@ class RunSource:
     transposed : collection of str
     labels : bool
         Read labels; False treats all weights as one cell.
+
+    Attributes
+    ----------
+    clustered : mapping
+        Attributes of the labels.
+    scored_by : tuple of 4 floats
+        a, b, c and d of the S in the rows.
 
     Raises
     ------
@@ -127,6 +139,7 @@ class RunSource:
         where = run.store.location
         if scored is None:
             raise InputError(f"{where} is not scored yet; run `tinyonn score` first")
+        self.scored_by = score_of(scored, where)
         if labels and clustered is None:
             raise InputError(f"{where} has no labels yet; run `tinyonn cluster` first")
         if clustered is not None and clustered["described"]["scored"] != scored:
@@ -134,14 +147,13 @@ class RunSource:
                 f"the labels of {where} were made from other rows than the present ones "
                 f"({_made_of(clustered['described']['scored'])}, now {_made_of(scored)}); run `tinyonn cluster` again"
             )
-        config = {} if clustered is None else clustered["described"]["config"]
-        self.cells: int = config.get("cells", 0)
-        self.trunk: tuple[str, ...] = tuple(config.get("trunk", ()))
-        if self.cells > MOST_CELLS:
+        if clustered is not None and "means" not in clustered:
             raise InputError(
-                f"{where} has {self.cells} cells; at most {MOST_CELLS} can become experts beside the core: "
-                f"set cluster.cells to {MOST_CELLS} or fewer and run `tinyonn cluster` again"
+                f"the labels of {where} are of an earlier version, whose cells were no experts; run `tinyonn cluster` "
+                "again"
             )
+        self.clustered: Mapping[str, Any] = clustered or {}
+        self.cells: int = 0 if clustered is None else clustered["described"]["config"]["cells"]
         # The centres are in it, so that another clustering of the same rows is another source.
         described = [scored, clustered, [(p.name, p.shape) for p in self.parameters]]
         self.identity = digest(described)
@@ -190,7 +202,6 @@ class ArraySource:
     arrays: Mapping[str, Mapping[str, np.ndarray]]
     attribute: Mapping[str, Mapping[str, Any]]
     cells: int = 0
-    trunk: tuple[str, ...] = TRUNK
     slices: int = 1
     transposed: frozenset[str] = frozenset()
     identity: str = "arrays"
@@ -208,6 +219,21 @@ class ArraySource:
         return Band(first, **{field: np.ascontiguousarray(arrays[field][first:last]) for field in wanted})
 
 
+def score_of(scored: Mapping[str, Any], where: str) -> tuple[float, float, float, float]:
+    """a, b, c and d of S, from the attributes of rows.
+
+    Raises
+    ------
+    InputError
+        An earlier version scored them.
+    """
+    weights = scored["weights"]
+    if tuple(weights) != EXPONENTS:
+        raise InputError(f"{where} was scored by an earlier version; run `tinyonn score` again")
+    a, b, c, d = (float(weights[name]) for name in EXPONENTS)
+    return a, b, c, d
+
+
 def check_labels(labels: UInt8, cells: int, name: str) -> None:
     """Refuse labels that are no cell's."""
     if (top := int(labels.max())) >= cells:
@@ -220,15 +246,13 @@ def missing_weights(name: str) -> InputError:
     """The error for a score that needs what the source cannot read."""
     return InputError(
         f"the score or the allocation needs the weights of {name} and the source has none; give the base model, or "
-        "choose a score of the records alone (S, seed, activation, random) and allocation: uniform"
+        "choose the score random and allocation: uniform"
     )
 
 
-def tensors_outside(
-    parameters: Collection[Parameter], trunk: Collection[str] = TRUNK
-) -> tuple[Parameter, ...]:
+def tensors_outside(parameters: Collection[Parameter]) -> tuple[Parameter, ...]:
     """The tensors that selection cuts: linear, of no kind in the trunk, in model order."""
-    return tuple(p for p in parameters if p.kind == "linear" and kind_of(p) not in trunk)
+    return tuple(p for p in parameters if p.kind == "linear" and kind_of(p) not in TRUNK)
 
 
 def digest(tree: Any) -> str:

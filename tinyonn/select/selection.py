@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tinyonn.config import ExpertsConfig, ModelConfig
-from tinyonn.dense.parameters import kind_of
-from tinyonn.dense.source import fingerprint_model
+from tinyonn.config import ExpertsConfig
 from tinyonn.errors import InputError
-from tinyonn.experts.scores import score_named
-from tinyonn.experts.source import TRUNK, Source, digest, tensors_outside
 from tinyonn.files import damaged, read_json
 from tinyonn.places import local_folder
 from tinyonn.run import Run
+from tinyonn.score.scores import score_named
+from tinyonn.score.source import TRUNK, Source, digest, tensors_outside
 
 ALLOCATION = "allocation.json"  # in the run's folder: what `tinyonn evaluate --allocate` measured and found
 ALLOCATIONS = ("uniform", "given", "global")
@@ -50,11 +48,11 @@ class SelectOptions:
     budget : float
         Weights to keep, a whole number above 1; or, up to 1, their share of the linear weights outside the trunk.
     score : str
-        A name in ``tinyonn.experts.scores.SCORES``.
+        A name in ``tinyonn.score.scores.SCORES``.
     core : float
         Share of the budget for the core, 0 to 1: the highest scores.
     allocation : str
-        Of the budget across tensors; see ``tinyonn.experts.select``.
+        Of the budget across tensors; see ``tinyonn.select.select``.
     shares : dict of str to float
         For ``given``: by tensor, kind and layer (``up_proj/0``), or kind.
     seed : int
@@ -62,7 +60,7 @@ class SelectOptions:
     """
 
     budget: float = DEFAULT.budget
-    score: str = DEFAULT.score
+    score: str = "balanced"
     core: float = DEFAULT.core
     allocation: str = "global"
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -101,19 +99,12 @@ class SelectOptions:
         Raises
         ------
         InputError
-            Nothing is outside the trunk; the budget is above what is there, or below one weight per expert; the labels
-            leave out tensors that are to be cut.
+            Nothing is outside the trunk; the budget is above what is there, or below one weight per expert.
         """
         tensors = tensors_outside(source.parameters)
         total = sum(parameter.size for parameter in tensors)
         if not total:
             raise InputError("the model has no linear layers besides its head; there is nothing to be cut")
-        unlabelled = sorted({kind_of(p) for p in tensors} & set(source.trunk)) if source.cells else []
-        if unlabelled:
-            raise InputError(
-                f"{', '.join(unlabelled)} have no labels: the run was clustered without them "
-                f"({', '.join(source.trunk)}); run `tinyonn cluster` again, or use experts.by: need"
-            )
         budget = round(self.budget * total) if self.budget <= 1 else int(self.budget)
         if budget > total:
             raise InputError(
@@ -131,7 +122,7 @@ class SelectOptions:
 
 @dataclass(frozen=True, eq=False)
 class TensorCuts:
-    """Where one tensor is cut, on the 64-bit orders of its weights (``tinyonn.experts.cuts``).
+    """Where one tensor is cut, on the 64-bit orders of its weights (``tinyonn.select.cuts``).
 
     Attributes
     ----------
@@ -214,42 +205,16 @@ def _cut(text: str) -> np.uint64:
     return np.uint64(np.frombuffer(base64.b64decode(text), "<u8")[0])
 
 
-def check_base(run: Run, location: str, model: ModelConfig) -> dict[str, Any]:
-    """Refuse a base model that is not the recorded one; its fingerprint.
-
-    Raises
-    ------
-    InputError
-        Names the first difference and both values.
-    """
-    manifest = run.manifest
-    for option in ("quantization", "dtype"):
-        recorded, given = manifest.config.get(option), getattr(model, option)
-        if recorded not in (None, given):
-            raise InputError(
-                f"the run was recorded with model.{option}: {recorded}, not {given}; give the same"
-            )
-    found = fingerprint_model(model, local_folder(location) / "fingerprint.json")
-    for name in sorted(manifest.model.keys() | found.keys()) if manifest.model else ():
-        before, now = manifest.model.get(name), found.get(name)
-        if before != now:
-            raise InputError(
-                f"model.path = {model.path!r} is not the model that was recorded: {name} has the fingerprint "
-                f"{_short(now)} and had {_short(before)}; give the recorded model, or record this one into another run"
-            )
-    return found
-
-
-def _short(text: str | None) -> str:
-    return "none" if text is None else text[:12]
-
-
-def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = None) -> SelectOptions:
+def select_options(
+    config: ExpertsConfig, score: str, shares: Mapping[str, float] | None = None
+) -> SelectOptions:
     """What the configuration asks of selection.
 
     Parameters
     ----------
     config : ExpertsConfig
+    score : str
+        Name of the S that the run was scored by: a run's `scored_by`.
     shares : mapping of str to float, optional
         By tensor, as they were searched: for ``allocation: auto``, which is ``global`` without them.
     """
@@ -257,7 +222,7 @@ def select_options(config: ExpertsConfig, shares: Mapping[str, float] | None = N
     given = dict(shares or {}) if auto else {}
     return SelectOptions(
         budget=config.budget,
-        score=config.score,
+        score=score,
         core=config.core,
         allocation="given" if given else "global" if auto else config.allocation,
         shares=given,

@@ -12,21 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tinyonn.experts.cuts as cuts_module
-from tests.experts.arrays import CELLS, arrays, attributes, make_source
-from tests.recorded import make_run
-from tinyonn.cluster.stage import cluster_run
-from tinyonn.config import SEED_WEIGHTS, ClusterConfig, ExpertsConfig, ScoreConfig
+import tinyonn.select.cuts as cuts_module
+from tests.recorded import make_run, score, write_labels
+from tests.select.arrays import CELLS, arrays, attributes, make_source
+from tinyonn.config import ExpertsConfig, ScoreConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.cuts import EVERY, NONE, Cutter, exact_cut, keys_of
 from tinyonn.experts.report import totals
-from tinyonn.experts.scores import SCORES
-from tinyonn.experts.select import Selection, SelectOptions, TensorGroups, groups_of, select, select_bytes
-from tinyonn.experts.selection import select_options
-from tinyonn.experts.source import DROPPED, ArraySource, RunSource, digest
 from tinyonn.run import open_run
-from tinyonn.score.stage import score_run
+from tinyonn.score.scores import SCORES
+from tinyonn.score.source import DROPPED, ArraySource, RunSource, digest
+from tinyonn.select.cuts import EVERY, NONE, Cutter, exact_cut, keys_of
+from tinyonn.select.select import Selection, SelectOptions, TensorGroups, groups_of, select, select_bytes
+from tinyonn.select.selection import select_options
 from tinyonn.store.records import dither_seed
 from tinyonn.workers.tasks import EngineOptions, computing
 
@@ -73,7 +71,7 @@ def oracle(source: ArraySource, name: str, options: SelectOptions, kept: np.ndar
     return groups.reshape(shape)
 
 
-@pytest.mark.parametrize("score", ["S", "wanda", "magnitude", "root", "random"])
+@pytest.mark.parametrize("score", ["source", "wanda", "magnitude", "root", "random"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_groups_are_those_of_a_sort(score: str, transposed: bool) -> None:
     source = make_source(transposed=transposed)
@@ -93,8 +91,8 @@ def test_groups_are_those_of_a_sort(score: str, transposed: bool) -> None:
 @pytest.fixture(scope="module")
 def location(tmp_path_factory: pytest.TempPathFactory) -> str:
     location = str(make_run(tmp_path_factory.mktemp("run")))
-    score_run(location, ScoreConfig())
-    cluster_run(location, ClusterConfig(cells=6))
+    score(location)
+    write_labels(location, 6)
     return location
 
 
@@ -164,7 +162,7 @@ def test_a_tensor_of_several_chunks_is_cut_the_same_held_or_read_again() -> None
     parameter = Parameter("w", shape, 0, "linear")
     data = arrays(shape, 0)
     source = ArraySource((parameter,), {"w": data}, {"w": attributes()}, cells=CELLS)
-    options = SelectOptions(budget=0.3, score="S")
+    options = SelectOptions(budget=0.3, score="wanda")
     keep, core = round(0.3 * parameter.size), round(0.15 * parameter.size)
     held, read = (Cutter(source, parameter, keep, core, options, size).cuts() for size in (1 << 40, 0))
     assert held.tree() == read.tree()
@@ -192,7 +190,7 @@ def test_a_selection_survives_json() -> None:
 
 
 def test_a_selection_is_the_one_that_models_assembled_before_are_known_by() -> None:
-    options = select_options(ExpertsConfig(score="root"))  # which was the default
+    options = select_options(ExpertsConfig(), "root")  # which was the default
     assert digest(options.tree()) == "e5107aeb90db05e77f1a0c1cc91c5e6c"
 
 
@@ -200,7 +198,7 @@ def test_seeds_break_ties_otherwise() -> None:
     source = make_source()
     kept = [
         [groups_of(s, source, name) != 255 for name in s.tensors]
-        for s in (select(source, SelectOptions(budget=0.3, score="S", seed=seed)) for seed in (0, 1))
+        for s in (select(source, SelectOptions(budget=0.3, score="wanda", seed=seed)) for seed in (0, 1))
     ]
     assert any((a != b).any() for a, b in zip(*kept, strict=True))
 
@@ -263,9 +261,6 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_bad_data_are_refused() -> None:
-    unlabelled = replace(make_source(), trunk=("norm", "bias", "embedding", "head", "q_proj"))
-    with pytest.raises(InputError, match="q_proj have no labels"):
-        select(unlabelled, SelectOptions(budget=0.5))
     uncut = replace(make_source(), parameters=make_source().parameters[:1])
     with pytest.raises(InputError, match="nothing to be cut"):
         select(uncut, SelectOptions(budget=0.5))
@@ -286,21 +281,23 @@ def test_labels_that_are_missing_or_old_are_refused(tmp_path: Path) -> None:
     location = str(make_run(tmp_path))
     with pytest.raises(InputError, match="run `tinyonn score` first"):
         RunSource(open_run(location))
-    score_run(location, ScoreConfig())
+    score(location)
     with pytest.raises(InputError, match="run `tinyonn cluster` first"):
         RunSource(open_run(location))
     bare = RunSource(open_run(location), labels=False)
-    selection = select(bare, SelectOptions(budget=0.3, score="activation", core=0.2, allocation="uniform"))
+    selection = select(bare, SelectOptions(budget=0.3, score="random", core=0.2, allocation="uniform"))
     assert selection.group_sizes == [
         selection.budget - round(0.2 * selection.budget),
         round(0.2 * selection.budget),
     ]
     with pytest.raises(InputError, match="needs the weights of"):
         select(bare, SelectOptions(budget=0.3, score="wanda"))
-    cluster_run(location, ClusterConfig(cells=6))
+    write_labels(location, 6)
     assert RunSource(open_run(location)).identity != bare.identity
-    score_run(location, ScoreConfig(weights=SEED_WEIGHTS))
-    with pytest.raises(InputError, match=r"other rows than the present .*weights of S act 1, grad 0.*grad 1"):
+    score(location, ScoreConfig(weights="source"))
+    with pytest.raises(
+        InputError, match=r"other rows than the present .*weights of S input 0.5, gradient 0.75.*gradient -1"
+    ):
         RunSource(open_run(location))
 
 

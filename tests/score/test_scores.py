@@ -5,50 +5,59 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.experts.arrays import arrays, attributes, make_source
-from tinyonn.config import ExpertsConfig
+from tests.select.arrays import arrays, attributes, make_source
+from tinyonn.config import PRESETS, ScoreConfig
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.scores import LEVEL_SHIFT, SCORES, gradient_sizes, look_at, score_named, score_table
-from tinyonn.experts.source import ArraySource, Float32
+from tinyonn.score.scores import (
+    LEVEL_SHIFT,
+    SCORES,
+    exponents_of,
+    gradient_sizes,
+    look_at,
+    name_of,
+    score_named,
+)
+from tinyonn.score.source import ArraySource, Float32
 
 NAME = "l.0.up_proj.weight"
 
 
 def scored(source: ArraySource, score: str, name: str = NAME) -> Float32:
     parameter = next(p for p in source.parameters if p.name == name)
-    chosen = SCORES[score]
+    chosen = score_named(score)
     band = source.band(name, 0, parameter.shape[0], chosen.needs)
     return chosen.prepare(source, parameter)(band)
 
 
-def decoded(source: ArraySource) -> list[np.ndarray]:
-    """z of act, grad and freq."""
-    fields, records = source.attributes(NAME)["fields"], source.arrays[NAME]["records"]
-    score = fields["score"]
-    return [
-        (np.array(fields[name]["codebook"])[records >> shift & 15] - score["mean"][s]) / score["deviation"][s]
-        for s, (name, shift) in enumerate((("act", 12), ("grad", 8), ("freq", 4)))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("score", "weights"),
-    [("S", (0.5, -0.1, 0.4)), ("seed", (1 / 3, -1 / 3, 1 / 3)), ("activation", (1.0, 0.0, 0.0))],
-)
-def test_s_is_the_weighted_sum_of_standardised_statistics(
-    score: str, weights: tuple[float, float, float]
-) -> None:
+@pytest.mark.parametrize("name", [*PRESETS, "0.3,1.2,-0.5,1", "1,0.5,0,2", "0.5,0.25,0,0"])
+def test_a_score_is_two_to_the_power_of_s(name: str) -> None:
     source = make_source()
-    wanted = sum(weight * z for weight, z in zip(weights, decoded(source), strict=True))
-    np.testing.assert_allclose(scored(source, score), wanted, rtol=1e-5, atol=1e-6)
+    parameter = next(p for p in source.parameters if p.name == NAME)
+    exponents = exponents_of(name)
+    assert exponents is not None
+    a, b, c, d = (value / (exponents[3] or 1) for value in exponents)
+    fields, its = source.attributes(NAME)["fields"], source.arrays[NAME]
+    rms = look_at(source, parameter).rms.astype(np.float64)[None] if a else np.ones((1, 1))
+    g = gradient_sizes(source.attributes(NAME)).astype(np.float64)[its["records"] >> 8 & 15]
+    share = np.array(fields["freq"]["codebook"])[its["records"] >> 4 & 15]
+    with np.errstate(divide="ignore"):
+        raised = np.where(rms > 0, rms, 1) ** a * (rms > 0)
+    wanted = np.abs(its["weights"].astype(np.float64)) ** d * raised * g**b * 2 ** (c * share)
+    np.testing.assert_allclose(scored(source, name), wanted, rtol=5e-3)
+    assert name_of(exponents) == name
 
 
-def test_s_by_other_weights() -> None:
+def test_quarters_have_the_bits_of_square_roots() -> None:
     source = make_source()
-    wanted = 0.25 * decoded(source)[0] - 0.75 * decoded(source)[1]
-    table = score_table(source.attributes(NAME), (1.0, 3.0, 0.0))
-    np.testing.assert_allclose(table[source.arrays[NAME]["records"] >> 4], wanted, rtol=1e-5, atol=1e-6)
+    sizes = gradient_sizes(source.attributes(NAME))[source.arrays[NAME]["records"] >> 8 & 15]
+    assert np.array_equal(scored(source, "root"), np.abs(source.arrays[NAME]["weights"]) * np.sqrt(sizes))
+
+
+@pytest.mark.parametrize("name", ["nosuch", "1,2,3", "0,0,0,0", "1,nan,0,1", "1,0,0,-1", ""])
+def test_what_is_no_score_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"no score is called .* four numbers such as 0\.5,0\.75,0,1"):
+        score_named(name)
 
 
 def recorded_as(weights: np.ndarray, rms: np.ndarray, base: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -119,7 +128,7 @@ def test_weight_times_gradient_and_blended_wanda() -> None:
 
 
 def test_the_default_score_is_the_weight_times_powers_of_input_and_gradient() -> None:
-    assert ExpertsConfig().score == "balanced"
+    assert name_of(ScoreConfig().exponents) == "balanced"
     for transposed in (False, True):
         source = make_source(transposed=transposed)
         records, weights = source.arrays[NAME]["records"], np.abs(source.arrays[NAME]["weights"])

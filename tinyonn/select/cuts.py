@@ -20,9 +20,9 @@ from numba import njit
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.scores import score_named
-from tinyonn.experts.selection import SelectOptions, TensorCuts
-from tinyonn.experts.source import DROPPED, Band, Float32, Source, check_labels
+from tinyonn.score.scores import score_named
+from tinyonn.score.source import DROPPED, Band, Float32, Source, check_labels
+from tinyonn.select.selection import SelectOptions, TensorCuts
 from tinyonn.show.sizes import MiB
 from tinyonn.store.arrays import bands
 from tinyonn.store.records import UInt8, dither_seed

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinyonn.dense.parameters import Parameter
-from tinyonn.experts.source import ArraySource
+from tinyonn.score.source import ArraySource
 
 CELLS = 5
 SHAPES = {"q_proj": (24, 16), "up_proj": (40, 16), "down_proj": (16, 40)}
@@ -20,7 +20,6 @@ def attributes(seed: int = 0) -> dict[str, Any]:
     for name, top in (("act", 15.0), ("grad", 15.0), ("freq", 1.0)):
         fields[name] = {"codebook": np.sort(rng.uniform(0, top, 16)).tolist()}
     fields["act"]["base"], fields["grad"]["base"] = 240, 200
-    fields["score"] = {"weight": [0.5, -0.1, 0.4], "mean": [7.0, 7.0, 0.5], "deviation": [3.0, 3.0, 0.3]}
     return {"fields": fields}
 
 

@@ -10,14 +10,13 @@ given       shares in the given proportions, by tensor, kind and layer, or kind
 global      one cut through all tensors, by a score that is comparable across them: |W · g|
 =========== ======================================================================================================
 
-Every cut is exact (``tinyonn.experts.cuts``), so the groups follow from a tensor's two cuts, in any band order.
+Every cut is exact (``tinyonn.select.cuts``), so the groups follow from a tensor's two cuts, in any band order.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -26,15 +25,18 @@ from numba import njit
 
 from tinyonn.dense.parameters import Parameter, kind_of
 from tinyonn.errors import CapacityError, InputError
-from tinyonn.experts.cuts import DIGIT, GATHERED, HELD_BYTES, WEIGHT_BYTES, TensorView, cut_tensors
-from tinyonn.experts.selection import Selection, SelectOptions
-from tinyonn.experts.source import Band, Source, tensors_outside
+from tinyonn.score.source import Band, Source, tensors_outside
 from tinyonn.score.stage import task_groups
+from tinyonn.select.cuts import DIGIT, GATHERED, HELD_BYTES, WEIGHT_BYTES, TensorView, UInt32, cut_tensors
+from tinyonn.select.selection import Selection, SelectOptions
 from tinyonn.store.arrays import band_rows, bands
 from tinyonn.store.records import Float64, UInt8
 from tinyonn.workers.tasks import Call, Compute
 
 Counts = np.ndarray[Any, np.dtype[np.int64]]
+Histogram = tuple[
+    np.ndarray, np.ndarray
+]  # bins uint16, increasing with the score, and how many weights lie in each
 
 
 def apportion(total: int, weights: Any, limits: Any) -> Counts:
@@ -131,7 +133,7 @@ def given_counts(parameters: Sequence[Parameter], shares: Mapping[str, float], t
     return apportion(total, np.array(chosen) * sizes, sizes)
 
 
-def global_counts(histograms: Sequence[tuple[np.ndarray, np.ndarray]], total: int) -> Counts:
+def global_counts(histograms: Sequence[Histogram], total: int) -> Counts:
     """One cut through all tensors.
 
     Parameters
@@ -231,27 +233,11 @@ def parameter_named(source: Source, name: str) -> Parameter:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """Budget and core over the tensors.
-
-    Attributes
-    ----------
-    kept_T : int64 [tensors]
-        Weights that each keeps, the budget together.
-    core_T : float or int [tensors]
-        Proportions of the core.
-    """
-
-    kept_T: np.ndarray
-    core_T: np.ndarray
-
-
 def select(
     source: Source,
     options: SelectOptions,
     compute: Compute | None = None,
-    spread: Spread | None = None,
+    kept_T: Counts | None = None,
 ) -> Selection:
     """Choose exactly the budget.
 
@@ -262,15 +248,15 @@ def select(
     compute : callable, optional
         From `tinyonn.workers.tasks.computing`, with as many workers as `select_bytes` leaves room for; without it, one
         task after another in this thread. The result does not depend on it.
-    spread : Spread, optional
-        Of budget and core over the tensors; by default the allocation's, and the core in proportion.
+    kept_T : int64 [tensors], optional
+        What every tensor keeps, the budget together, and of it the core in proportion; by default as is allocated.
 
     Raises
     ------
     InputError
         As `SelectOptions.weights_of`; a score that needs what the source lacks, or that is not a number.
     """
-    run = compute if compute is not None else _one_by_one
+    run = compute if compute is not None else one_by_one
     budget = options.weights_of(source)
     tensors = tensors_outside(source.parameters)
     large = next((p for p in tensors if p.size >= 1 << 32), None)
@@ -278,13 +264,15 @@ def select(
         raise CapacityError(
             f"{large.name} has {large.size:,} weights; at most {2**32:,} of a tensor can be told apart"
         )
-    if spread is None:
-        kept = allocate(source, tensors, options, [budget], run)[0]
-        spread = Spread(kept, kept)
     sizes, names = np.array([parameter.size for parameter in tensors]), [p.name for p in tensors]
-    counts = dict(zip(names, spread.kept_T, strict=True))
-    cored = apportion(round(options.core * budget), spread.core_T, spread.kept_T)
-    core = dict(zip(names, cored, strict=True))
+    cored = round(options.core * budget)
+    core_T: Any = kept_T
+    if kept_T is None:
+        kept_T, *cores = allocate(source, tensors, options, [budget, cored] if cored else [budget], run)
+        # The core is spread as a budget of its size is, as far as there are weights to take.
+        core_T = np.where(cores[0] > 0, cores[0], 1e-6 * kept_T) if cores else kept_T
+    counts = dict(zip(names, kept_T, strict=True))
+    core = dict(zip(names, apportion(cored, core_T, kept_T), strict=True))
     groups = task_groups(tensors)
     calls: list[Call] = [
         (cut_tensors, (source, tuple((p, int(counts[p.name]), int(core[p.name])) for p in group), options))
@@ -330,7 +318,8 @@ def _task_bytes(parameter: Parameter) -> int:
     return held + digits + min(GATHERED, parameter.size) * 8 + groups_bytes(parameter)
 
 
-def _one_by_one(calls: Sequence[Call]) -> list[Any]:
+def one_by_one(calls: Sequence[Call]) -> list[Any]:
+    """A `Compute` in this thread."""
     return [function(*arguments) for function, arguments in calls]
 
 
@@ -354,36 +343,70 @@ def allocate(
     compute : callable, optional
         As of `select`.
     """
+    histograms: list[Histogram] = []
+    if options.allocation == "global":
+        groups = task_groups(tensors)
+        run = compute if compute is not None else one_by_one
+        results = run([(worth_histograms, (source, tuple(group), options)) for group in groups])
+        by_name = {
+            parameter.name: histogram
+            for group, result in zip(groups, results, strict=True)
+            for parameter, histogram in zip(group, result, strict=True)
+        }
+        histograms = [by_name[parameter.name] for parameter in tensors]
+    return [spread_budget(tensors, options, budget, histograms) for budget in budgets]
+
+
+def spread_budget(
+    tensors: Sequence[Parameter], options: SelectOptions, budget: int, histograms: Sequence[Histogram]
+) -> Counts:
+    """Weights that every tensor keeps under a budget: int64 [tensors].
+
+    Parameters
+    ----------
+    tensors : sequence of Parameter
+    options : SelectOptions
+        Its allocation.
+    budget : int
+    histograms : sequence of (bins, counts)
+        For a `global` allocation: of every tensor's worth, all of its weights counted.
+    """
     sizes = np.array([parameter.size for parameter in tensors])
     if options.allocation == "given":
-        return [given_counts(tensors, options.shares, budget) for budget in budgets]
+        return given_counts(tensors, options.shares, budget)
     if options.allocation == "uniform":
-        return [uniform_counts(sizes, budget) for budget in budgets]
-    groups = task_groups(tensors)
-    run = compute if compute is not None else _one_by_one
-    results = run([(worth_histograms, (source, tuple(group), options)) for group in groups])
-    by_name = {
-        parameter.name: histogram
-        for group, result in zip(groups, results, strict=True)
-        for parameter, histogram in zip(group, result, strict=True)
-    }
-    histograms = [by_name[parameter.name] for parameter in tensors]
-    return [global_counts(histograms, budget) for budget in budgets]
+        return uniform_counts(sizes, budget)
+    return global_counts(histograms, budget)
 
 
 def worth_histograms(
     source: Source, parameters: tuple[Parameter, ...], options: SelectOptions
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A task: how many weights of each tensor lie in each bin (upper 16 bits of the key) of the worth."""
+) -> list[Histogram]:
+    """A task: how many weights of each tensor lie in each bin of the worth."""
     found = []
     for parameter in parameters:
-        view = TensorView(source, parameter, options, WORTH)
-        counts = np.zeros(1 << 16, np.int64)
+        view, counting = TensorView(source, parameter, options, WORTH), Counting()
         for first, last in bands(parameter.shape):
-            _count_bins(view.keys(view.band(first, last)).reshape(-1), counts)
-        bins = np.flatnonzero(counts)
-        found.append((bins.astype(np.uint16), counts[bins]))
+            counting.add(view.keys(view.band(first, last)))
+        found.append(counting.histogram)
     return found
+
+
+class Counting:
+    """Counts keys by their upper 16 bits: bins that increase with the score, 128 to a factor of two."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(1 << 16, np.int64)
+
+    def add(self, keys: UInt32) -> None:
+        """Keys of any shape."""
+        _count_bins(keys.reshape(-1), self._counts)
+
+    @property
+    def histogram(self) -> Histogram:
+        """Bins that hold anything."""
+        bins = np.flatnonzero(self._counts)
+        return bins.astype(np.uint16), self._counts[bins]
 
 
 @njit(nogil=True, cache=True)

@@ -5,7 +5,7 @@ import pytest
 
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.select import apportion, given_counts, global_counts, uniform_counts
+from tinyonn.select.select import apportion, given_counts, global_counts, uniform_counts
 
 
 def test_apportioning_is_exact_proportional_and_keeps_limits() -> None:

@@ -1,52 +1,53 @@
 """Scores that decide which weights are kept, behind one interface; higher is kept.
 
-============== ============================================================================ ===================
-name           score of weight (i, j)                                                       needs
-============== ============================================================================ ===================
-``S``          w_a z(act) − w_g z(grad) + w_f z(freq), with the weights the run was scored  records
-               with (tuned ones, if it was tuned)
-``seed``       the same with equal weights: high activation, low gradient, high frequency   records
-``activation`` the same of act alone                                                        records
-``magnitude``  |W|                                                                          weights
-``wanda``      |W| · rms of input j (Sun et al. 2023, https://arxiv.org/abs/2306.11695)     records, weights
-``energy``     ``wanda`` over its root mean square in the tensor: what share of the
-               layer's output energy goes through the weight                                records, weights
+Most are one family, S = a log2 rms + b log2 g + c share + d log2 |W|, of the rms of a weight's input, the size of its
+gradient, the share of samples in which it was active, and its own size:
+
+============== ============================================================================ ===============
+name           score of weight (i, j)                                                       a, b, c, d
+============== ============================================================================ ===============
+``balanced``   |W| · rms^½ · g^¾: between ``wanda`` and ``wg``                              ½, ¾, 0, 1
+``root``       |W| · √g: the geometric mean of ``magnitude`` and ``wg``                     0, ½, 0, 1
+``wanda``      |W| · rms of input j (Sun et al. 2023, https://arxiv.org/abs/2306.11695)     1, 0, 0, 1
 ``wg``         |W · g|, the root of the Fisher estimate of the loss (Molchanov et al.
-               2019, https://arxiv.org/abs/1906.10771)                                      records, weights
-``root``       |W| · √g: the geometric mean of ``magnitude`` and ``wg``                     records, weights
-``balanced``   |W| · rms^½ · g^¾: between ``wanda`` and ``wg``                              records, weights
+               2019, https://arxiv.org/abs/1906.10771)                                      0, 1, 0, 1
+``magnitude``  |W|                                                                          0, 0, 0, 1
+``source``     high activation, low gradient, high frequency: the first idea                1, −1, 1, 1
+``a,b,c,d``    any other
+``energy``     ``wanda`` over its root mean square in the tensor: what share of the
+               layer's output energy goes through the weight
 ``gblm``       |W| · (rms / mean rms + g / mean g), gradient-blended Wanda (Das et al.
-               2023, https://arxiv.org/abs/2311.04902), both factors scaled to the tensor   records, weights
-``random``     uniform, from a hash of tensor and index                               nothing
-============== ============================================================================ ===================
+               2023, https://arxiv.org/abs/2311.04902), both factors scaled to the tensor
+``random``     uniform, from a hash of tensor and index
+============== ============================================================================ ===============
 
 The rms of an input and g, the size of a gradient, are restored from INT4 codes. A mean level v with base b averages
 ``floor(2 log2 size) + 254 − b``, with two unequal steps to the octave, so for sizes spread evenly over octaves the mean
 of ``2 log2 size`` is ``v + b − 254 + log2 3 − 1``: the geometric mean over samples. ``act`` = |W_ij| · rms_j, so every
 weight of input j tells ``2 log2 rms_j = 2 log2 act − 2 log2 |W_ij|``, each with the error of a 4-bit code; their mean
 over a thousand rows hardly has one. Everything up to the products is integer arithmetic, in steps of 1/512 octave, or
-tables, so that a score has the same bits on every machine.
+tables, so that a score has the same bits on every machine. Scores are products and not sums of logarithms: 2 to the
+power of S, or of S / d, which order the weights of a tensor alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import fsum, prod
+from math import fsum, isfinite, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from tinyonn.config import ACTIVATION_WEIGHTS, SEED_WEIGHTS
+from tinyonn.config import PRESETS
 from tinyonn.dense.parameters import Parameter
 from tinyonn.errors import InputError
-from tinyonn.experts.source import Band, Float32, Source
-from tinyonn.score.stage import spread
-from tinyonn.score.tables import TRIPLES, ScoreWeights
-from tinyonn.store.arrays import band_rows, bands
-from tinyonn.store.records import CODES, STATISTICS, Float64, dither_bits, dither_seed
+from tinyonn.score.source import Band, Float32, Rows
+from tinyonn.store.arrays import band_rows, bands, spread
+from tinyonn.store.records import CODES, Float64, dither_bits, dither_seed
 
+Exponents = tuple[float, float, float, float]
 LEVEL_SHIFT = float(np.log2(3) - 1)
 STEPS = 512  # of an octave, in integer logarithms
 MANTISSA = 1024  # the ten upper bits of a mantissa, whose logarithm comes from a table
@@ -76,7 +77,7 @@ class Look:
     grad_counts: np.ndarray
 
 
-def look_at(source: Source, parameter: Parameter) -> Look:
+def look_at(source: Rows, parameter: Parameter) -> Look:
     """Restore the inputs' sizes from evenly spread bands of rows (all rows, where these are the inputs)."""
     name, shape = parameter.name, parameter.shape
     by_row = name in source.transposed
@@ -203,7 +204,7 @@ class Score:
     """
 
     needs: frozenset[str]
-    prepare: Callable[[Source, Parameter], TensorScore]
+    prepare: Callable[[Rows, Parameter], TensorScore]
 
 
 def score_named(name: str) -> Score:
@@ -214,48 +215,35 @@ def score_named(name: str) -> Score:
     InputError
         No such score.
     """
-    if name not in SCORES:
-        raise InputError(f"no score is called {name!r}; choose one of {', '.join(SCORES)}")
-    return SCORES[name]
+    if name in SCORES:
+        return SCORES[name]
+    exponents = exponents_of(name)
+    if exponents is None:
+        raise InputError(
+            f"no score is called {name!r}; choose one of {', '.join(SCORES)}, or four numbers such as 0.5,0.75,0,1"
+        )
+    return family(*exponents)
 
 
-def score_table(attributes: Any, weights: tuple[float, float, float] | None = None) -> Float32:
-    """S of every 12-bit code of a tensor, float32 [4096]; by default with the weights that the run was scored with."""
-    field = attributes["fields"]["score"]
-    signed = field["weight"] if weights is None else ScoreWeights(*weights).signed
-    index = np.arange(TRIPLES)
-    total = np.zeros(TRIPLES)
-    for s, book in enumerate(_codebooks(attributes)):
-        # Element by element: a matrix product may add in another order on another machine.
-        z = (book - field["mean"][s]) / field["deviation"][s]
-        total = total + signed[s] * z[index >> (8 - 4 * s) & 15]
-    return total.astype(np.float32)
+def exponents_of(name: str) -> Exponents | None:
+    """a, b, c and d of a score of the family; None for another, or none."""
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        a, b, c, d = (float(part) for part in name.split(","))
+    except ValueError:
+        return None
+    return (a, b, c, d) if all(map(isfinite, (a, b, c, d))) and any((a, b, c, d)) and d >= 0 else None
 
 
-def _codebooks(attributes: Any) -> Float64:
-    return np.array([attributes["fields"][name]["codebook"] for name in STATISTICS], dtype=np.float64)
+def name_of(exponents: Sequence[float]) -> str:
+    """The name that `score_named` knows it by."""
+    given = tuple(float(value) for value in exponents)
+    known = next((name for name, its in PRESETS.items() if its == given), None)
+    return known or ",".join(f"{value:g}" for value in given)
 
 
-def _of_table(weights: tuple[float, float, float] | None = None) -> Score:
-    def prepare(source: Source, parameter: Parameter) -> TensorScore:
-        table = score_table(source.attributes(parameter.name), weights)
-
-        def score(band: Band) -> Float32:
-            assert band.records is not None
-            out = np.empty(band.records.shape, np.float32)
-            _look_up(band.records, table, out)
-            return out
-
-        return score
-
-    return Score(frozenset({"records"}), prepare)
-
-
-def _magnitude(source: Source, parameter: Parameter) -> TensorScore:
-    return lambda band: np.abs(_weights(band))
-
-
-def _random(source: Source, parameter: Parameter) -> TensorScore:
+def _random(source: Rows, parameter: Parameter) -> TensorScore:
     seed = np.uint64(dither_seed(0, "random", parameter.name))
     width = prod(parameter.shape[1:])
 
@@ -268,31 +256,44 @@ def _random(source: Source, parameter: Parameter) -> TensorScore:
     return score
 
 
-def _product(of_input: float = 0, of_gradient: float = 0, over_energy: bool = False) -> Score:
-    """|W| times powers, in quarters, of the rms of its input and of its gradient."""
+def family(a: float, b: float, c: float, d: float, over_energy: bool = False) -> Score:
+    """2 to the power of S; where d is neither 0 nor 1 of S / d."""
+    if d:
+        a, b, c = a / d, b / d, c / d
 
-    def prepare(source: Source, parameter: Parameter) -> TensorScore:
+    def prepare(source: Rows, parameter: Parameter) -> TensorScore:
         by_row = parameter.name in source.transposed
         rms_I = np.ones(parameter.shape[0 if by_row else 1], np.float32)
-        if of_input:
+        if a:
             look = look_at(source, parameter)
-            rms_I = _power(look.rms, of_input)
+            rms_I = _power(look.rms, a)
             rms_I = rms_I * (np.float32(1.0) / look.root_mean_square) if over_energy else rms_I
-        sizes = np.ones(CODES, np.float32)
-        if of_gradient:
-            sizes = _power(gradient_sizes(source.attributes(parameter.name)), of_gradient)
-        return _by_input(_multiply, by_row, rms_I, sizes)
+        factors = np.ones((CODES, CODES), np.float32)
+        if b:
+            factors *= _power(gradient_sizes(source.attributes(parameter.name)), b)[:, None]
+        if c:
+            share = np.array(source.attributes(parameter.name)["fields"]["freq"]["codebook"], np.float64)
+            factors *= exp2(np.round(STEPS * c * share).astype(np.int64))[None]
+        return _by_input(_multiply if d else _multiply_alone, by_row, rms_I, factors.reshape(-1))
 
+    if not (a or b or c):
+        return Score(frozenset({"weights"}), lambda source, parameter: lambda band: np.abs(_weights(band)))
     return Score(frozenset({"records", "weights"}), prepare)
 
 
 def _power(values: Float32, exponent: float) -> Float32:
-    """A power in quarters up to 1, by square roots: their bits are the same on every machine."""
+    """A power, with the same bits on every machine: quarters up to 1 by square roots, others by integer logarithms."""
     half = np.sqrt(values)
-    return {0.25: np.sqrt(half), 0.5: half, 0.75: half * np.sqrt(half), 1: values}[exponent]
+    quarters = {0.25: np.sqrt(half), 0.5: half, 0.75: half * np.sqrt(half), 1: values}
+    if exponent in quarters:
+        return np.asarray(quarters[exponent], dtype=np.float32)
+    some = values > 0
+    logs = np.round(STEPS * np.log2(np.where(some, values, 1), dtype=np.float64))
+    raised = exp2(np.clip(np.round(exponent * logs), -120 * STEPS, 120 * STEPS).astype(np.int64))
+    return np.where(some, raised, np.float32(0))
 
 
-def _gblm(source: Source, parameter: Parameter) -> TensorScore:
+def _gblm(source: Rows, parameter: Parameter) -> TensorScore:
     look = look_at(source, parameter)
     sizes = gradient_sizes(source.attributes(parameter.name))
     mean = (sizes.astype(np.float64) * look.grad_counts).sum() / look.grad_counts.sum()
@@ -321,34 +322,29 @@ def _weights(band: Band) -> Float32:
 
 
 SCORES: dict[str, Score] = {
-    "S": _of_table(),
-    "seed": _of_table(SEED_WEIGHTS),
-    "activation": _of_table(ACTIVATION_WEIGHTS),
-    "magnitude": Score(frozenset({"weights"}), _magnitude),
-    "wanda": _product(of_input=1),
-    "energy": _product(of_input=1, over_energy=True),
-    "wg": _product(of_gradient=1),
-    "root": _product(of_gradient=0.5),
-    "balanced": _product(of_input=0.5, of_gradient=0.75),
+    **{name: family(*exponents) for name, exponents in PRESETS.items()},
+    "energy": family(1, 0, 0, 1, over_energy=True),
     "gblm": Score(frozenset({"records", "weights"}), _gblm),
     "random": Score(frozenset({"records"}), _random),
 }
 
 
 @njit(nogil=True, cache=True)
-def _look_up(records: Any, table: Any, out: Any) -> None:
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = table[records[i, j] >> 4]
-
-
-@njit(nogil=True, cache=True)
-def _multiply(W: Any, records: Any, rms: Any, sizes: Any, out: Any) -> None:
-    """With rms [1, columns] or [rows, 1]."""
+def _multiply(W: Any, records: Any, rms: Any, factors: Any, out: Any) -> None:
+    """With rms [1, columns] or [rows, 1], factors by grad and freq code."""
     across, down = int(rms.shape[1] > 1), int(rms.shape[0] > 1)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
-            out[i, j] = abs(W[i, j]) * rms[i * down, j * across] * sizes[(records[i, j] >> 8) & 15]
+            out[i, j] = abs(W[i, j]) * rms[i * down, j * across] * factors[(records[i, j] >> 4) & 255]
+
+
+@njit(nogil=True, cache=True)
+def _multiply_alone(W: Any, records: Any, rms: Any, factors: Any, out: Any) -> None:
+    """The same without the weights."""
+    across, down = int(rms.shape[1] > 1), int(rms.shape[0] > 1)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = rms[i * down, j * across] * factors[(records[i, j] >> 4) & 255]
 
 
 @njit(nogil=True, cache=True)

@@ -113,8 +113,12 @@ def rows_of_table(report: EvaluateReport, budgets: Sequence[float]) -> Iterator[
             continue
         cells = []
         for budget in budgets:
-            at = [(line, spread) for line, spread in pairs if line.method == method]
-            line, spread = next(((x, s) for x, s in at if x.share == budget), at[0])
+            whole = method in (ORIGINAL, DENSE)
+            at = [(x, s) for x, s in pairs if x.method == method and (whole or x.share == budget)]
+            if not at:
+                cells += ["not measured", ""]
+                continue
+            line, spread = at[0]
             nats = f"{line.losses.mean:.3f}"
             if (own := spread.interval) is not None:
                 nats += f" [{own.low:.3f}, {own.high:.3f}]"

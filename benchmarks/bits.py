@@ -1,6 +1,6 @@
 """What each part of a record is worth to the cut: the loss where it is dealt anew among the weights of a tensor.
 
-    python benchmarks/bits.py storage/RUN --config FILE [--budgets 0.5 0.315 0.1] [--split development] [--json]
+    python benchmarks/bits.py storage/RUN --config FILE [--budgets 0.5 0.315 0.1] [--samples 56] [--json]
 
 The run is scored. The default selection is made from the run's rows as they are, and from rows in which one field's
 codes are shuffled within every band: its distribution stays, what it says of a weight goes. A field that changes
@@ -106,11 +106,14 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.315, 0.1])
     parser.add_argument("--split", default="development")
+    parser.add_argument("--samples", type=int, default=56, help="about so many of the split")
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     config = load_config(wanted.config)
     dense = DenseWeights(config.model)
     source = RunSource(open_run(str(wanted.run)), dense.rows, dense.transposed, labels=False)
+    few = config.evaluate.model_copy(update={"samples": wanted.samples})
+    config = config.model_copy(update={"evaluate": few})
     options = evaluate_options(str(wanted.run), config, split=wanted.split)
     batches = batches_of(samples_of(held_out_corpus(config, options, wanted.run), wanted.split))
     with torch.no_grad():

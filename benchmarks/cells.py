@@ -1,6 +1,6 @@
 """What the cells are worth as experts: each kind of text with the few that it needs most, before any training.
 
-    python benchmarks/cells.py storage/RUN --config FILE [--on 10 25 50] [--split development] [--json]
+    python benchmarks/cells.py storage/RUN --config FILE [--on 10 25 50] [--samples 56] [--json]
 
 The run is scored; it is clustered here if it is not. Its kept weights are put into experts three times: by the cells;
 by the same cells dealt anew among the kept weights of each tensor, so that experts have the same sizes in every tensor
@@ -113,10 +113,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--on", type=int, nargs="+", default=[10, 25, 50])
     parser.add_argument("--split", default="development")
+    parser.add_argument("--samples", type=int, default=56, help="about so many of the split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    world = World.of(wanted.run, load_config(wanted.config), wanted.split)
+    config = load_config(wanted.config)
+    few = config.evaluate.model_copy(update={"samples": wanted.samples})
+    world = World.of(wanted.run, config.model_copy(update={"evaluate": few}), wanted.split)
     options = select_options(world.config.experts, name_of(world.source.scored_by))
     selection: Selection = select(world.source, options)
     core, sizes = selection.experts, np.array(selection.group_sizes)

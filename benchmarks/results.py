@@ -165,7 +165,11 @@ def cell(text: str) -> str:
 
 SECTIONS = (
     Section("Recording", ("record*", "fidelity*"), every),
-    Section("Scores and cells", ("four_billion*", "kmeans*", "incremental*"), every),
+    Section(
+        "Scores and cells",
+        ("cells/*", "targets/*", "bits/*", "kmeans*", "incremental*", "four_billion*"),
+        every,
+    ),
     Section("What is kept, before any training", ("quality*", "baselines*", "baselines/*"), every, KEPT),
     Section("A real model, every stage", ("pipeline*",), every),
     Section("Tasks", ("tasks*", "tasks/*"), every),

@@ -409,7 +409,9 @@ class Merged:
         for first, last in self._chosen:
             band = self.band(self._name, first, last, ("records", "weights"))
             keys = _keys(score(band)).reshape(-1)
-            step = ceil(keys.size * len(self._chosen) / LOOKED_AT) | 1  # odd, so that all columns have their turn
+            step = (
+                ceil(keys.size * len(self._chosen) / LOOKED_AT) | 1
+            )  # odd, so that all columns have their turn
             found.append(keys[::step])
         keys = np.sort(np.concatenate(found))
         return keys[(np.arange(1, CODES) * keys.size) // CODES]

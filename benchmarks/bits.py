@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cells import held_out
 from benchmarks.report import Goal, at_least, finish
 from tinyonn.config import load_config
 from tinyonn.dense.parameters import Parameter
@@ -29,7 +30,6 @@ from tinyonn.evaluate.baselines import masks_of
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.intervals import interval_of, resampled
 from tinyonn.evaluate.loss import Losses, batches_of, losses
-from tinyonn.evaluate.stage import evaluate_options, held_out_corpus, samples_of
 from tinyonn.run import open_run
 from tinyonn.score.scores import name_of
 from tinyonn.score.source import Band, RunSource
@@ -112,10 +112,7 @@ def main() -> None:
     config = load_config(wanted.config)
     dense = DenseWeights(config.model)
     source = RunSource(open_run(str(wanted.run)), dense.rows, dense.transposed, labels=False)
-    few = config.evaluate.model_copy(update={"samples": wanted.samples})
-    config = config.model_copy(update={"evaluate": few})
-    options = evaluate_options(str(wanted.run), config, split=wanted.split)
-    batches = batches_of(samples_of(held_out_corpus(config, options, wanted.run), wanted.split))
+    batches = batches_of(held_out(wanted.run, config, wanted.split, wanted.samples))
     with torch.no_grad():
         whole = losses(dense.model, batches)
     rows = [["dense, as recorded", *[f"{whole.mean:.4f}"] * len(wanted.budgets)]]

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import Goal, at_least, finish
 from tinyonn.cluster.stage import cluster_run
 from tinyonn.config import Config, load_config
+from tinyonn.corpus.file import Sample
 from tinyonn.evaluate.dense import DenseWeights
 from tinyonn.evaluate.intervals import interval_of, resampled
 from tinyonn.evaluate.loss import Batch, Losses, batches_of, losses
@@ -40,6 +41,13 @@ from tinyonn.select.selection import Selection, select_options
 Groups = Mapping[str, np.ndarray]  # by tensor the expert of every weight, 255 dropped
 
 
+def held_out(run: Path, config: Config, split: str, count: int) -> list[Sample]:
+    """About so many documents of a split."""
+    few = config.evaluate.model_copy(update={"samples": count})
+    config = config.model_copy(update={"evaluate": few})
+    return samples_of(held_out_corpus(config, evaluate_options(str(run), config, split=split), run), split)
+
+
 @dataclass(frozen=True)
 class World:
     """A run, its model and its held-out documents by slice."""
@@ -50,13 +58,12 @@ class World:
     batches: Mapping[str, list[Batch]]
 
     @classmethod
-    def of(cls, run: Path, config: Config, split: str) -> World:
+    def of(cls, run: Path, config: Config, split: str, count: int) -> World:
         """Everything, opened and clustered."""
         cluster_run(str(run), config)
         dense = DenseWeights(config.model)
         source = RunSource(open_run(str(run)), dense.rows, dense.transposed)
-        options = evaluate_options(str(run), config, split=split)
-        samples = samples_of(held_out_corpus(config, options, run), split)
+        samples = held_out(run, config, split, count)
         known = set(source.clustered["slices"])
         names = sorted({sample.slice for sample in samples} & known)
         if not names:
@@ -118,8 +125,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
     config = load_config(wanted.config)
-    few = config.evaluate.model_copy(update={"samples": wanted.samples})
-    world = World.of(wanted.run, config.model_copy(update={"evaluate": few}), wanted.split)
+    world = World.of(wanted.run, config, wanted.split, wanted.samples)
     options = select_options(world.config.experts, name_of(world.source.scored_by))
     selection: Selection = select(world.source, options)
     core, sizes = selection.experts, np.array(selection.group_sizes)

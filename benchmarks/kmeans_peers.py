@@ -35,7 +35,7 @@ from benchmarks.report import Goal, at_most, finish, show
 from benchmarks.synthetic import recorded
 from tinyonn.cli import CONFIGS
 from tinyonn.cluster.centres import Centres, find_centres
-from tinyonn.cluster.labels import LabelData, _Nearest, _nearest
+from tinyonn.cluster.labels import LabelData, Nearest, find_nearest
 from tinyonn.cluster.look import POINTS, LookData, coordinates, look_at, points_of
 from tinyonn.cluster.needs import Float32
 from tinyonn.cluster.stage import Job, source_of
@@ -122,11 +122,11 @@ class Part:
         # The bins are there: no records are opened.
         data = LabelData(replace(job.needs, slices=()), job.space, centres, old=False)
         for parameter, bins_FN, table_FB in zip(job.inside, self._bins, self._tables, strict=True):
-            one = _Nearest(data, parameter, table_FB)
+            one = Nearest(data, parameter, table_FB)
             fixed = one._means_FK, one._fixed_K, one._away_K
             sums = np.zeros((2, cells), np.int64), np.zeros((cells, slices)), np.zeros(1)
             end = begin + bins_FN.shape[1]
-            _nearest(bins_FN, table_FB, fixed, slices, out[begin:end], sums)
+            find_nearest(bins_FN, table_FB, fixed, slices, out[begin:end], sums)
             begin = end
         return out
 

@@ -24,7 +24,7 @@ def test_every_weight_gets_the_nearest_centre(count: int, features: int, slices:
     fixed = (np.square(means).sum(1) + handicaps + away + 1).astype(np.float32)
     found = np.zeros(count, np.uint8)
     sums = np.zeros((2, cells), np.int64), np.zeros((cells, slices)), np.zeros(1)
-    labels._nearest(bins, table, (padded, fixed, away), slices, found, sums)
+    labels.find_nearest(bins, table, (padded, fixed, away), slices, found, sums)
     far = np.square(points[:, None] - means).sum(2) + away
     least = (far + handicaps).min(1)
     own = (far + handicaps)[np.arange(count), found]
@@ -44,7 +44,7 @@ def test_of_equally_near_cells_the_lowest_number_wins() -> None:
     means[:2] = [[2, 1, 1], [2, 1, 1]]
     found, sums = np.zeros(3, np.uint8), (np.zeros((2, 3), np.int64), np.zeros((3, 2)), np.zeros(1))
     fixed = np.array([8, 2, 2], np.float32) + 1
-    labels._nearest(bins, table, (means, fixed, np.zeros(3)), 2, found, sums)
+    labels.find_nearest(bins, table, (means, fixed, np.zeros(3)), 2, found, sums)
     assert found.tolist() == [1, 1, 1]
 
 

@@ -131,7 +131,7 @@ def _label(data: LabelData, fork: ForkSession, parameter: Parameter, table_FB: F
     sums = np.zeros((2, cells), np.int64), np.zeros((cells, slices)), np.zeros(1)
     moves, slices_KD = np.zeros((256, 256), np.int64), np.zeros((cells, 16), np.int64)
     affinity = reader.output("affinity", name), reader.what("affinity", name)
-    nearest = None if table_FB is None else _Nearest(data, parameter, table_FB)
+    nearest = None if table_FB is None else Nearest(data, parameter, table_FB)
     for first, last in bands(shape):
         labels = np.full((last - first, *shape[1:]), NO_CELL, np.uint8)
         if nearest is not None:
@@ -146,7 +146,7 @@ def _label(data: LabelData, fork: ForkSession, parameter: Parameter, table_FB: F
     return Labelled(counts_2K[0], counts_2K[1], needs_KS, slices_KD, float(inertia[0]), Moved.of(moves))
 
 
-class _Nearest:
+class Nearest:
     """The nearest centres to a tensor's weights.
 
     ``|x - c|² = |x|² - 2 x·c + |c|²``, of which the last, what the tensor's own coordinates add and the handicap are
@@ -171,7 +171,7 @@ class _Nearest:
         band = data.needs.source.band(self._parameter.name, first, last, data.space.reads)
         bins_FN = self._bins.of(band).reshape(data.space.own, -1)
         centres = self._means_FK, self._fixed_K, self._away_K
-        _nearest(bins_FN, self._table_FB, centres, len(data.space.slices), labels.reshape(-1), sums)
+        find_nearest(bins_FN, self._table_FB, centres, len(data.space.slices), labels.reshape(-1), sums)
 
 
 def label_bytes(shape: tuple[int, ...], space: Space) -> int:
@@ -182,7 +182,8 @@ def label_bytes(shape: tuple[int, ...], space: Space) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _nearest(bins_FN: Any, table_FB: Any, centres: Any, slices: Any, labels_N: Any, sums: Any) -> None:
+def find_nearest(bins_FN: Any, table_FB: Any, centres: Any, slices: Any, labels_N: Any, sums: Any) -> None:
+    """Labels of a band's weights from their bins, and what they come to; centres as `Nearest` prepares them."""
     means_FK, fixed_K, away_K = centres
     counts_2K, needs_KS, inertia = sums
     (padded, cells), own = means_FK.shape, bins_FN.shape[0]
